@@ -1,0 +1,197 @@
+"""Checkpoints: plain types and tensors, read with weights_only=True, written atomically.
+
+A checkpoint is a dict: format, stage, model {settings}, quantization (or None), state, config,
+metrics, parent {stage, sha256}, ancestors (stage, sha256, bytes and metrics, oldest first), data,
+code, environment, seed. It can rebuild its own network: `load(path).build()`.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pickle
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.config import UserError
+from models.mobilenetv2 import MobileNetV2, settings_of
+
+FORMAT = "mobilenetv2-cifar10/1"
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """What a file holds, and how to make the network that it describes."""
+
+    stage: str
+    settings: dict  # the network's: see models.mobilenetv2.standard
+    state: dict
+    quantization: dict | None = None  # see lib.quantizers.attach; None: fp32
+    config: dict = dataclasses.field(default_factory=dict)  # the stage's flags
+    metrics: dict = dataclasses.field(default_factory=dict)
+    data: dict = dataclasses.field(default_factory=dict)  # see lib.data.Data.provenance
+    ancestors: list = dataclasses.field(default_factory=list)
+    seed: int | None = None
+    file: Path | None = None  # where it was read from
+    sha256: str | None = None  # of that file
+    bytes: int | None = None
+
+    def build(self, device="cpu") -> nn.Module:
+        """The network with its weights, in eval mode, channels last."""
+        from lib import quantizers
+
+        model = MobileNetV2(self.settings)
+        if self.quantization:
+            quantizers.attach(model, self.quantization)
+        try:
+            model.load_state_dict(self.state, strict=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise UserError(f"{self.file} does not fit its own description: {reason}") from None
+        return model.to(device, memory_format=torch.channels_last).eval()
+
+    def lineage(self) -> list[dict]:
+        """Its ancestors and itself: what a child records as its own ancestors."""
+        own = {
+            "stage": self.stage, "sha256": self.sha256, "bytes": self.bytes,
+            "metrics": self.metrics,
+        }  # fmt: skip
+        return [*self.ancestors, own]
+
+    def val_size(self, given: int | None) -> int | None:
+        """The flag if it was given, else what this file was trained with."""
+        return self.data.get("val_size") if given is None else given
+
+
+def load(path: Path | str) -> Checkpoint:
+    """Read any file of ours, or a plain torchvision MobileNetV2 state dict (strides: the report's).
+
+    Raises UserError for a file that is missing, damaged or foreign. Nothing is unpickled but
+    tensors and plain types.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: {_how_to_make(path.name)}")
+    raw = path.read_bytes()
+    if raw[:4] == b"\x89NNZ":
+        from lib import nnz
+
+        found = nnz.decode(raw, path)
+    else:
+        found = _from_dict(read(path), path)
+    found.file, found.bytes = path, len(raw)
+    found.sha256 = hashlib.sha256(raw).hexdigest()
+    return found
+
+
+def _how_to_make(name: str) -> str:
+    stages = {"baseline.pth": "train", "pruned.pth": "prune", "quantized.pth": "quantize",
+              "int8.pth": "int8", "compressed.nnz": "compress"}  # fmt: skip
+    return f"`make {stages[name]}` makes it" if name in stages else "check the path"
+
+
+def read(path: Path):
+    """Tensors and plain types from a torch file; UserError where it is damaged or foreign."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError,
+            TypeError, AttributeError, IndexError, UnicodeDecodeError):  # fmt: skip
+        # torch.load's readers raise any of these for damaged or hostile bytes.
+        raise UserError(f"{path} is not a checkpoint, or is damaged") from None
+
+
+def _from_dict(raw, path: Path) -> Checkpoint:
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds a {type(raw).__name__}, not a checkpoint")
+    if "format" in raw:
+        if raw["format"] != FORMAT:
+            raise UserError(f"{path} has format {raw['format']!r}; this program reads {FORMAT!r}")
+        fields = {f.name for f in dataclasses.fields(Checkpoint)}
+        try:
+            return Checkpoint(**{k: v for k, v in raw.items() if k in fields})
+        except TypeError as error:
+            raise UserError(f"{path} lacks a field: {error}") from None
+    try:  # a plain state dict
+        state = {k: v for k, v in raw.items() if isinstance(v, torch.Tensor)}
+        return Checkpoint("baseline", settings_of(state), state)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def save(path: Path, stage: str, model: nn.Module, cfg, parent: Checkpoint | None, *,
+         metrics: dict, data: dict, quantization: dict | None = None,
+         state: dict | None = None) -> Checkpoint:  # fmt: skip
+    """Write a checkpoint atomically and return it as `load` would.
+
+    state: in place of the model's own state dict, where it is stored otherwise (int8).
+    """
+    state = model.state_dict() if state is None else state
+    content = {
+        "format": FORMAT, "stage": stage, "settings": model.settings,
+        "quantization": quantization,
+        "state": {k: v.detach().cpu().contiguous() for k, v in state.items()},
+        "config": {k: v for k, v in dataclasses.asdict(cfg).items() if v is not None},
+        "metrics": metrics, "data": data, "ancestors": parent.lineage() if parent else [],
+        "seed": cfg.seed, "code": code_version(), "environment": environment(),
+    }  # fmt: skip
+    write(path, content)
+    return load(path)
+
+
+def write(path: Path, content) -> None:
+    """torch.save through a temporary file: a reader sees the old file or the new, never a half."""
+    with atomic(path) as file:
+        torch.save(content, file)
+
+
+class atomic:  # noqa: N801 - used as a function
+    """Context manager: a binary file that replaces `path` when the block ends without error."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+
+    def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
+        self.temporary, self.file = Path(name), os.fdopen(handle, "wb")
+        return self.file
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if kind is None:
+            umask = os.umask(0)
+            os.umask(umask)
+            self.temporary.chmod(0o666 & ~umask)  # mkstemp's files are private
+            self.temporary.replace(self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+def code_version() -> str:
+    """The commit, `+` where files differ from it, or `unknown` outside a git checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            cwd=root, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return run.stdout.strip() or "unknown"
+
+
+def environment() -> dict:
+    return {
+        "python": platform.python_version(), "torch": str(torch.__version__),
+        "numpy": np.__version__, "platform": platform.machine(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip

@@ -1,0 +1,146 @@
+"""Settings, flags and exit codes: one dataclass a stage, from which its command line is made.
+
+    @dataclass
+    class Settings(config.Common):
+        lr: float = flag(0.07, "peak learning rate")
+
+    def main(argv=None):
+        cfg = config.parse(Settings, __doc__, argv)
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+from pathlib import Path
+
+import torch
+
+
+class UserError(Exception):
+    """Something that the user can mend, said in one line: no traceback, exit code 1."""
+
+
+def flag(default, help: str, choices: tuple | None = None):
+    """A dataclass field that becomes `--name`; help says its unit and reason."""
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {}
+    if not factory:
+        factory = {"default": default}
+    return dataclasses.field(metadata={"help": help, "choices": choices}, **factory)
+
+
+@dataclasses.dataclass
+class Common:
+    """What every stage takes."""
+
+    data: str | None = flag(
+        None, "cifar10.npz, a folder with the data, or `synthetic`; default: download to ./data"
+    )
+    val_size: int | None = flag(
+        None, "validation images held out of training; default: the parent's, else a tenth"
+    )
+    run_dir: str = flag(".", "folder that holds checkpoints/, logs/ and plots/")
+    seed: int = flag(47, "of weights, order and augmentation (47 is the report's)")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps ...")
+    wandb: bool = flag(False, "log to Weights & Biases too; offline where there is no key")
+
+    def path(self, given: str | None, default: str) -> Path:
+        """A file named by a flag, else its place in the run's folder."""
+        return Path(given) if given else Path(self.run_dir) / default
+
+
+def parse(settings, doc: str, argv: list[str] | None = None):
+    """Fill the dataclass `settings` from the command line; wrong usage exits with code 2."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    # The stage's own flags come first in --help, what all stages share last.
+    shared = {f.name for f in dataclasses.fields(Common)}
+    fields = sorted(dataclasses.fields(settings), key=lambda f: f.name in shared)
+    for field in fields:
+        _add(parser, field)
+    values = vars(parser.parse_args(argv))
+    try:
+        return settings(**values)
+    except ValueError as error:  # raised by a __post_init__ that checks ranges
+        parser.error(str(error))
+
+
+def _add(parser, field) -> None:
+    kind, default = field.type, field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if isinstance(kind, types.UnionType):  # `int | None`: None means "not given"
+        kind = next(t for t in typing.get_args(kind) if t is not type(None))
+    text = field.metadata["help"].replace("%", "%%")
+    if default not in (None, False, []):
+        text += f" [{','.join(map(str, default)) if isinstance(default, list) else default}]"
+    options = {"default": default, "help": text}
+    name = field.name
+    if field.metadata.get("positional"):
+        parser.add_argument(name, nargs="*", metavar=name.rstrip("s").upper(), **options)
+    elif kind is bool:
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, action=argparse.BooleanOptionalAction, **options)
+    else:
+        if typing.get_origin(kind) is list:
+            kind = _comma_separated(typing.get_args(kind)[0])
+        options |= {"type": kind, "choices": field.metadata["choices"]}
+        if not options["choices"]:
+            options["metavar"] = getattr(kind, "metavar", kind.__name__.upper())
+        parser.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def _comma_separated(kind):
+    def convert(text: str) -> list:
+        return [kind(part) for part in text.split(",") if part]
+
+    convert.__name__ = f"list of {kind.__name__}"  # argparse names it in its error
+    convert.metavar = "A,B,..."
+    return convert
+
+
+def identity(cfg) -> dict:
+    """The settings that decide a stage's result: not where it runs or writes."""
+    places = {"data", "run_dir", "device", "wandb", "parent", "out", "resume"}
+    return {k: v for k, v in vars(cfg).items() if k not in places}
+
+
+def files(help: str):
+    """A field of positional arguments."""
+    return dataclasses.field(
+        default_factory=list, metadata={"help": help, "choices": None, "positional": True}
+    )
+
+
+def device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one (the rank's own under torchrun), else the CPU."""
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here: {reason}") from None
+    return chosen
+
+
+def run(main) -> typing.NoReturn:
+    """Call a stage's main and exit: 0 done, 1 failed (one line), 2 usage, 130 interrupted."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        sys.exit(f"{name}: error: {error}")
+    except BrokenPipeError:  # `eval.py ... | head`: the reader has gone, which is no error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"{name}: error: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,189 @@
+"""CIFAR-10 as uint8 tensors: the one place where the images, the mean and the splits come from.
+
+A set is held whole on the device (50,000 images are 154 MB), so an epoch is index arithmetic:
+no PIL, no DataLoader, no worker processes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib import synthetic
+from lib.config import UserError
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # the report's; of images in [0, 1]
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer",
+           "dog", "frog", "horse", "ship", "truck")  # fmt: skip
+SPLIT_SEED = 10  # of the validation split; one for all runs, so that their figures compare
+HELP = (
+    "give --data (make: DATA=) a cifar10.npz in Keras' layout, a folder that holds one or "
+    "torchvision's cifar-10-batches-py, or the word synthetic"
+)
+
+
+@dataclass
+class Split:
+    """images: uint8 (n, 3, 32, 32); labels: int64 (n,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
+class Data:
+    source: str  # what was read, for the checkpoint: a kind, never a path
+    classes: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+
+    def provenance(self) -> dict:
+        return {
+            "source": self.source, "train": len(self.train), "val_size": len(self.val),
+            "test": len(self.test), "split_seed": SPLIT_SEED,
+        }  # fmt: skip
+
+
+def load(source: str | None = None, val_size: int | None = None, device="cpu") -> Data:
+    """Read a data set and split it.
+
+    source: a .npz file, a folder, `synthetic`, or None for torchvision's download to ./data.
+    val_size: images held out of the training set, the same number of each class; None: a tenth.
+    Raises UserError, saying what was found and what to do.
+    """
+    name, classes = "cifar10", CLASSES
+    if source == "synthetic":
+        arrays = synthetic.make()
+        name, classes = "synthetic", synthetic.CLASSES
+    elif source is None:
+        arrays = _torchvision(Path("data"), download=True)
+    else:
+        arrays = _read(Path(source))
+    x_train, y_train, x_test, y_test = arrays
+    train = _checked("training", x_train, y_train)
+    test = _checked("test", x_test, y_test)
+    held = _stratified(train.labels, len(train) // 100 * 10 if val_size is None else val_size)
+    splits = [Split(train.images[i], train.labels[i]) for i in (~held, held)] + [test]
+    return Data(name, classes, *(Split(s.images.to(device), s.labels.to(device)) for s in splits))
+
+
+def _read(path: Path) -> tuple:
+    if path.is_file():
+        return _npz(path)
+    if not path.is_dir():
+        raise UserError(f"no data at {path}: {HELP}")
+    if (path / "cifar10.npz").is_file():
+        return _npz(path / "cifar10.npz")
+    if path.name == "cifar-10-batches-py":
+        return _torchvision(path.parent, download=False)
+    if (path / "cifar-10-batches-py").is_dir():
+        return _torchvision(path, download=False)
+    found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+    raise UserError(f"no CIFAR-10 in {path} (found {found}): {HELP}")
+
+
+def _npz(path: Path) -> tuple:
+    keys = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [key for key in keys if key not in file]
+            if missing:
+                raise UserError(f"{path} has no {', '.join(missing)}: {HELP}")
+            return tuple(file[key] for key in keys)
+    except UserError:
+        raise
+    except Exception as error:  # np.load raises whatever zipfile, zlib or its parser does
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a readable .npz ({reason}): {HELP}") from None
+
+
+def _torchvision(root: Path, download: bool) -> tuple:
+    """torchvision checks the MD5 sum of every file before it unpickles one."""
+    from torchvision.datasets import CIFAR10
+
+    try:
+        sets = [CIFAR10(root, train=train, download=download) for train in (True, False)]
+    except Exception as error:  # URLError, RuntimeError (checksum), OSError, tarfile's
+        reason = str(error).splitlines()[0]
+        verb = "downloading CIFAR-10 failed" if download else f"CIFAR-10 in {root} is damaged"
+        raise UserError(f"{verb} ({reason}): {HELP}") from None
+    return tuple(array for s in sets for array in (s.data, np.asarray(s.targets)))
+
+
+def _checked(name: str, images: np.ndarray, labels: np.ndarray) -> Split:
+    """Refuse anything but n uint8 images of 32x32x3 with n labels from 0 to 9, each present."""
+
+    def refuse(what: str):
+        raise UserError(f"the {name} set is not CIFAR-10: {what}; {HELP}")
+
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
+        refuse(f"images are {images.dtype} {images.shape}, not uint8 (n, 32, 32, 3)")
+    if labels.shape == (len(images), 1):  # Keras' own files hold a column
+        labels = labels[:, 0]
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        refuse(f"labels are {labels.dtype} {labels.shape}, not {len(images)} integers")
+    if not len(images):
+        refuse("it is empty")
+    if sorted(set(labels.tolist())) != list(range(10)):
+        refuse(f"labels are {sorted(set(labels.tolist()))[:12]}, not 0 to 9")
+    return Split(
+        torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))),
+        torch.from_numpy(labels.astype(np.int64)),
+    )
+
+
+def _stratified(labels: Tensor, size: int) -> Tensor:
+    """A mask of `size` images, size / 10 of each class, the same in every run."""
+    smallest = int(torch.bincount(labels).min())
+    if size < 0 or size % 10 or size // 10 >= smallest:
+        raise UserError(
+            f"--val-size must be a multiple of 10 and take less than a class has "
+            f"({smallest} images here), not {size}"
+        )
+    rng = np.random.Generator(np.random.PCG64(SPLIT_SEED))
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(10):
+        members = np.flatnonzero(labels.numpy() == label)
+        held[rng.permutation(members)[: size // 10]] = True
+    return held
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 (n, 3, 32, 32) to float32 of about zero mean and unit deviation, channels last."""
+    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    x = images.to(torch.float32, memory_format=torch.channels_last)
+    return x.div_(255).sub_(mean).div_(std)
+
+
+def batches(
+    split: Split, size: int, augment, seed: int, epoch: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of shuffled, augmented, normalized batches; the last incomplete one is left out.
+
+    size: images a global batch; rank r of world gets the r-th part of each. Order and
+    augmentation depend on seed and epoch alone, not on device or world.
+    """
+    device = split.images.device
+    steps, share = len(split) // size, size // world
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(split), generator=generator)[: steps * size]
+    params = augment.draw(len(order), generator)
+    # This rank's share of every global batch.
+    own = torch.arange(steps * size).view(steps, size)[:, rank * share : (rank + 1) * share]
+    own = own.flatten()
+    order, params = order[own].to(device), {k: v[own] for k, v in params.items()}
+    chunk = share * max(1, 4096 // share)  # images augmented at a time: bounds the memory
+    for start in range(0, len(order), chunk):
+        part = slice(start, start + chunk)
+        images = augment.apply(split.images[order[part]], {k: v[part] for k, v in params.items()})
+        labels = split.labels[order[part]]
+        for a in range(0, len(labels), share):
+            yield normalize(images[a : a + share]), labels[a : a + share]

@@ -1,0 +1,126 @@
+"""What is counted: correct answers and their interval, weights, non-zeros, MACs; and the logs."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of an accuracy measured on `total` images (Wilson 1927), as two shares."""
+    if not total:
+        return 0.0, 1.0
+    p, n = correct / total, total
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The Conv2d and Linear layers by name: what is pruned and quantized."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+
+
+def layer_counts(model: nn.Module) -> list[tuple[str, int, int]]:
+    """(name, weights, non-zero weights) of every Conv2d and Linear layer, biases not counted."""
+    return [
+        (name, layer.weight.numel(), int(torch.count_nonzero(layer.weight)))
+        for name, layer in weight_layers(model).items()
+    ]
+
+
+def macs(model: nn.Module, size: int = 32) -> int:
+    """Multiply-accumulates of Conv2d and Linear layers for one image, dense: zeros count."""
+    total = 0
+
+    def count(layer, _, output: Tensor):
+        nonlocal total
+        total += output[0].numel() * layer.weight[0].numel()
+
+    hooks = [layer.register_forward_hook(count) for layer in weight_layers(model).values()]
+    device = next(model.parameters()).device
+    training = model.training
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, size, size, device=device))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+class Log:
+    """JSON lines in a file, and W&B if asked for. Only the main process writes."""
+
+    def __init__(self, path: Path, config: dict, wandb: bool = False):
+        self.path, self.config, self.wandb, self.run = path, config, wandb, None
+        self.active = int(os.environ.get("RANK", 0)) == 0
+
+    def begin(self, past: list[dict]) -> None:
+        """Start the file anew with the lines of the past of a resumed run: one whole run a file."""
+        if not self.active:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in past))
+        if self.wandb:
+            self.run = start_wandb(self.path.parent, name=self.path.stem, config=self.config)
+            for line in past:
+                self.run.log(_numbers(line))
+
+    def __call__(self, line: dict) -> None:
+        if not self.active:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.run:
+            self.run.log(_numbers(line))
+
+    def close(self, summary: dict) -> None:
+        if self.run:
+            self.run.summary.update(summary)
+            finish_wandb(self.run)
+
+
+def _numbers(line: dict) -> dict:
+    return {k: v for k, v in line.items() if isinstance(v, (int, float))}
+
+
+def start_wandb(folder: Path, **options):
+    """A W&B run: online where WANDB_API_KEY or a login is there, else offline."""
+    import wandb  # slow to import, and not everybody's
+
+    offline = os.environ.get("WANDB_MODE") == "offline" or not _wandb_key()
+    folder.mkdir(parents=True, exist_ok=True)
+    return wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "mobilenetv2-cifar10"), dir=str(folder),
+        mode="offline" if offline else "online", settings=wandb.Settings(silent=True), **options,
+    )  # fmt: skip
+
+
+def _wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    with contextlib.suppress(OSError):
+        return "api.wandb.ai" in (Path.home() / ".netrc").read_text()
+    return False
+
+
+def finish_wandb(run) -> None:
+    folder = Path(run.dir).parent
+    offline = run.settings.mode == "offline"
+    run.finish()
+    if offline:
+        print(f"W&B: no key here, so the run is offline: wandb sync {folder}", file=sys.stderr)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log; none where there is no file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]

@@ -1,0 +1,531 @@
+"""The project's charts: plain data in, one PNG out.
+
+Every function takes lists, dicts or arrays, a path and a title, writes the PNG whole or not at all
+and returns its path. Accuracies and sparsities come as fractions and are shown in percent; KB and
+MB are 10^3 and 10^6 bytes. Colours are Okabe and Ito's (safe for the colour-blind) and plasma's.
+Figures are plain `Figure` objects on Agg, no pyplot and no global state; they are 9 inches wide, so
+that their text has its nominal size at a README's 900 pixels.
+"""
+
+import math
+import os
+import re
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import FuncNorm, LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+WIDTH, DPI = 9.0, 160  # inches; 1440 pixels, for screens that show more than 900
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, RED, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+INK, MUTED, GREY, PALE = "#222222", "#666666", "#999999", "#A9CCE3"
+PARTS = (BLUE, ORANGE, SKY, GREEN, PINK, YELLOW, RED, GREY)
+KINDS = {"stem": BLACK, "expand": BLUE, "depthwise": RED, "project": SKY,
+         "head": ORANGE, "classifier": GREEN, "other": GREY}
+ERRORS = LinearSegmentedColormap.from_list("errors", ["#FFFFFF", "#F9C78B", RED, "#7A2E00"])
+# Dark is good. Plasma without its yellow end, which would vanish as a line on white.
+LOST = LinearSegmentedColormap.from_list(
+    "lost", ["#1B0C87", "#6A00A8", "#B12A90", "#E16462", "#FCA636"])
+HALO = [withStroke(linewidth=3, foreground="white")]
+
+
+# ---- shared --------------------------------------------------------------------------------------
+
+
+def _figure(title, note, height, key=None):
+    """A bold title, a grey note and a key {label: colour} above `height` inches of axes."""
+    lines, notes = textwrap.wrap(title, 88) or [""], textwrap.wrap(note, 124)
+    wide = min(len(key), 4 if max(map(len, key)) > 17 else 7) if key else 1
+    heads = [0.1, 0.22 * len(lines), 0.18 * len(notes), 0.22 * math.ceil(len(key or ()) / wide)]
+    total = height + sum(heads) + 0.04
+    figure = Figure(figsize=(WIDTH, total), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(rect=(0.006, 0, 0.988, height / total), w_pad=0.08, h_pad=0.06)
+    tops = 1 - np.cumsum(heads) / total
+    figure.text(0.012, tops[0], "\n".join(lines), va="top", weight="bold", size=12, color=INK)
+    figure.text(0.012, tops[1], "\n".join(notes), va="top", size=9.5, color=MUTED)
+    if key:
+        figure.legend([Patch(color=colour) for colour in key.values()], list(key), ncols=wide,
+                      loc="upper left", bbox_to_anchor=(0.006, tops[2]), frameon=False,
+                      fontsize=9.5, handlelength=0.9, handletextpad=0.4, columnspacing=1.3,
+                      borderaxespad=0.2, borderpad=0.2)
+    return figure
+
+
+def _quiet(ax, title="", grid=None):
+    """Thin grey axes on the sides that carry a scale, grid lines behind the data."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(GREY)
+    ax.tick_params(color=GREY, labelcolor=INK, labelsize=9.5)
+    ax.set_title(title, loc="left", size=10.5, color=INK)
+    ax.set_axisbelow(True)
+    if grid:
+        ax.grid(axis=grid, color="#E4E4E4", linewidth=0.8)
+
+
+def _label(ax, text, at, offset, side=False, **style):
+    """Text at a data point plus an offset in points; `side`: x is a fraction of the axes."""
+    style = {"size": 10, "va": "center", "color": INK, "path_effects": HALO, **style}
+    ax.annotate(text, at, offset, textcoords="offset points", annotation_clip=False,
+                xycoords=("axes fraction", "data") if side else "data", **style)
+
+
+def _save(figure, path):
+    """Write the PNG beside its target, then rename: nobody sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            figure.savefig(file, format="png", dpi=DPI)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _rows(rows):
+    rows = list(rows)
+    if not rows:
+        raise ValueError("nothing to plot: the list is empty")
+    return rows
+
+
+def _series(rows, key):
+    return np.array([math.nan if row.get(key) is None else float(row[key]) for row in rows])
+
+
+def _size(count, digits=3):
+    """Bytes to at least so many digits: 812 B, 70.4 KB, 1.04 MB."""
+    for unit, scale in (("MB", 1e6), ("KB", 1e3)):
+        if count >= 0.9995 * scale:
+            whole = len(str(int(float(f"{count / scale:.{digits}g}"))))
+            return f"{count / scale:.{max(0, digits - whole)}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _smaller(first, count):
+    ratio = first / max(count, 1)
+    return f"{ratio:.{1 if ratio < 99.95 else 0}f}×"
+
+
+def _wilson(accuracy, total):
+    """95% interval of a proportion (Wilson 1927) as fractions; (0, 1) when nothing was counted."""
+    if not total:
+        return 0.0, 1.0
+    z2 = 1.96**2 / total
+    half = math.sqrt(z2 * (accuracy * (1 - accuracy) + z2 / 4))
+    low, high = ((accuracy + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
+
+
+def _contrast(colour):
+    """Black or white, whichever reads better on an RGBA colour."""
+    return "white" if np.dot(colour[:3], (0.299, 0.587, 0.114)) < 0.5 else "black"
+
+
+# ---- training and evaluation ---------------------------------------------------------------------
+
+
+def curves(history, path, title):
+    """Loss, accuracy and learning rate against the epoch; the best validation epoch marked.
+
+    history: dicts of epoch, train_loss, train_accuracy, val_loss, val_accuracy, lr; a val_* or lr
+    that is None or missing is left out.
+    """
+    history = _rows(history)
+    epoch, lr, val = (_series(history, key) for key in ("epoch", "lr", "val_accuracy"))
+    best = int(np.nanargmax(val)) if np.isfinite(val).any() else None
+    note = "no validation split" if best is None else (
+        f"best validation accuracy {100 * val[best]:.2f}%, at epoch {epoch[best]:g}")
+    figure = _figure(title, f"{len(history)} epoch{'s'[:len(history) > 1]}; {note}", 3.9)
+    names, ratios = [["loss", "accuracy"]], None
+    if np.isfinite(lr).any():
+        names, ratios = [["loss", "accuracy"], ["lr", "accuracy"]], [4, 1]
+    axes = figure.subplot_mosaic(names, height_ratios=ratios)
+    pad = 0.02 * np.ptp(epoch) or 1
+    dots = {"marker": "o", "ms": 4} if len(history) < 9 else {}
+
+    for name, scale, text in (("loss", 1, "cross-entropy loss"), ("accuracy", 100, "accuracy (%)")):
+        ax, ends = axes[name], []
+        _quiet(ax, text, "y")
+        for split, colour in (("train", ORANGE), ("val", BLUE)):
+            line = scale * _series(history, f"{split}_{name}")
+            seen = np.isfinite(line)
+            if seen.any():
+                ax.plot(epoch[seen], line[seen], color=colour, linewidth=1.6, **dots)
+                ends.append([line[seen][-1], {"val": "validation"}.get(split, split), colour])
+        ends.sort(key=lambda end: end[0])
+        gap = 0.06 * np.ptp(ax.get_ylim())
+        push = max(0, gap - (ends[-1][0] - ends[0][0])) / 2 if len(ends) == 2 else 0
+        for (y, text, colour), sign in zip(ends, (-1, 1), strict=False):
+            _label(ax, text, (epoch.max(), y + sign * push), (9, 0), color=colour, weight="bold")
+    if "lr" in axes:
+        _quiet(axes["lr"], "learning rate", "y")
+        axes["lr"].plot(epoch, lr, color=MUTED, linewidth=1.4, **dots)
+        peak = max(np.nanmax(lr), 1e-12)
+        axes["lr"].set_ylim(0, 1.15 * peak)
+        axes["lr"].set_yticks([0, peak], ["0", f"{peak:.3g}"])
+        axes["loss"].tick_params(labelbottom=False)
+    for name, ax in axes.items():
+        ax.set_xlim(epoch.min() - pad, epoch.max() + pad)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if name != "loss" or "lr" not in axes:
+            ax.set_xlabel("epoch")
+        if best is not None:
+            ax.axvline(epoch[best], color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+    if best is not None:
+        at, late = (epoch[best], 100 * val[best]), epoch[best] > epoch.mean()
+        axes["accuracy"].plot(*at, "o", ms=7, mfc="white", mec=BLUE, mew=2, zorder=5)
+        if len(history) > 1:
+            axes["accuracy"].annotate(
+                f"best {at[1]:.2f}%\nepoch {at[0]:g}", (at[0], 0.03), (-5 if late else 5, 0),
+                xycoords=axes["accuracy"].get_xaxis_transform(), textcoords="offset points",
+                ha="right" if late else "left", color=INK, path_effects=HALO)
+    return _save(figure, path)
+
+
+def confusion(matrix, classes, path, title):
+    """Counts of true class (rows) by predicted class, errors coloured by their share of the row,
+    the diagonal grey; beside them each class's accuracy with its 95% Wilson interval."""
+    matrix, k = np.asarray(matrix).astype(int), len(classes)
+    if matrix.shape != (k, k):
+        raise ValueError(f"a confusion matrix of shape {matrix.shape} for {k} classes")
+    total, hits, counts = int(matrix.sum()), np.diag(matrix), matrix.sum(1)
+    errors = matrix * ~np.eye(k, dtype=bool)
+    worst = [divmod(int(i), k) for i in np.argsort(-errors, axis=None, kind="stable")[:3]]
+    worst = [f"{classes[i]} → {classes[j]} {errors[i, j]:,}" for i, j in worst if errors[i, j]]
+    figure = _figure(title, f"{hits.sum():,} of {total:,} correct "
+                     f"({100 * hits.sum() / max(total, 1):.2f}%). "
+                     + ("Most frequent errors: " + ", ".join(worst) if worst else "No errors"), 4.9)
+    left, right = figure.subplots(1, 2, width_ratios=[2.5, 1], sharey=True)
+    share = errors / np.maximum(counts, 1)[:, None]
+    share = share / (share.max() or 1)
+    colours = ERRORS(share)
+    colours[np.arange(k), np.arange(k)] = (0.91, 0.91, 0.91, 1)
+    left.imshow(colours, aspect="auto")
+    for i, j in np.ndindex(k, k):
+        left.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", size=9.5,
+                  weight="bold" if i == j else "normal",
+                  color=_contrast(colours[i, j]) if matrix[i, j] else "#BBBBBB")
+    _quiet(left, "images; the darker, the larger the share of its true class")
+    left.set_xticks(range(k), classes, rotation=35, ha="right", rotation_mode="anchor")
+    left.set_yticks(range(k), classes)
+    left.set(xlabel="predicted class", ylabel="true class")
+    _quiet(right, "accuracy by class", "x")
+    for i, (hit, count) in enumerate(zip(hits, counts, strict=True)):
+        if count:
+            span = [100 * end for end in _wilson(hit / count, count)]
+            right.hlines(i, *span, color=BLUE, linewidth=2)
+            right.plot(100 * hit / count, i, "o", color=BLUE, ms=7)
+        text = f"{100 * hit / count:.1f}" if count else "none"
+        _label(right, text, (1, i), (5, 0), side=True)
+    right.set_xlim(right=100)
+    right.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    right.set_xlabel("%, with 95% interval")
+    right.tick_params(axis="y", labelleft=False)
+    for ax in (left, right):
+        ax.tick_params(length=0)
+    return _save(figure, path)
+
+
+# ---- pruning -------------------------------------------------------------------------------------
+
+
+def _kind(name, names):
+    """What a MobileNetV2 layer does, from torchvision's name for it."""
+    if name.startswith("classifier"):
+        return "classifier"
+    if re.fullmatch(r"features\.\d+\.0", name):
+        return "stem" if name == "features.0.0" else "head"
+    match = re.fullmatch(r"(features\.\d+\.conv)\.(0\.0|1\.0|1|2)", name)
+    if not match:
+        return "other"
+    block, place = match.groups()
+    if place == "0.0":  # a block without expansion starts with its depthwise layer
+        return "depthwise" if f"{block}.1" in names else "expand"
+    return "depthwise" if place == "1.0" else "project"
+
+
+def layer_sparsity(layers, path, title):
+    """Sparsity of each layer, and each layer's share of the weights that remain.
+
+    layers: (name, weights, non-zeros) in network order, torchvision's names with or without
+    `.weight`.
+    """
+    names, weights, left = zip(*_rows(layers), strict=True)
+    names = [name.removesuffix(".weight") for name in names]
+    weights, left = np.array(weights, float), np.array(left, float)
+
+    def sparsity(some):
+        return 100 * (1 - left[some].sum() / max(weights[some].sum(), 1))
+
+    kinds = np.array([_kind(name, set(names)) for name in names])
+    colours = [KINDS[kind] for kind in kinds]
+    key = {f"{kind} {sparsity(kinds == kind):.1f}%": colour
+           for kind, colour in KINDS.items() if kind in kinds}
+    empty = f" ({(left == 0).sum()} of them empty)" if (left == 0).any() else ""
+    figure = _figure(title, f"{left.sum():,.0f} of {weights.sum():,.0f} weights remain in "
+                     f"{len(names)} layers{empty}; sparsity of each kind of layer:", 4.4, key)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    x, dense = np.arange(len(names)), 100 * weights / max(weights.sum(), 1)
+    _quiet(top, "sparsity (%)", "y")
+    top.bar(x, [sparsity(x == i) for i in x], color=colours, width=0.78)
+    top.axhline(sparsity(x >= 0), color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    _label(top, f"all\n{sparsity(x >= 0):.1f}%", (1, sparsity(x >= 0)), (4, 0), side=True)
+    top.set_ylim(0, 104)
+    _quiet(bottom, "share (%) of the remaining weights; grey lines: of all weights", "y")
+    bottom.bar(x, 100 * left / max(left.sum(), 1), color=colours, width=0.78)
+    bottom.hlines(dense, x - 0.45, x + 0.45, color=MUTED, linewidth=1.6)
+
+    blocks = ["\nclassifier" if kind == "classifier" else re.sub(r"\D*(\d+).*", r"\1", name)
+              for name, kind in zip(names, kinds, strict=True)]
+    starts = [i for i in x if i == 0 or blocks[i] != blocks[i - 1]]
+    ends = [*starts[1:], len(names)]
+    for ax in (top, bottom):
+        for start, end in list(zip(starts, ends, strict=True))[::2]:
+            ax.axvspan(start - 0.5, end - 0.5, color="#F5F5F5", zorder=0)
+    middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
+    bottom.set_xticks(middles, [blocks[i] for i in starts])
+    bottom.set_xlim(-0.6, len(names) - 0.4)
+    bottom.set_xlabel("block N of features.N")
+    for ax in (top, bottom):
+        ax.tick_params(axis="x", length=0)
+    return _save(figure, path)
+
+
+def accuracy_sparsity(rounds, path, title, floor=None):
+    """Validation accuracy against sparsity, on a log scale of density.
+
+    rounds: dicts of round, sparsity, val_accuracy. Marked as kept: the round with a true `kept`,
+    or else the sparsest one at or over the floor.
+    """
+    rounds = _rows(row for row in rounds if row.get("val_accuracy") is not None)
+    rounds.sort(key=lambda row: row["sparsity"])
+    sparsity, accuracy = _series(rounds, "sparsity"), 100 * _series(rounds, "val_accuracy")
+    x = -np.log10(np.maximum(1 - sparsity, 1e-4))
+    kept = [i for i, row in enumerate(rounds) if row.get("kept")]
+    if not kept and floor is not None:
+        kept = [i for i, row in enumerate(rounds) if row["val_accuracy"] >= floor]
+    note = f"{len(rounds)} point{'s'[:len(rounds) > 1]}, numbered by round"
+    if kept:
+        note += (f"; kept: round {rounds[kept[-1]]['round']}, {100 * sparsity[kept[-1]]:.2f}% "
+                 f"sparse, accuracy {accuracy[kept[-1]]:.2f}%")
+    figure = _figure(title, note, 3.9)
+    ax = figure.subplots()
+    _quiet(ax, "validation accuracy (%)", "both")
+    ax.plot(x, accuracy, color=BLUE, linewidth=1.5, marker="o", ms=5, zorder=3)
+    for i in range(0, len(rounds), math.ceil(len(rounds) / 30)):
+        _label(ax, rounds[i]["round"], (x[i], accuracy[i]), (3, 8), size=8.5, color=MUTED)
+    low, high = accuracy.min(), accuracy.max()
+    if floor is not None:
+        low, high = min(low, 100 * floor), max(high, 100 * floor)
+        ax.axhline(100 * floor, color=RED, linewidth=1.2, linestyle=(0, (5, 3)))
+        _label(ax, f"floor {100 * floor:.2f}%", (0, 100 * floor), (4, -9), side=True, color=RED)
+    if kept:
+        at = x[kept[-1]], accuracy[kept[-1]]
+        ax.plot(*at, "o", ms=11, mfc="none", mec=INK, mew=1.8, zorder=4)
+        _label(ax, "kept", at, (-8, -11), ha="right", weight="bold")
+    pad, right = 0.14 * max(high - low, 1), max(x.max(), 0.31) + 0.08
+    marks = np.array([0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999])
+    marks = marks[-np.log10(1 - marks) <= right]
+    ax.set_xticks(-np.log10(1 - marks), [f"{100 * m:g}%\n{1 / (1 - m):.0f}×" for m in marks])
+    ax.set(xlim=(-0.04, right), ylim=(low - pad, high + pad),
+           xlabel="sparsity, and how many times fewer weights (log scale)")
+    return _save(figure, path)
+
+
+# ---- the sweep of bit widths ---------------------------------------------------------------------
+
+
+def _sweep(cells):
+    """The cells, their points below the best, a colour scale that tells both tenths and tens of
+    points apart, and a note: the best and the smallest file within a point of it."""
+    cells = _rows(cells)
+    accuracy = 100 * _series(cells, "accuracy")
+    lost = accuracy.max() - accuracy
+    log = (lambda p: np.log1p(np.asarray(p) / 0.5), lambda y: 0.5 * np.expm1(np.asarray(y)))
+    near = [cell for cell, points in zip(cells, lost, strict=True) if points <= 1 + 1e-9]
+    pick = min(near, key=lambda cell: (cell["bytes"], cell["act_bits"]))
+    note = (f"{len(cells)} cell{'s'[:len(cells) > 1]}, best {accuracy.max():.2f}%; smallest file "
+            f"within a point of it: W{pick['weight_bits']}A{pick['act_bits']}, "
+            f"{_size(pick['bytes'])}, {100 * pick['accuracy']:.2f}%")
+    return cells, lost, FuncNorm(log, vmin=0, vmax=max(lost.max(), 2)), note
+
+
+def heatmap(cells, path, title):
+    """Accuracy by weight bits (down) and activation bits (across), file sizes beside the rows.
+
+    cells: dicts of weight_bits, act_bits, accuracy, bytes; cells that are missing stay blank.
+    """
+    cells, lost, norm, note = _sweep(cells)
+    rows, columns = (sorted({cell[key] for cell in cells}, reverse=True)
+                     for key in ("weight_bits", "act_bits"))
+    figure = _figure(title, note, 1.1 + 0.5 * max(len(rows), 4))
+    ax = figure.subplots()
+    grid = np.full((len(rows), len(columns)), math.nan)
+    for cell, points in zip(cells, lost, strict=True):
+        i, j = rows.index(cell["weight_bits"]), columns.index(cell["act_bits"])
+        grid[i, j] = points
+        ax.text(j, i, f"{100 * cell['accuracy']:.1f}", ha="center", va="center",
+                size=12 if len(columns) < 9 else 9, color=_contrast(LOST(norm(points))))
+    image = ax.imshow(grid, cmap=LOST, norm=norm, aspect="auto")
+    for i, bits in enumerate(rows):
+        sizes = [cell["bytes"] for cell in cells if cell["weight_bits"] == bits]
+        ends = dict.fromkeys([_size(min(sizes)), _size(max(sizes))])
+        _label(ax, " to\n".join(ends), (1, i), (6, 0), side=True, size=8.5, color=MUTED)
+    _label(ax, "file", (1, -0.5), (6, 7), side=True, size=8.5, color=MUTED)
+    _quiet(ax, "accuracy (%)")
+    ax.spines[:].set_visible(False)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color="white", linewidth=2)
+    ax.tick_params(which="both", length=0)
+    ax.set(xlabel="activation bits", ylabel="weight bits")
+    bar = figure.colorbar(image, ax=ax, pad=0.02, aspect=28)
+    bar.set_ticks([p for p in (0, 0.5, 1, 2, 5, 10, 20, 50) if p <= norm.vmax])
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda p, _: f"−{p:g}" if p else "best"))
+    bar.ax.invert_yaxis()
+    bar.set_label("points below the best cell (log)")
+    bar.outline.set_visible(False)
+    return _save(figure, path)
+
+
+def parallel_coordinates(cells, path, title):
+    """A line a cell through weight bits, activation bits, file size and accuracy, whose axis is
+    also the colour bar. Lines that share a tick fan out around it, the best drawn on top.
+
+    cells: dicts of weight_bits, act_bits, accuracy, bytes.
+    """
+    cells, lost, norm, note = _sweep(cells)
+    columns = [_series(cells, key) for key in ("weight_bits", "act_bits", "bytes")]
+    logs = [np.log(np.maximum(column, 1)) for column in columns]
+    # Log scales to 0..1; a value alone on its axis sits in the middle.
+    ticks = [(v - v.min()) / np.ptp(v) if np.ptp(v) else np.full(len(v), 0.5) for v in logs]
+    height = 1 - np.asarray(norm(lost), float)
+    places = [tick.copy() for tick in ticks]
+    for place, tick, order in zip(places, ticks, (ticks[1], ticks[0], ticks[1]), strict=True):
+        for value in np.unique(tick):
+            group = np.flatnonzero(tick == value)
+            group = group[np.argsort(order[group], kind="stable")]
+            reach = 0.016 if len(group) > 1 else 0
+            place[group] += np.linspace(-reach, reach, len(group))
+    points = np.stack([*places, height])
+
+    figure = _figure(title, f"{note}; log scales", 4.4)
+    ax = figure.subplots()
+    step = np.linspace(0, 1, 40)
+    ease = step * step * (3 - 2 * step)  # flat where it meets an axis
+    for i in np.argsort(-lost, kind="stable"):
+        y = [points[a, i] + (points[a + 1, i] - points[a, i]) * ease for a in range(3)]
+        ax.plot(np.add.outer(range(3), step).ravel(), np.ravel(y), color=LOST(norm(lost[i])),
+                linewidth=1.5, alpha=0.85)
+    ax.vlines(range(3), -0.03, 1.03, color=INK, linewidth=1.2, zorder=3)
+    ax.imshow(norm.inverse(np.linspace(1, 0, 256))[:, None], cmap=LOST, norm=norm, zorder=3,
+              extent=(3, 3.05, 0, 1), origin="lower", aspect="auto")
+    for x, name in enumerate(("weight bits", "activation bits", "file size", "accuracy (%)")):
+        ax.text(x, 1.07, name, ha="center", weight="bold", size=10.5, color=INK)
+    for x, write in enumerate(("{:g}".format, "{:g}".format, _size)):
+        used = []
+        for y, value in sorted(zip(ticks[x], columns[x], strict=True)):
+            if not used or y - used[-1] >= 0.045:
+                used.append(y)
+                _label(ax, write(value), (x, y), (-6, 0), ha="right", zorder=4)
+    best, used = 100 * max(float(cell["accuracy"]) for cell in cells), []
+    for p in (0, lost.max(), 0.5, 1, 2, 5, 10, 20, 50):
+        y = 1 - float(norm(p))
+        if p <= norm.vmax and p <= best and all(abs(y - other) > 0.045 for other in used):
+            used.append(y)
+            _label(ax, f"{best - p:.1f}", (3.05, y), (5, 0))
+    ax.set(xlim=(-0.18, 3.25), ylim=(-0.05, 1.12))
+    ax.set_axis_off()
+    return _save(figure, path)
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def storage(files, path, title):
+    """What the bytes of each file are: to scale on the left, as shares of the file on the right.
+
+    files: (label, {part: bytes}) from top to bottom; parts named "group: ..." stand together.
+    """
+    files = _rows(files)
+    parts = list(dict.fromkeys(part for _, sizes in files for part in sizes))
+    groups = [part.split(":")[0] for part in parts]
+    parts.sort(key=lambda part: groups.index(part.split(":")[0]))
+    key = {part: PARTS[i % len(PARTS)] for i, part in enumerate(parts)}
+    totals = [sum(sizes.values()) for _, sizes in files]
+    note = "KB and MB: 10³ and 10⁶ bytes" + "; × smaller than the first file" * (len(files) > 1)
+    figure = _figure(title, note, 0.9 + 0.46 * len(files), key)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.7], sharey=True)
+    _quiet(left, "size of the file", "x")
+    _quiet(right, "what it consists of", "x")
+    for y, ((_, sizes), total) in enumerate(zip(files, totals, strict=True)):
+        start = 0
+        for part in (part for part in parts if sizes.get(part)):
+            share, text = 100 * sizes[part] / total, _size(sizes[part], 2)
+            left.barh(y, sizes[part] / 1e6, left=start / 1e6, color=key[part], height=0.66)
+            bar = right.barh(y, share, left=100 * start / total, color=key[part], height=0.66,
+                             edgecolor="white", linewidth=0.8)
+            if share > 1.65 * len(text) + 1:  # the width of the text in % of the panel
+                right.text(100 * start / total + share / 2, y, text, ha="center", va="center",
+                           size=9, color=_contrast(bar.patches[0].get_facecolor()))
+            start += sizes[part]
+        text = _size(total) + (f"  {_smaller(totals[0], total)}" if y else "")
+        _label(left, text, (total / 1e6, y), (5, 0), size=9.5)
+    left.set_yticks(range(len(files)), [label for label, _ in files])
+    left.set(xlim=(0, 1.5 * max(*totals, 1) / 1e6), ylim=(len(files) - 0.5, -0.5), xlabel="MB")
+    left.xaxis.set_major_locator(MaxNLocator(4))
+    right.set(xlim=(0, 100), xlabel="% of the file")
+    for ax in (left, right):
+        ax.tick_params(axis="y", length=0)
+    return _save(figure, path)
+
+
+def stages(rows, path, title):
+    """File size (log scale) with its ratio to the first, and accuracy with its 95% Wilson interval.
+
+    rows: dicts of stage, bytes, accuracy, total (the number of images), from top to bottom.
+    """
+    rows = _rows(rows)
+    sizes = np.maximum(_series(rows, "bytes"), 1)
+    counts = " or ".join(f"{n:,}" for n in sorted({int(row["total"]) for row in rows}))
+    note = "; × smaller than the first" * (len(rows) > 1)
+    figure = _figure(title, f"accuracy on n = {counts} images{note}", 0.9 + 0.44 * len(rows))
+    left, right = figure.subplots(1, 2, width_ratios=[1.15, 1], sharey=True)
+    _quiet(left, "file size (log scale)", "x")
+    _quiet(right, "accuracy (%), with 95% interval", "x")
+    low, high = sizes.min() / 2.2, sizes.max()
+    left.set_xscale("log")
+    for i, row in enumerate(rows):
+        left.hlines(i, low, sizes[i], color=PALE, linewidth=3)
+        left.plot(sizes[i], i, "o", color=BLUE, ms=8)
+        text = _size(row["bytes"]) + (f"  {_smaller(sizes[0], sizes[i])}" if i else "")
+        _label(left, text, (sizes[i], i), (9, 0))
+        accuracy = float(row["accuracy"])
+        span = [100 * end for end in _wilson(accuracy, row["total"])]
+        right.hlines(i, *span, color=BLUE, linewidth=2)
+        right.plot(100 * accuracy, i, "o", color=BLUE, ms=8)
+        _label(right, f"{100 * accuracy:.2f}", (1, i), (6, 0), side=True)
+    decades = [10.0**p for p in range(10) if low <= 10.0**p <= 1.3 * high] or [high]
+    left.set_xticks(decades, [_size(decade, 1) for decade in decades])
+    left.xaxis.set_minor_locator(NullLocator())
+    left.set_yticks(range(len(rows)), [row["stage"] for row in rows])
+    left.set(xlim=(low, high * (high / low) ** 0.6), ylim=(len(rows) - 0.5, -0.5))
+    right.margins(x=0.06)
+    right.xaxis.set_major_locator(MaxNLocator(5))
+    for ax in (left, right):
+        ax.tick_params(axis="y", length=0)
+    return _save(figure, path)

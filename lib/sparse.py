@@ -1,0 +1,295 @@
+"""The report's sparse encoding in a `.nnz` file (FORMAT.md, section 3): of each weight tensor the
+non-zero values, bit-packed, and an index a dimension; every other tensor raw; one JSON directory.
+
+`decode(encode(...))` gives back the same content bit for bit. Knows no torch.
+"""
+
+import hashlib
+import json
+import math
+import operator
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from lib.container import (
+    LIMIT,
+    MAX_LENGTH,
+    ChecksumMismatch,
+    LimitExceeded,
+    Malformed,
+    pack,
+    unpack,
+)
+
+SPARSE_BITS = {"int8": range(2, 9), "int16": range(2, 17), "float32": range(32, 33)}
+DENSE_TYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+META_LIMIT = 1 << 20  # bytes of JSON
+MAX_RANK, MAX_NAME, MAX_DIM = 8, 255, 1 << 32  # dimensions, characters, positions
+CHUNK = 1 << 16  # non-zeros (un)packed at a time; a multiple of 8, so a chunk begins on a byte
+
+
+class Entry(NamedTuple):
+    """A row of the directory; a dense tensor has no `bits` and no `nonzeros`."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    bits: int = 0  # a stored value
+    nonzeros: int = 0
+
+    @property
+    def numpy_type(self) -> np.dtype:
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def nbytes(self) -> int:  # decoded
+        return math.prod(self.shape) * self.numpy_type.itemsize
+
+    @property
+    def value_bytes(self) -> int:
+        return (self.nonzeros * self.bits + 7) // 8
+
+    @property
+    def columns(self) -> list[tuple[int, np.dtype]]:
+        """(size, index type) of each dimension that has indices: those of more than one position"""
+        types = ((1 << 8, "u1"), (1 << 16, "<u2"), (MAX_DIM, "<u4"))
+        return [(n, np.dtype(next(t for m, t in types if n <= m))) for n in self.shape if n > 1]
+
+    @property
+    def index_bytes(self) -> int:
+        return self.nonzeros * sum(index.itemsize for _, index in self.columns)
+
+
+def encode(
+    meta: dict,
+    sparse: dict[str, np.ndarray],
+    dense: dict[str, np.ndarray],
+    bits: dict[str, int],
+) -> bytes:
+    """A `.nnz` file. `meta`: JSON with string keys, lists and finite numbers. `sparse`: int8 or
+    int16 levels of 2 to 8 or 16 bits, or float32 at 32; `bits` has the width of each of them.
+
+    Raises a FormatError for what a file cannot hold, TypeError or ValueError for a `meta` that
+    is not JSON. The order of tensors is kept, that of keys in `meta` is not.
+    """
+    if set(bits) != set(sparse):
+        raise Malformed("`bits` must name exactly the sparse tensors")
+    sparse = {name: _little_endian(array) for name, array in sparse.items()}
+    dense = {name: _little_endian(array) for name, array in dense.items()}
+    rows, values, indices = [], [], []
+    for name, array in sparse.items():
+        flat = array.reshape(-1)
+        if array.dtype.name == "float32":
+            flat = flat.view("<u4")  # so that -0.0 and NaN are not zero
+        position = np.flatnonzero(flat)
+        width = operator.index(bits[name])
+        entry = Entry(name, array.dtype.name, list(array.shape), width, len(position))
+        _check_entry(entry, SPARSE_BITS, MAX_LENGTH)
+        values.append(_pack_values(name, flat[position], width))
+        index = []
+        for size in reversed([n for n in array.shape if n > 1]):
+            position, last = np.divmod(position, size)
+            index.append(last)
+        for last, (_, index_type) in zip(reversed(index), entry.columns, strict=True):
+            indices.append(last.astype(index_type).tobytes())
+        rows.append(list(entry))
+    directory = {
+        "dense": [[name, array.dtype.name, list(array.shape)] for name, array in dense.items()],
+        "meta": meta,
+        "sparse": rows,
+    }
+    text = _canonical(directory)
+    if _parse(text, MAX_LENGTH)[0] != meta:
+        raise Malformed("meta does not survive JSON: use string keys, and lists for tuples")
+    return pack(
+        {
+            "META": zlib.compress(text, 9),
+            "SVAL": b"".join(values),
+            "SIDX": b"".join(indices),
+            "DENS": b"".join(array.tobytes() for array in dense.values()),
+            "HASH": _digest(text, [*sparse.values(), *dense.values()]),
+        }
+    )
+
+
+def decode(
+    data: bytes, limit: int = LIMIT
+) -> tuple[dict, dict[str, np.ndarray], dict[str, np.ndarray], dict[str, int]]:
+    """(meta, sparse, dense, bits) as given to `encode`; new, writable arrays.
+
+    Raises a FormatError for any file that is damaged or illegal, or whose tensors would take more
+    than `limit` bytes: that is known, and checked, before any of them is allocated.
+    """
+    limit = min(limit, MAX_LENGTH)
+    payloads = unpack(data, limit)
+    text = _inflate(payloads["META"], min(limit, META_LIMIT))
+    meta, sparse_entries, dense_entries = _parse(text, limit)
+    raw = {tag: np.frombuffer(payloads[tag], np.uint8) for tag in ("SVAL", "SIDX", "DENS")}
+    for tag, size in (
+        ("SVAL", sum(entry.value_bytes for entry in sparse_entries)),
+        ("SIDX", sum(entry.index_bytes for entry in sparse_entries)),
+        ("DENS", sum(entry.nbytes for entry in dense_entries)),
+    ):
+        if len(raw[tag]) != size:
+            raise Malformed(f"section {tag} has {len(raw[tag])} bytes, the directory needs {size}")
+
+    sparse, dense = {}, {}
+    value_at = index_at = dense_at = 0
+    for entry in sparse_entries:
+        packed = raw["SVAL"][value_at : value_at + entry.value_bytes]
+        index = raw["SIDX"][index_at : index_at + entry.index_bytes]
+        sparse[entry.name] = _scatter(entry, packed, index)
+        value_at += entry.value_bytes
+        index_at += entry.index_bytes
+    for entry in dense_entries:
+        block = raw["DENS"][dense_at : dense_at + entry.nbytes]
+        if entry.dtype == "bool" and (block > 1).any():
+            raise Malformed(f"{entry.name!r}: a bool that is neither 0 nor 1")
+        dense[entry.name] = block.view(entry.numpy_type).reshape(entry.shape).copy()
+        dense_at += entry.nbytes
+    if _digest(text, [*sparse.values(), *dense.values()]) != payloads["HASH"]:
+        raise ChecksumMismatch("the decoded content is not what was encoded (SHA-256)")
+    return meta, sparse, dense, {entry.name: entry.bits for entry in sparse_entries}
+
+
+def sections(data: bytes, limit: int = LIMIT) -> dict[str, int]:
+    """Bytes by kind; they add up to len(data). The frame is header, section table and SHA-256."""
+    kinds = {"values": "SVAL", "indices": "SIDX", "dense": "DENS", "metadata": "META"}
+    payloads = unpack(data, limit)
+    sizes = {kind: len(payloads[tag]) for kind, tag in kinds.items()}
+    return {**sizes, "frame": len(data) - sum(sizes.values())}
+
+
+def _little_endian(array):
+    array = np.asarray(array)
+    return np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+
+
+def _digest(text, arrays):
+    sha = hashlib.sha256(text)
+    for array in arrays:
+        sha.update(array.reshape(-1).view(np.uint8))
+    return sha.digest()
+
+
+def _canonical(value):
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _inflate(payload, limit):
+    stream = zlib.decompressobj()
+    try:
+        text = stream.decompress(payload, limit + 1)
+    except zlib.error as error:
+        raise Malformed(f"section META is not a zlib stream: {error}") from None
+    if len(text) > limit:
+        raise LimitExceeded(f"section META inflates to more than {limit} bytes")
+    if not stream.eof or stream.unused_data:
+        raise Malformed("section META is not one whole zlib stream")
+    return text
+
+
+def _parse(text, limit):
+    """(meta, sparse entries, dense entries) of the directory's JSON, all of it checked."""
+    if len(text) > META_LIMIT:
+        raise LimitExceeded(f"metadata of {len(text)} bytes, over the limit of {META_LIMIT}")
+    try:
+        content = json.loads(text)
+        canonical = _canonical(content)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"section META is not legal JSON: {error}") from None
+    if canonical != text:  # also catches duplicate keys
+        raise Malformed("section META is not canonical JSON")
+    match content:
+        case {"dense": list(dense), "meta": dict(meta), "sparse": list(sparse), **rest} if not rest:
+            pass
+        case _:
+            raise Malformed("section META must be an object of dense, meta and sparse")
+    for rows, width in ((sparse, 5), (dense, 3)):
+        if any(type(row) is not list or len(row) != width for row in rows):
+            raise Malformed(f"section META: a directory row must be a list of {width}")
+    sparse = [_check_entry(Entry(*row), SPARSE_BITS, limit) for row in sparse]
+    dense = [_check_entry(Entry(*row), dict.fromkeys(DENSE_TYPES, (0,)), limit) for row in dense]
+    entries = sparse + dense
+    if len({entry.name for entry in entries}) != len(entries):
+        raise Malformed("two tensors have the same name")
+    if sum(entry.nbytes for entry in entries) > limit:
+        raise LimitExceeded(f"the tensors take more than the limit of {limit} bytes")
+    return meta, sparse, dense
+
+
+def _check_entry(entry, legal_bits, limit):
+    name, dtype, shape, bits, nonzeros = entry
+    if type(name) is not str or not 1 <= len(name) <= MAX_NAME:
+        raise Malformed(f"a tensor name must be a string of 1 to {MAX_NAME} characters")
+    if type(dtype) is not str or dtype not in legal_bits:
+        raise Malformed(f"{name!r}: type {str(dtype)[:20]!r} is not of {', '.join(legal_bits)}")
+    if type(bits) is not int or bits not in legal_bits[dtype]:
+        raise Malformed(f"{name!r}: an illegal number of bits for {dtype}")
+    if type(shape) is not list or len(shape) > MAX_RANK:
+        raise Malformed(f"{name!r}: a shape must be a list of at most {MAX_RANK}")
+    if any(type(size) is not int or not 0 <= size <= MAX_DIM for size in shape):
+        raise Malformed(f"{name!r}: a dimension must be an integer of 0 to 2^32")
+    if math.prod(size or 1 for size in shape) * entry.numpy_type.itemsize > limit:
+        raise LimitExceeded(f"{name!r}: shape {shape} takes more than the limit of {limit} bytes")
+    if type(nonzeros) is not int or not 0 <= nonzeros <= math.prod(shape):
+        raise Malformed(f"{name!r}: an illegal number of non-zeros")
+    return entry
+
+
+def _pack_values(name, values, bits):
+    if bits == 32:
+        return values.astype("<u4").tobytes()
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    if len(values) and not low <= values.min() <= values.max() <= high:
+        raise Malformed(f"{name!r}: a level outside {low} to {high}")
+    packed = []
+    for start in range(0, len(values), CHUNK):
+        pairs = values[start : start + CHUNK].astype("<i2").view(np.uint8).reshape(-1, 2)
+        planes = np.unpackbits(pairs, axis=1, bitorder="little")
+        packed.append(np.packbits(planes[:, :bits], bitorder="little").tobytes())
+    return b"".join(packed)
+
+
+def _unpack_values(name, packed, count, bits):
+    if bits == 32:
+        return packed.view("<u4")
+    stream = np.unpackbits(packed, bitorder="little")
+    if stream[count * bits :].any():
+        raise Malformed(f"{name!r}: padding bits that are not zero")
+    planes = stream[: count * bits].reshape(count, bits)
+    sign = np.repeat(planes[:, -1:], 16 - bits, axis=1)  # two's complement: extend the top bit
+    return np.packbits(np.hstack([planes, sign]), axis=1, bitorder="little").view("<i2")[:, 0]
+
+
+def _scatter(entry, packed, index):
+    """The tensor of these values and indices (uint8 views). Temporary arrays are of CHUNK."""
+    count, bits, name = entry.nonzeros, entry.bits, entry.name
+    columns, at = [], 0
+    for size, index_type in entry.columns:
+        end = at + count * index_type.itemsize
+        columns.append((size, index[at:end].view(index_type)))
+        at = end
+    out = np.zeros(entry.shape, entry.numpy_type)
+    flat = out.reshape(-1)  # a view
+    if bits == 32:
+        flat = flat.view("<u4")
+    last = -1
+    for start in range(0, count, CHUNK):
+        stop = min(start + CHUNK, count)
+        position = np.zeros(stop - start, np.int64)
+        for size, column in columns:
+            if column[start:stop].max() >= size:
+                raise Malformed(f"{name!r}: an index outside its dimension")
+            position = position * size + column[start:stop]
+        if position[0] <= last or (position[1:] <= position[:-1]).any():
+            raise Malformed(f"{name!r}: positions are not strictly increasing")
+        last = position[-1]
+        block = packed[start * bits // 8 : (stop * bits + 7) // 8]
+        values = _unpack_values(name, block, stop - start, bits)
+        if not values.all():
+            raise Malformed(f"{name!r}: a stored value is zero")
+        flat[position] = values
+    return out

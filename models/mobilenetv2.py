@@ -1,0 +1,135 @@
+"""MobileNetV2 (Sandler et al. 2018) for small images, with torchvision's parameter names.
+
+Every width, stride and residual connection is data (`standard()` makes the usual ones), so that
+a compacted network is the same class with other numbers, and a checkpoint can rebuild its own.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# Expansion, channels, blocks, stride of each stage: table 2 of the paper.
+STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2),
+          (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))  # fmt: skip
+
+
+def standard(
+    width: float = 1.0, downsample: int = 4, dropout: float = 0.2, classes: int = 10
+) -> dict:
+    """Settings of the usual network, in plain types.
+
+    downsample: input size over final map size. 4 is the report's (32x32 -> 8x8: stride 1 in the
+    stem and the first two stages that have one), 8 leaves 4x4 at a third of the MACs, 32 is
+    torchvision's own.
+    """
+    full_size = {4: 3, 8: 2, 16: 1, 32: 0}  # how many of the five stride-2 layers are at stride 1
+    if downsample not in full_size:
+        raise ValueError(f"downsample must be one of {sorted(full_size)}, not {downsample}")
+    if not width > 0 or not 0 <= dropout < 1:
+        raise ValueError(f"width must be over 0 and dropout in [0, 1), not {width} and {dropout}")
+    at_one = full_size[downsample]
+    stem = _round_channels(32 * width)
+    settings = {
+        "stem": stem, "stem_stride": 1 if at_one else 2, "blocks": [],
+        "head": _round_channels(1280 * max(1.0, width)), "classes": classes, "dropout": dropout,
+    }  # fmt: skip
+    channels, seen = stem, 1  # the stem is the first of the five
+    for expansion, out, repeats, stride in STAGES:
+        out = _round_channels(out * width)
+        if stride == 2:
+            seen += 1
+            stride = 1 if seen <= at_one else 2
+        for i in range(repeats):
+            s = stride if i == 0 else 1
+            settings["blocks"].append({
+                "hidden": channels * expansion, "out": out, "stride": s,
+                "expand": expansion != 1, "residual": i > 0,
+            })  # fmt: skip
+            channels = out
+    return settings
+
+
+def _round_channels(value: float) -> int:
+    """The nearest multiple of 8 that is not more than 10% below (torchvision's _make_divisible)."""
+    rounded = max(8, int(value + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * value else rounded
+
+
+def settings_of(state: dict[str, Tensor], downsample: int = 4) -> dict:
+    """Settings of a plain torchvision state dict: widths from its shapes.
+
+    Strides leave no trace in a state dict; they are taken from `downsample`.
+    Raises ValueError where the tensors are not a MobileNetV2's.
+    """
+    settings = standard(downsample=downsample)
+    try:
+        settings["stem"] = state["features.0.0.weight"].shape[0]
+        for i, block in enumerate(settings["blocks"], start=1):
+            project = state[f"features.{i}.conv.{2 if block['expand'] else 1}.weight"]
+            block["out"], block["hidden"] = project.shape[:2]
+        settings["head"] = state["features.18.0.weight"].shape[0]
+        settings["classes"] = state["classifier.1.weight"].shape[0]
+    except (KeyError, IndexError, AttributeError, ValueError) as error:
+        raise ValueError(f"not the state dict of a MobileNetV2 (at {error})") from None
+    return settings
+
+
+class ConvBNReLU6(nn.Sequential):
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
+        super().__init__(
+            nn.Conv2d(
+                inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False
+            ),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU6(inplace=True),
+        )
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expand, 3x3 depthwise, 1x1 linear projection (section 3.3 of the paper)."""
+
+    def __init__(self, inputs, hidden, out, stride, expand, residual):
+        super().__init__()
+        layers = [ConvBNReLU6(inputs, hidden, 1)] if expand else []
+        layers += [
+            ConvBNReLU6(hidden, hidden, 3, stride, groups=hidden),
+            nn.Conv2d(hidden, out, 1, bias=False),
+            nn.BatchNorm2d(out),
+        ]
+        self.conv = nn.Sequential(*layers)
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.residual else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+    """Images (N, 3, H, W), normalized floats, to logits (N, classes)."""
+
+    def __init__(self, settings: dict):
+        super().__init__()
+        self.settings = settings
+        channels = settings["stem"]
+        features = [ConvBNReLU6(3, channels, 3, settings["stem_stride"])]
+        for block in settings["blocks"]:
+            features.append(InvertedResidual(channels, **block))
+            channels = block["out"]
+        features.append(ConvBNReLU6(channels, settings["head"], 1))
+        self.features = nn.Sequential(*features)
+        self.classifier = nn.Sequential(
+            nn.Dropout(settings["dropout"]), nn.Linear(settings["head"], settings["classes"])
+        )
+        self.apply(_initialize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
+        return self.classifier(torch.flatten(x, 1))
+
+
+def _initialize(module: nn.Module) -> None:
+    """He et al. 2015, fan-out; the classifier small. The same draws as torchvision's."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, 0, 0.01)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,199 @@
+"""Every chart: a whole PNG on ordinary and on edge inputs, nothing at all when it fails."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lib import plots
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer",
+           "dog", "frog", "horse", "ship", "truck"]
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """The same layout in inches, fewer pixels to draw: the tests take a third of the time."""
+    monkeypatch.setattr(plots, "DPI", 60)
+
+
+def history(epochs, **changed):
+    return [{"epoch": e, "train_loss": 2 / e, "train_accuracy": 1 - 0.6 / e, "val_loss": 2.1 / e,
+             "val_accuracy": 1 - 0.7 / e, "lr": 0.1 / e, **changed} for e in range(1, epochs + 1)]
+
+
+def counts(errors):
+    rng = np.random.default_rng(0)
+    return np.diag([100] * 10) + rng.integers(0, errors + 1, (10, 10)) * ~np.eye(10, dtype=bool)
+
+
+def layer_names():
+    """The 53 convolution and linear layers of torchvision's mobilenet_v2, in order."""
+    blocks = [f"features.{n}.conv.{place}" for n in range(2, 18) for place in ("0.0", "1.0", "2")]
+    return ["features.0.0", "features.1.conv.0.0", "features.1.conv.1", *blocks,
+            "features.18.0", "classifier.1"]
+
+
+def layers(share):
+    return [(name, 1000 + 10 * i, int(share * (1000 + 9 * i)))
+            for i, name in enumerate(layer_names())]
+
+
+def rounds(n):
+    return [{"round": r, "sparsity": 1 - 0.8**r, "val_accuracy": 0.95 - 1e-4 * r**2}
+            for r in range(n)]
+
+
+def cells(weight_bits, act_bits, accuracy=None):
+    return [{"weight_bits": w, "act_bits": a, "bytes": 10_000 * w + 300_000,
+             "accuracy": 0.95 - 3 / w**3 - 3 / a**3 if accuracy is None else accuracy}
+            for w in weight_bits for a in act_bits]
+
+
+BITS = (32, 16, 12, 8, 6, 4)
+FILES = [("baseline.pth", {"weights: values": 8_810_240, "BN, biases, scales": 272_936}),
+         ("compressed.nnz", {"weights: values": 96_871, "weights: indices": 300_000,
+                             "BN, biases, scales": 273_000, "metadata": 6_000}),
+         ("coded.nnz", {"weights: values": 50_000, "metadata": 1_400, "nothing": 0})]
+STAGES = [{"stage": stage, "bytes": size, "accuracy": accuracy, "total": 1000}
+          for stage, size, accuracy in (("baseline", 9_195_684, 0.949), ("int8", 2_591_596, 0.938),
+                                        ("compressed", 70_400, 0.94))]
+CHARTS = {
+    "curves": (plots.curves, history(30)),
+    "curves, one epoch": (plots.curves, history(1)),
+    "curves, no validation": (plots.curves, history(3, val_loss=None, val_accuracy=None)),
+    "curves, bare": (plots.curves, [{"epoch": 0, "train_loss": 2.3, "train_accuracy": 0.0}]),
+    "curves, diverged": (plots.curves, history(3, train_loss=float("nan"), lr=0.0)),
+    "confusion": (plots.confusion, counts(9), CLASSES),
+    "confusion, no errors": (plots.confusion, counts(0), CLASSES),
+    "confusion, no images": (plots.confusion, np.zeros((10, 10), int), CLASSES),
+    "confusion, all wrong": (plots.confusion, np.roll(counts(0), 1, axis=1), CLASSES),
+    "layers": (plots.layer_sparsity, layers(0.05)),
+    "layers, none left": (plots.layer_sparsity, layers(0)),
+    "layers, one": (plots.layer_sparsity, [("fc.weight", 10, 10)]),
+    "rounds": (plots.accuracy_sparsity, rounds(18)),
+    "rounds, one": (plots.accuracy_sparsity, rounds(1)),
+    "rounds, nothing left": (plots.accuracy_sparsity,
+                             [{"round": 1, "sparsity": 1.0, "val_accuracy": 0.0}]),
+    "heatmap": (plots.heatmap, cells(BITS, BITS)),
+    "heatmap, one cell": (plots.heatmap, cells([8], [8])),
+    "heatmap, holes": (plots.heatmap, cells(BITS, BITS)[:-3]),
+    "heatmap, zero": (plots.heatmap, cells([8, 4], [8], 0.0)),
+    "parallel": (plots.parallel_coordinates, cells(BITS, BITS)),
+    "parallel, one cell": (plots.parallel_coordinates, cells([8], [8])),
+    "parallel, zero": (plots.parallel_coordinates, cells([8, 4], [8], 0.0)),
+    "storage": (plots.storage, FILES),
+    "storage, one file": (plots.storage, FILES[-1:]),
+    "storage, empty file": (plots.storage, [("empty", {})]),
+    "stages": (plots.stages, STAGES),
+    "stages, one": (plots.stages, STAGES[:1]),
+    "stages, zero": (plots.stages, [{"stage": "a", "bytes": 0, "accuracy": 0.0, "total": 0}]),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", CHARTS)
+def test_writes_a_whole_png(name, tmp_path):
+    draw, *data = CHARTS[name]
+    path = tmp_path / "new" / "chart.png"
+    assert draw(*data, path, f"{name}, n = 1,000") == path
+    assert [file.name for file in path.parent.iterdir()] == ["chart.png"]
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with Image.open(path) as image:
+        image.load()  # decodes every row: a cut file raises
+        assert image.width == 9 * 60
+        assert 70 < image.height < 450
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_floor_and_kept_round_show(tmp_path):
+    def draw(rows, **options):
+        return plots.accuracy_sparsity(rows, tmp_path / "a.png", "t", **options).read_bytes()
+
+    plain, floor = draw(rounds(18)), draw(rounds(18), floor=0.93)
+    kept = [{**row, "kept": row["round"] == 3} for row in rounds(18)]
+    assert len({plain, floor, draw(kept, floor=0.93)}) == 3
+
+
+def test_the_same_data_give_the_same_bytes(tmp_path):
+    pair = [plots.heatmap(cells(BITS, BITS), tmp_path / f"{i}.png", "t") for i in range(2)]
+    assert pair[0].read_bytes() == pair[1].read_bytes()
+
+
+def test_the_data_are_not_changed(tmp_path):
+    rows = rounds(5)[::-1]
+    plots.accuracy_sparsity(rows, tmp_path / "a.png", "t")
+    assert rows == rounds(5)[::-1]
+
+
+@pytest.mark.parametrize("draw", [plots.curves, plots.layer_sparsity, plots.accuracy_sparsity,
+                                  plots.heatmap, plots.parallel_coordinates, plots.storage,
+                                  plots.stages])
+def test_nothing_to_plot_is_an_error(draw, tmp_path):
+    with pytest.raises(ValueError, match="nothing to plot"):
+        draw([], tmp_path / "a.png", "t")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_matrix_that_does_not_fit_its_classes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"\(10, 10\) for 9 classes"):
+        plots.confusion(counts(3), CLASSES[:9], tmp_path / "a.png", "t")
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def half(self, file, **_):
+        file.write(b"\x89PNG half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(OSError, match="disk full"):
+        plots.stages(STAGES, path, "t")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_failed_rename_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "a.png"
+    path.mkdir()  # a folder cannot be replaced by a file
+    with pytest.raises(OSError):
+        plots.stages(STAGES, path, "t")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_pyplot_is_never_loaded_by_the_module():
+    code = "import sys, lib.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
+
+
+def test_kinds_of_layers():
+    names = layer_names()
+    kinds = [plots._kind(name, set(names)) for name in names]
+    assert len(kinds) == 53
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "stem": 1, "depthwise": 17, "project": 17, "expand": 16, "head": 1, "classifier": 1}
+    assert kinds[:6] == ["stem", "depthwise", "project", "expand", "depthwise", "project"]
+    assert plots._kind("conv1", set()) == "other"
+
+
+@pytest.mark.parametrize(("count", "text"), [
+    (0, "0 B"), (812, "812 B"), (999, "999 B"), (1000, "1.00 KB"), (70_400, "70.4 KB"),
+    (999_400, "999 KB"), (999_600, "1.00 MB"), (1_040_842, "1.04 MB"), (9_999_000, "10.0 MB"),
+    (123_456_789, "123 MB"), (1_234_567_890, "1235 MB")])
+def test_sizes_in_words(count, text):
+    assert plots._size(count) == text
+
+
+def test_wilson_interval():
+    # Newcombe 1998, Statistics in Medicine 17, table I: 81 of 263, and 0 of 20
+    assert plots._wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert plots._wilson(0.0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+    low, high = plots._wilson(1.0, 1000)
+    assert 0.99 < low < high == 1
+    assert plots._wilson(0.0, 0) == (0, 1)

@@ -1,0 +1,82 @@
+"""Train MobileNetV2 on CIFAR-10 from scratch.
+
+    python train.py --data DIR                       the report's recipe, 300 epochs
+    torchrun --nproc-per-node 2 train.py --data DIR  data-parallel, the same global batches
+
+in:  the training images, less the validation split
+out: checkpoints/baseline.pth (weights of the best validation epoch), logs/train.jsonl,
+     plots/train.png; checkpoints/baseline.pth.resume while it runs
+"""
+
+import dataclasses
+
+import torch
+
+from autoaugment import augmentation
+from lib import checkpoint, config, data, engine, metrics, plots
+from lib.config import flag
+from models.mobilenetv2 import MobileNetV2, standard
+
+
+@dataclasses.dataclass
+class Settings(config.Common):
+    out: str | None = flag(None, "output file; default: checkpoints/baseline.pth")
+    epochs: int = flag(300, "epochs")
+    batch_size: int = flag(128, "images a step, over all processes")
+    lr: float = flag(0.07, "peak learning rate")
+    weight_decay: float = flag(5e-4, "L2 penalty; 4e-5 does better at 300 epochs elsewhere")
+    decay_norm: bool = flag(True, "decay BN and biases as well (the report does)")
+    schedule: str = flag("cosine", "to zero", choices=("cosine", "linear", "constant"))
+    warmup_epochs: float = flag(0.0, "epochs of linear warm-up")
+    label_smoothing: float = flag(0.1, "share of the label spread over all classes")
+    augment: str = flag(
+        "auto", "crop + flip (light), + Cutout (cutout), + AutoAugment (auto)",
+        choices=("none", "light", "cutout", "auto"),
+    )  # fmt: skip
+    ema: float = flag(0.0, "decay a step of averaged weights, such as 0.999; 0: none")
+    width: float = flag(1.0, "multiplier of all channels")
+    downsample: int = flag(4, "32x32 down to 8x8 (4, the report's) or 4x4 (8)", choices=(4, 8))
+    dropout: float = flag(0.2, "before the classifier")
+    amp: bool = flag(True, "bf16 autocast; fp16 with loss scaling where CUDA lacks bf16")
+    compile: bool = flag(False, "torch.compile: slow to start, faster steps")
+    resume: bool = flag(True, "continue an interrupted run if its state is there")
+
+
+def main(argv=None):
+    cfg = config.parse(Settings, __doc__, argv)
+    device = config.device(cfg.device)
+    engine.start_processes(device)
+    out = cfg.path(cfg.out, "checkpoints/baseline.pth")
+    images = data.load(cfg.data, cfg.val_size, device)
+    try:
+        settings = standard(cfg.width, cfg.downsample, cfg.dropout, len(images.classes))
+    except ValueError as error:
+        raise config.UserError(error) from None
+    torch.manual_seed(cfg.seed)
+    model = MobileNetV2(settings).to(device, memory_format=torch.channels_last)
+    identity = config.identity(cfg) | {"data": images.provenance()}
+    log = metrics.Log(cfg.path(None, "logs/train.jsonl"), identity, cfg.wandb)
+    state_file = out.with_name(out.name + ".resume")
+
+    history, best = engine.fit(
+        model, images, engine.Recipe.of(cfg), augmentation(cfg.augment), cfg.seed, state_file,
+        config=identity, resume=cfg.resume, log=log,
+    )  # fmt: skip
+    if engine.is_main():
+        final = engine.evaluate(model, images.val) if len(images.val) else None
+        figures = {"epoch": history[best]["epoch"]}
+        if final:
+            figures |= {"val_correct": final.correct, "val_total": final.total}
+        saved = checkpoint.save(
+            out, "baseline", model, cfg, None, metrics=figures, data=images.provenance()
+        )
+        state_file.unlink()
+        title = f"Training for {cfg.epochs} epochs (validation: n={len(images.val)})"
+        plots.curves(history, cfg.path(None, "plots/train.png"), title)
+        log.close(figures)
+        print(f"{out}: {saved.bytes:,} bytes, epoch {figures['epoch']}, val {final}")
+    engine.stop_processes()
+
+
+if __name__ == "__main__":
+    config.run(main)
