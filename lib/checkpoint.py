@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lib import quantizers
 from lib.config import UserError
 from models.mobilenetv2 import MobileNetV2, settings_of
 
@@ -43,13 +44,11 @@ class Checkpoint:
 
     def build(self, device="cpu") -> nn.Module:
         """The network with its weights, in eval mode, channels last."""
-        from lib import quantizers
-
         model = MobileNetV2(self.settings)
         if self.quantization:
             quantizers.attach(model, self.quantization)
         try:
-            model.load_state_dict(self.state, strict=True)
+            model.load_state_dict(quantizers.float_state(self.state), strict=True)
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
             raise UserError(f"{self.file} does not fit its own description: {reason}") from None
@@ -79,7 +78,7 @@ def load(path: Path | str) -> Checkpoint:
         raise UserError(f"{path} does not exist: {_how_to_make(path.name)}")
     raw = path.read_bytes()
     if raw[:4] == b"\x89NNZ":
-        from lib import nnz
+        from lib import nnz  # which imports this module
 
         found = nnz.decode(raw, path)
     else:

@@ -9,6 +9,8 @@
 """
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
 import os
 import sys
@@ -125,7 +127,18 @@ def device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} cannot be used here: {reason}") from None
+    if chosen.type == "cpu":
+        _keep_freed_memory()
     return chosen
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed: by default it hands every activation back to the kernel, which
+    zeroes its pages anew at the next allocation (a third of an evaluation's time on 2 cores)."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            libc.mallopt(option, 1 << 30)
 
 
 def run(main) -> typing.NoReturn:

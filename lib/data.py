@@ -47,7 +47,7 @@ class Data:
     def provenance(self) -> dict:
         return {
             "source": self.source, "train": len(self.train), "val_size": len(self.val),
-            "test": len(self.test), "split_seed": SPLIT_SEED,
+            "test": len(self.test), "split_seed": SPLIT_SEED, "classes": list(self.classes),
         }  # fmt: skip
 
 

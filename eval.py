@@ -1,0 +1,76 @@
+"""Evaluate any file of any stage: accuracy, bytes on disk, weights, non-zeros, MACs.
+
+    python eval.py checkpoints/pruned.pth checkpoints/compressed.nnz
+    python eval.py ../somewhere/plain_state_dict.pth --split val --json
+
+in:  files of ours, or plain torchvision MobileNetV2 state dicts; none named: those of the chain
+out: a table (or a JSON line a file) on the standard output; plots/confusion-<file>.png
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from lib import checkpoint, config, data, measure, plots
+from lib.config import UserError, flag
+
+CHAIN = ("baseline.pth", "pruned.pth", "quantized.pth", "int8.pth", "compressed.nnz")
+
+
+@dataclasses.dataclass
+class Settings(config.Common):
+    files: list[str] = config.files("files to evaluate")
+    split: str = flag("test", "images to evaluate on", choices=("val", "test", "train"))
+    json: bool = flag(False, "a JSON object a line, for machines")
+    layers: bool = flag(False, "sparsity of every layer as well")
+
+
+def main(argv=None):
+    cfg = config.parse(Settings, __doc__, argv)
+    device = config.device(cfg.device)
+    files = cfg.files or [p for p in (cfg.path(None, f"checkpoints/{f}") for f in CHAIN)
+                          if p.exists()]  # fmt: skip
+    if not files:
+        raise UserError(f"no files: none named, and none in {cfg.path(None, 'checkpoints')}")
+    sources = [checkpoint.load(f) for f in files]  # all of them, before any long work
+    images = None
+    for source in sources:
+        size = source.val_size(cfg.val_size)
+        if images is None or (cfg.val_size is None and size not in (None, len(images.val))):
+            images = data.load(cfg.data, size, device)
+        split = getattr(images, cfg.split)
+        if not len(split):
+            raise UserError(f"{source.file} was made with --val-size 0: it has no validation split")
+        figures, matrix = measure.file(source, split, cfg.split)
+        print(json.dumps(figures) if cfg.json else table(figures, cfg.layers), flush=True)
+        name = source.file.name
+        path = cfg.path(None, f"plots/confusion-{Path(name).stem}.png")
+        plots.confusion(matrix.numpy(), images.classes, path, f"{name} on {cfg.split}")
+
+
+def table(f: dict, layers: bool) -> str:
+    low, high = f["interval"]
+    scheme = f["quantization"]
+    bits = f"W{scheme['weight_bits']}A{scheme['act_bits']} {scheme['method']}" if scheme else "fp32"
+    chain = [*(a["stage"] for a in f["ancestors"]), f["stage"]]
+    lines = [
+        f"{f['file']}",
+        f"  accuracy   {f['accuracy']:.2%}  ({f['correct']} of {f['total']} {f['split']} images; "
+        f"95% interval {low:.2%} to {high:.2%})",
+        f"  size       {f['bytes']:,} bytes, {bits}",
+        f"  weights    {f['weights']:,} in conv and linear layers, {f['nonzeros']:,} non-zero "
+        f"(sparsity {f['sparsity']:.2%})",
+        f"  MACs       {f['macs']:,} an image",
+        f"  chain      {' > '.join(chain)}",
+    ]
+    if layers:
+        lines += [
+            f"  {x['name']:24} {x['weights']:>9,} {x['nonzeros']:>9,}  "
+            f"{1 - x['nonzeros'] / x['weights']:8.2%}"
+            for x in f["layers"]
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    config.run(main)

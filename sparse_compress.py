@@ -1,0 +1,64 @@
+"""Write a network as one small file that decodes to exactly the same tensors, and back.
+
+    python sparse_compress.py                                  checkpoints/int8.pth to .nnz
+    python sparse_compress.py --decompress X.nnz --out Y.pth   and back to a checkpoint
+
+in:  checkpoints/int8.pth (any checkpoint will do: its weights keep the bits that they have)
+out: checkpoints/compressed.nnz, in the format of FORMAT.md
+"""
+
+import dataclasses
+
+import torch
+
+from lib import checkpoint, config, nnz, sparse
+from lib.config import UserError, flag
+
+
+@dataclasses.dataclass
+class Settings(config.Common):
+    parent: str | None = flag(None, "network to compress; default: checkpoints/int8.pth")
+    decompress: str | None = flag(None, "a .nnz file to turn back into a checkpoint")
+    out: str | None = flag(None, "output file; default: checkpoints/compressed.nnz")
+
+
+def main(argv=None):
+    cfg = config.parse(Settings, __doc__, argv)
+    if cfg.decompress:
+        decompress(cfg)
+    else:
+        compress(cfg)
+
+
+def compress(cfg) -> None:
+    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/int8.pth"))
+    raw = nnz.encode(parent)
+    out = cfg.path(cfg.out, "checkpoints/compressed.nnz")
+    with checkpoint.atomic(out) as file:
+        file.write(raw)
+
+    written = checkpoint.load(out)
+    for name, tensor in nnz.stored_state(parent).items():
+        if not torch.equal(written.state[name], tensor):
+            out.unlink()
+            raise UserError(f"{out}: {name} did not come back as it was")
+    parts = ", ".join(f"{kind} {size:,}" for kind, size in sparse.sections(raw).items())
+    print(f"{out}: {len(raw):,} bytes ({parts}); parent {parent.bytes:,}; decoded, identical")
+
+
+def decompress(cfg) -> None:
+    if not cfg.out:
+        raise UserError("--decompress needs --out FILE.pth")
+    source = checkpoint.load(cfg.decompress)
+    if source.stage != "compressed":
+        raise UserError(f"{cfg.decompress} is not a .nnz file")
+    out = cfg.path(cfg.out, "")
+    saved = checkpoint.save(
+        out, "int8", source.build(), cfg, source, metrics={}, data=source.data,
+        quantization=source.quantization, state=source.state,
+    )  # fmt: skip
+    print(f"{out}: {saved.bytes:,} bytes from {source.bytes:,}")
+
+
+if __name__ == "__main__":
+    config.run(main)
