@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lib import synthetic
-from lib.config import UserError
+from lib.config import UserError, reason
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # the report's; of images in [0, 1]
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer",
@@ -100,8 +100,7 @@ def _npz(path: Path) -> tuple:
     except UserError:
         raise
     except Exception as error:  # np.load raises whatever zipfile, zlib or its parser does
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a readable .npz ({reason}): {HELP}") from None
+        raise UserError(f"{path} is not a readable .npz ({reason(error)}): {HELP}") from None
 
 
 def _torchvision(root: Path, download: bool) -> tuple:
@@ -111,9 +110,8 @@ def _torchvision(root: Path, download: bool) -> tuple:
     try:
         sets = [CIFAR10(root, train=train, download=download) for train in (True, False)]
     except Exception as error:  # URLError, RuntimeError (checksum), OSError, tarfile's
-        reason = str(error).splitlines()[0]
         verb = "downloading CIFAR-10 failed" if download else f"CIFAR-10 in {root} is damaged"
-        raise UserError(f"{verb} ({reason}): {HELP}") from None
+        raise UserError(f"{verb} ({reason(error)}): {HELP}") from None
     return tuple(array for s in sets for array in (s.data, np.asarray(s.targets)))
 
 

@@ -114,7 +114,7 @@ def fit(
     Returns the history, a dict an epoch, and the index of the best epoch in it (the last one
     where there is no validation split). Raises UserError when the loss is no longer finite.
     """
-    world, rank = _world()
+    world, rank = processes()
     device = images.train.images.device
     steps = len(images.train) // recipe.batch_size
     if recipe.batch_size % world or not steps:
@@ -134,7 +134,7 @@ def fit(
 
     if resume and state_file.is_file():
         state = checkpoint.read(state_file)
-        _same_run(state_file, state["config"], config)
+        same_run(state_file, state["config"], config)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -200,7 +200,7 @@ def _train_epoch(forward, split, recipe, augment, optimizer, scaler, average, se
 
     Nothing in a step waits for the device: the totals are read once, by the caller.
     """
-    world, rank = _world()
+    world, rank = processes()
     device = split.images.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     forward.train()
@@ -273,7 +273,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     ]
 
 
-def _same_run(path: Path, found: dict, wanted: dict) -> None:
+def same_run(path: Path, found: dict, wanted: dict) -> None:
     different = [
         f"{key} was {found.get(key)}, is {wanted.get(key)}"
         for key in sorted(found | wanted)
@@ -314,7 +314,7 @@ def _summary(line: dict, note: str) -> str:
     return f"{text}  {line['seconds']:.0f} s"
 
 
-def _world() -> tuple[int, int]:
+def processes() -> tuple[int, int]:
     """(processes, this one's rank)."""
     return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
 
@@ -334,7 +334,7 @@ def stop_processes() -> None:
 
 
 def is_main() -> bool:
-    return _world()[1] == 0
+    return processes()[1] == 0
 
 
 class _AllReduce(torch.autograd.Function):

@@ -6,33 +6,52 @@ import torch
 
 from lib import data, sparse
 from lib.checkpoint import Checkpoint
-from lib.config import UserError
+from lib.config import UserError, reason
 from lib.container import FormatError
 from lib.quantizers import float_state, integer_state
 
 
 def encode(source: Checkpoint) -> bytes:
-    """The network of a checkpoint; weights at the bits of its scheme, fp32 where it has none."""
+    """The network of a checkpoint; weights at the bits of its scheme, fp32 where it has none.
+
+    Raises UserError for weights that are neither fp32 nor on the scheme's grid.
+    """
     scheme = source.quantization
     bits = scheme["weight_bits"] if scheme else 32
-    state = stored_state(source)
     weights, dense = {}, {}
-    for name, tensor in state.items():
-        array = tensor.detach().cpu().numpy()
-        (weights if name.endswith(".weight") and array.ndim > 1 else dense)[name] = array
+    try:
+        for name, tensor in stored_state(source).items():
+            (weights if _sparse(name, tensor) else dense)[name] = tensor.detach().cpu().numpy()
+    except (ValueError, TypeError) as error:  # off the grid; a type that numpy has not
+        raise UserError(f"{source.file}: {reason(error)}") from None
     meta = {
         "settings": source.settings, "quantization": scheme, "seed": source.seed,
         "mean": data.MEAN, "std": data.STD, "data": {"classes": data.CLASSES} | source.data,
         "ancestors": source.lineage(),
     }  # fmt: skip
-    return sparse.encode(_plain(meta), weights, dense, dict.fromkeys(weights, bits))
+    try:
+        return sparse.encode(_plain(meta), weights, dense, dict.fromkeys(weights, bits))
+    except FormatError as error:
+        raise UserError(f"{source.file} does not fit into a .nnz file: {error}") from None
 
 
 def stored_state(source: Checkpoint) -> dict[str, torch.Tensor]:
-    """The tensors that a file holds: weights as integers if the network is quantized."""
-    if not source.quantization:
-        return source.state
-    return integer_state(float_state(source.state), source.quantization)
+    """The tensors that a file holds: weights as integers if the network is quantized.
+
+    A mask that multiplies leaves -0.0 where a weight was negative; a file would keep each of them
+    as a value, so they become +0.0.
+    """
+    state = source.state
+    if source.quantization:
+        state = integer_state(float_state(state), source.quantization)
+    return {
+        name: t + 0.0 if _sparse(name, t) and t.is_floating_point() else t
+        for name, t in state.items()
+    }
+
+
+def _sparse(name: str, tensor: torch.Tensor) -> bool:
+    return name.endswith(".weight") and tensor.ndim > 1
 
 
 def decode(raw: bytes, path: Path | str = "the file") -> Checkpoint:

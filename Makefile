@@ -1,0 +1,105 @@
+# Train MobileNetV2 on CIFAR-10 and compress it. `make help` lists the targets.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules
+
+DATA ?=
+WANDB ?=
+SPLIT ?= test
+RUN ?= .
+TRAIN_FLAGS ?=
+PRUNE_FLAGS ?=
+QUANTIZE_FLAGS ?=
+INT8_FLAGS ?=
+COMPRESS_FLAGS ?=
+SWEEP_FLAGS ?=
+EVAL_FLAGS ?=
+REPORT_FLAGS ?=
+
+# An own interpreter (make PYTHON=python3 ...) is used as it is; else .venv is made.
+PYTHON ?= .venv/bin/python
+ifeq ($(PYTHON),.venv/bin/python)
+VENV := .venv/installed
+endif
+
+C := $(RUN)/checkpoints
+COMMON = --run-dir $(RUN) $(if $(DATA),--data "$(DATA)") $(if $(WANDB),--wandb)
+
+# A waiting thread that sleeps leaves its core to others; on an idle machine it costs nothing seen.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PYTHONUNBUFFERED = 1
+
+# $(call stage,name,flags): run it, with its output on the terminal and in logs/<name>.log.
+stage = @mkdir -p $(RUN)/logs; \
+	echo "\$$ python $(1) $(COMMON) $(2)"; \
+	$(PYTHON) $(1) $(COMMON) $(2) | tee -ia $(RUN)/logs/$(basename $(notdir $(firstword $(1)))).log
+
+.PHONY: all train prune quantize int8 compress sweep eval report status help clean demo test venv
+all: report  ## every stage, from the images to the report
+
+train: $(C)/baseline.pth        ## CIFAR-10 -> checkpoints/baseline.pth      (TRAIN_FLAGS)
+prune: $(C)/pruned.pth          ## baseline -> checkpoints/pruned.pth        (PRUNE_FLAGS)
+quantize: $(C)/quantized.pth    ## pruned -> checkpoints/quantized.pth       (QUANTIZE_FLAGS)
+int8: $(C)/int8.pth             ## quantized -> checkpoints/int8.pth         (INT8_FLAGS)
+compress: $(C)/compressed.nnz   ## int8 -> checkpoints/compressed.nnz        (COMPRESS_FLAGS)
+sweep: $(RUN)/logs/sweep.csv    ## the grid of bit-widths -> logs/sweep.csv  (SWEEP_FLAGS)
+
+# Scripts are order-only: editing a comment retrains nothing. `make status` says what is stale.
+$(C)/baseline.pth: | $(VENV) train.py
+	$(call stage,train.py,$(TRAIN_FLAGS))
+$(C)/pruned.pth: $(C)/baseline.pth | prune.py
+	$(call stage,prune.py,$(PRUNE_FLAGS))
+$(C)/quantized.pth: $(C)/pruned.pth | quantize.py
+	$(call stage,quantize.py,$(QUANTIZE_FLAGS))
+$(C)/int8.pth: $(C)/quantized.pth | to_int8.py
+	$(call stage,to_int8.py,$(INT8_FLAGS))
+$(C)/compressed.nnz: $(C)/int8.pth | sparse_compress.py
+	$(call stage,sparse_compress.py,$(COMPRESS_FLAGS))
+$(RUN)/logs/sweep.csv: $(C)/pruned.pth | sweep.py
+	$(call stage,sweep.py,$(SWEEP_FLAGS))
+
+eval: $(VENV)  ## every file of the chain: accuracy, bytes, MACs; FILES="a b" for others (EVAL_FLAGS)
+	$(call stage,eval.py $(FILES),--split $(SPLIT) $(EVAL_FLAGS))
+
+report: $(C)/compressed.nnz $(RUN)/logs/sweep.csv  ## the tables and plots of all stages (REPORT_FLAGS)
+	$(call stage,eval.py,--split $(SPLIT))
+	$(call stage,report.py,--split $(SPLIT) $(REPORT_FLAGS))
+
+status: $(VENV)  ## which files are there, and which are stale and why
+	@$(PYTHON) report.py --run-dir $(RUN) --status
+
+# On a set that the project generates; it has a folder of its own.
+DEMO := all RUN=demo DATA=synthetic SPLIT=test WANDB= \
+	TRAIN_FLAGS="--width 0.35 --downsample 8 --dropout 0 --epochs 8 --batch-size 64 --lr 0.1 \
+		--schedule linear --warmup-epochs 1.5 --no-decay-norm --label-smoothing 0 \
+		--augment light --no-amp" \
+	PRUNE_FLAGS="--rounds 3 --target 0.8 --epochs 1 --batch-size 64 --lr 0.05 --max-drop 3 \
+		--label-smoothing 0 --augment light --no-amp" \
+	QUANTIZE_FLAGS= INT8_FLAGS= COMPRESS_FLAGS= REPORT_FLAGS= \
+	SWEEP_FLAGS="--weight-bits 32,16,8,6,4,2 --act-bits 32,16,8,6,4,2"
+demo: $(VENV)  ## all stages on a generated set, in minutes, in the folder demo/
+	@rm -rf demo
+	@$(MAKE) --no-print-directory $(DEMO)
+
+test: $(VENV)  ## the linter and the tests
+	$(PYTHON) -m ruff check .
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto
+
+venv: $(VENV)  ## the virtual environment, with pinned dependencies
+.venv/installed: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+clean:  ## delete what can be made again: all outputs but the trained baseline and its state
+	rm -rf demo
+	find $(C) $(RUN)/logs $(RUN)/plots -mindepth 1 ! -name .gitkeep ! -name 'baseline.pth*' \
+		! -name 'train.*' -delete 2>/dev/null || true
+
+help:  ## this list
+	@awk -F':.*## *' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo '  DATA=DIR (default: download)  WANDB=1  RUN=DIR (default .)  SPLIT=val|test  PYTHON=...'
+	@echo '  e.g.  make all DATA=~/cifar10 TRAIN_FLAGS="--epochs 60" PRUNE_FLAGS="--target 0.97"'

@@ -1,0 +1,154 @@
+"""Measure a grid of weight bits x activation bits: a real file and its accuracy a cell.
+
+    python sweep.py                                            the report's 6 x 6
+    python sweep.py --weight-bits 8,4 --act-bits 8 --wandb
+    torchrun --nproc-per-node 2 sweep.py                       the processes share the cells
+
+in:  checkpoints/pruned.pth, or any fp32 network
+out: checkpoints/sweep/w8a8.nnz ... (each decoded again before it is evaluated), logs/sweep.csv,
+     plots/sweep_heatmap.png, plots/sweep_parallel.png
+
+A cell that was measured before, from the same parent on the same images, is not measured again.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from lib import checkpoint, config, data, engine, measure, metrics, nnz, plots, quantizers
+from lib.config import UserError, flag
+
+COLUMNS = ("weight_bits", "act_bits", "method", "split", "correct", "total", "accuracy", "bytes",
+           "seconds", "sha256", "parent_sha256")  # fmt: skip
+
+
+@dataclasses.dataclass
+class Settings(config.Common):
+    parent: str | None = flag(None, "fp32 network; default: checkpoints/pruned.pth")
+    out: str | None = flag(None, "CSV; default: logs/sweep.csv")
+    method: str = flag("reference", "as in quantize.py", choices=("reference",))
+    weight_bits: list[int] = flag([32, 16, 12, 8, 6, 4], "rows of the grid; 32 is off")
+    act_bits: list[int] = flag([32, 16, 12, 8, 6, 4], "columns of the grid; 32 is off")
+    split: str = flag("val", "images to evaluate on", choices=("val", "test"))
+
+    def __post_init__(self):
+        if not self.weight_bits or not self.act_bits:
+            raise ValueError("--weight-bits and --act-bits need at least one number each")
+        for bits in (*self.weight_bits, *self.act_bits):
+            if bits not in quantizers.BITS:
+                raise ValueError(f"{bits} bits: must be 2 to 16, or 32 for off")
+
+
+def main(argv=None):
+    cfg = config.parse(Settings, __doc__, argv)
+    device = config.device(cfg.device)
+    engine.start_processes(device)
+    world, rank = engine.processes()
+    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"))
+    if parent.quantization:
+        raise UserError(f"{parent.file} is quantized already: start from an fp32 network")
+    images = data.load(cfg.data, parent.val_size(cfg.val_size), device)
+    split = getattr(images, cfg.split)
+    if not len(split):
+        raise UserError("there is no validation split (--val-size 0): use --split test")
+    folder = cfg.path(None, "checkpoints/sweep")
+    grid = [(w, a) for w in dict.fromkeys(cfg.weight_bits) for a in dict.fromkeys(cfg.act_bits)]
+
+    for number, (weight_bits, act_bits) in enumerate(grid):
+        if number % world != rank:
+            continue
+        path = folder / f"w{weight_bits}a{act_bits}.nnz"
+        row = finished(path, cfg, parent, split)
+        known = " (measured before)" if row else ""
+        row = row or cell(path, cfg, parent, split, weight_bits, act_bits)
+        print(
+            f"[{number + 1}/{len(grid)}] W{weight_bits}A{act_bits}: {row['accuracy']:.2%} "
+            f"({row['correct']}/{row['total']} {cfg.split}), {row['bytes']:,} bytes{known}",
+            flush=True,
+        )
+        if world == 1:
+            write_table(cfg, folder, grid)
+    if world > 1:
+        dist.barrier()
+    if engine.is_main():
+        rows = write_table(cfg, folder, grid)
+        title = f"{cfg.method} quantization of {parent.file.name}, {cfg.split} (n={len(split)})"
+        plots.heatmap(rows, cfg.path(None, "plots/sweep_heatmap.png"), title)
+        plots.parallel_coordinates(rows, cfg.path(None, "plots/sweep_parallel.png"), title)
+        if cfg.wandb:
+            log_wandb(cfg, rows)
+        print(f"{cfg.path(cfg.out, 'logs/sweep.csv')}: {len(rows)} cells")
+    engine.stop_processes()
+
+
+def cell(path: Path, cfg, parent, split, weight_bits: int, act_bits: int) -> dict:
+    """Quantize, write the file, read it back, evaluate what was read."""
+    began = time.monotonic()
+    model = parent.build(split.images.device)
+    scheme = quantizers.quantize_reference(model, weight_bits, act_bits)
+    raw = nnz.encode(
+        dataclasses.replace(
+            parent, stage="quantized", state=model.state_dict(), quantization=scheme
+        )
+    )
+    with checkpoint.atomic(path) as file:
+        file.write(raw)
+    figures, _ = measure.file(checkpoint.load(path), split, cfg.split)
+    row = {
+        "weight_bits": weight_bits, "act_bits": act_bits, "method": cfg.method,
+        "seconds": round(time.monotonic() - began, 1), "parent_sha256": parent.sha256,
+        **{key: figures[key] for key in COLUMNS if key in figures},
+    }  # fmt: skip
+    with checkpoint.atomic(path.with_suffix(".json")) as file:
+        file.write(json.dumps(row).encode())
+    return row
+
+
+def finished(path: Path, cfg, parent, split) -> dict | None:
+    """The row of a cell that is there and was made from the same things."""
+    record = path.with_suffix(".json")
+    if not record.is_file() or not path.is_file():
+        return None
+    try:
+        row = json.loads(record.read_text())
+        same = (row["parent_sha256"], row["method"], row["split"], row["total"]) == (
+            parent.sha256, cfg.method, cfg.split, len(split),
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError):  # not ours: measure it again
+        return None
+    return row if same else None
+
+
+def write_table(cfg, folder: Path, grid) -> list[dict]:
+    """The CSV of all cells of this grid that are done, in the order of the grid."""
+    records = [folder / f"w{w}a{a}.json" for w, a in grid]
+    rows = [json.loads(r.read_text()) for r in records if r.is_file()]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with checkpoint.atomic(cfg.path(cfg.out, "logs/sweep.csv")) as file:
+        file.write(text.getvalue().encode())
+    return rows
+
+
+def log_wandb(cfg, rows: list[dict]) -> None:
+    """A run a cell in one group: add a parallel coordinates panel over config and summary."""
+    group = f"sweep-{cfg.method}-{rows[0]['parent_sha256'][:8]}"
+    for row in rows:
+        run = metrics.start_wandb(
+            cfg.path(None, "logs"), group=group, name=f"w{row['weight_bits']}a{row['act_bits']}",
+            config={"weight_bits": row["weight_bits"], "activation_bits": row["act_bits"],
+                    "method": row["method"], "split": row["split"], "total": row["total"]},
+        )  # fmt: skip
+        run.summary.update({"accuracy": row["accuracy"], "bytes": row["bytes"]})
+        metrics.finish_wandb(run)
+
+
+if __name__ == "__main__":
+    config.run(main)
