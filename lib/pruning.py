@@ -39,6 +39,7 @@ class Mask:
     @torch.no_grad()
     def apply(self) -> None:
         torch._foreach_mul_(self.weights, self.masks)
+        torch._foreach_add_(self.weights, 0.0)  # -0.0 becomes 0.0: a pruned weight's bits are zero
 
 
 def cubic(start: float, target: float, step: int, steps: int) -> float:

@@ -59,7 +59,8 @@ def quantize_reference(model: nn.Module, weight_bits: int, act_bits: int) -> dic
         for layer in weight_layers(model).values():
             layer.weight_scale.copy_(symmetric_scale(layer.weight, weight_bits))
             levels = to_levels(layer.weight, layer.weight_scale, weight_bits)
-            layer.weight.copy_(levels * layer.weight_scale)
+            # + 0.0: small negative weights round to -0.0, which an integer cannot hold.
+            layer.weight.copy_(levels * layer.weight_scale + 0.0)
     return scheme
 
 
