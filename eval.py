@@ -41,6 +41,9 @@ def main(argv=None):
         split = getattr(images, cfg.split)
         if not len(split):
             raise UserError(f"{source.file} was made with --val-size 0: it has no validation split")
+        classes = source.settings.get("classes")
+        if classes != len(images.classes):
+            raise UserError(f"{source.file} tells {classes} classes apart, not the 10 of CIFAR-10")
         figures, matrix = measure.file(source, split, cfg.split)
         print(json.dumps(figures) if cfg.json else table(figures, cfg.layers), flush=True)
         name = source.file.name

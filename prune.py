@@ -63,7 +63,7 @@ def main(argv=None):
     out = cfg.path(cfg.out, "checkpoints/pruned.pth")
     model, dense = parent.build(device), parent.build(device)
     start = sparsity_of(model)
-    if cfg.schedule == "cubic" and cfg.rounds and cfg.target <= start:
+    if cfg.schedule == "cubic" and cfg.rounds and cfg.target < start + 1e-4:
         raise UserError(f"--target {cfg.target} is no more than the parent's sparsity {start:.4f}")
 
     identity = config.identity(cfg) | {"parent": parent.sha256, "data": images.provenance()}

@@ -41,6 +41,12 @@ class Settings(config.Common):
     compile: bool = flag(False, "torch.compile: slow to start, faster steps")
     resume: bool = flag(True, "continue an interrupted run if its state is there")
 
+    def __post_init__(self):
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError("--epochs and --batch-size must be at least 1")
+        if not 0 <= self.label_smoothing <= 1 or not 0 <= self.ema < 1:
+            raise ValueError("--label-smoothing must be in [0, 1], --ema in [0, 1)")
+
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)

@@ -8,10 +8,10 @@ code, environment, seed. It can rebuild its own network: `load(path).build()`.
 import dataclasses
 import hashlib
 import os
-import pickle
 import platform
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lib import quantizers
-from lib.config import UserError
+from lib.config import UserError, reason
 from models.mobilenetv2 import MobileNetV2, settings_of
 
 FORMAT = "mobilenetv2-cifar10/1"
@@ -44,14 +44,16 @@ class Checkpoint:
 
     def build(self, device="cpu") -> nn.Module:
         """The network with its weights, in eval mode, channels last."""
-        model = MobileNetV2(self.settings)
-        if self.quantization:
-            quantizers.attach(model, self.quantization)
         try:
+            model = MobileNetV2(self.settings)
+            if self.quantization:
+                quantizers.attach(model, self.quantization)
             model.load_state_dict(quantizers.float_state(self.state), strict=True)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise UserError(f"{self.file} does not fit its own description: {reason}") from None
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            # A strict load names the tensor in its second line; torch does not check the CRCs of
+            # its own files, so a flipped bit can also have made nonsense of the settings.
+            why = [line.strip() for line in str(error).splitlines()][1:2] or [reason(error)]
+            raise UserError(f"{self.file} does not fit its own description: {why[0]}") from None
         return model.to(device, memory_format=torch.channels_last).eval()
 
     def lineage(self) -> list[dict]:
@@ -97,10 +99,9 @@ def _how_to_make(name: str) -> str:
 def read(path: Path):
     """Tensors and plain types from a torch file; UserError where it is damaged or foreign."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError,
-            TypeError, AttributeError, IndexError, UnicodeDecodeError):  # fmt: skip
-        # torch.load's readers raise any of these for damaged or hostile bytes.
+        with warnings.catch_warnings(action="ignore"):  # of what is refused in a moment anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load's readers raise whatever their parsers do, assertions included
         raise UserError(f"{path} is not a checkpoint, or is damaged") from None
 
 
@@ -161,16 +162,17 @@ class atomic:  # noqa: N801 - used as a function
         return self.file
 
     def __exit__(self, kind, *_):
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            umask = os.umask(0)
-            os.umask(umask)
-            self.temporary.chmod(0o666 & ~umask)  # mkstemp's files are private
-            self.temporary.replace(self.path)
-        else:
+        try:
+            with self.file:
+                if kind is None:
+                    self.file.flush()
+                    os.fsync(self.file.fileno())
+            if kind is None:
+                umask = os.umask(0)
+                os.umask(umask)
+                self.temporary.chmod(0o666 & ~umask)  # mkstemp's files are private
+                self.temporary.replace(self.path)
+        finally:  # flushing is where a full disk shows
             self.temporary.unlink(missing_ok=True)
 
 

@@ -25,6 +25,11 @@ class UserError(Exception):
     """Something that the user can mend, said in one line: no traceback, exit code 1."""
 
 
+def reason(error: BaseException) -> str:
+    """The first line of an error's message; many have none (a TimeoutError), so else its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def flag(default, help: str, choices: tuple | None = None):
     """A dataclass field that becomes `--name`; help says its unit and reason."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {}
@@ -125,8 +130,7 @@ def device(name: str) -> torch.device:
         chosen = torch.device(name)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here: {reason}") from None
+        raise UserError(f"--device {name} cannot be used here: {reason(error)}") from None
     if chosen.type == "cpu":
         _keep_freed_memory()
     return chosen
@@ -152,7 +156,7 @@ def run(main) -> typing.NoReturn:
     except BrokenPipeError:  # `eval.py ... | head`: the reader has gone, which is no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, torch.OutOfMemoryError) as error:
-        sys.exit(f"{name}: error: {str(error).splitlines()[0]}")
+        sys.exit(f"{name}: error: {reason(error)}")
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,0 +1,110 @@
+"""Where bytes go: the activations of a network while it runs, and the parts of a file on disk."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lib import checkpoint, sparse
+from lib.checkpoint import Checkpoint
+from lib.metrics import weight_layers
+
+WEIGHTS, INDICES, REST = "weights: values", "weights: indices", "BN, biases, scales"
+# What lib.sparse.sections calls the parts of a .nnz file; any other section codes weights.
+SECTIONS = {"values": WEIGHTS, "indices": INDICES, "dense": REST,
+            "metadata": "metadata", "frame": "frame"}  # fmt: skip
+
+
+def activations(model: nn.Module, size: int = 32, image: Tensor | None = None) -> dict:
+    """Activation values (not bytes) of one image, as forward hooks see them pass.
+
+    image: (1, 3, H, W), normalized; default: zeros of `size` (the counts depend on shapes alone).
+
+    An activation here is a tensor that a runtime which fuses convolution, BN and ReLU6 writes to
+    memory: what enters a Conv2d or Linear layer, the image included, and what leaves it. BN and
+    ReLU6 work in place and the residual sum is added to the projection's output as it is written,
+    so none of them has a tensor of its own; nor has pooling, at most the head's input and output.
+
+    sum_values: all tensors that enter a Conv2d or Linear layer: each is written once, and they are
+        what a scheme quantizes. A residual input also enters its block's first layer, so it is one
+        of them already. The logits, which enter no layer, are not.
+    peak_values: the most that is alive at once when layer follows layer: the layer's input, its
+        output, and during a residual block the block's input, until it is added. Where that is the
+        layer's own input, it counts once. No workspace (im2col) and no reuse of the input's memory.
+    peak_layer: the first layer where it is.
+    layers: in order of execution, {"name", "input", "output", "held"}, values each; held is the
+        residual input where it is not the layer's own.
+
+    A block is residual if it says so (`residual`); all else comes from the tensors, so any widths,
+    strides and depths will do. At b bits a value takes b / 8 bytes, for all of these tensors alike:
+    the report's simulation leaves the residual input, its sum and the pooled map in fp32; a real
+    integer network has to store them at the scheme's bits.
+    """
+    layers, held, hooks = [], [], []  # held: the inputs of the residual blocks that are running
+
+    def enter(_, inputs):
+        held.append(inputs[0])
+
+    def leave(*_):
+        held.pop()
+
+    def before(layer, inputs):  # ahead of a quantizer's own hook, which makes a new tensor
+        kept = [x for x in held if x is not inputs[0]]
+        layers.append({
+            "name": names[layer], "input": inputs[0].numel(), "output": 0,
+            "held": sum(x.numel() for x in kept),
+        })  # fmt: skip
+
+    def after(_, __, output):
+        layers[-1]["output"] = output.numel()
+
+    names = {layer: name for name, layer in weight_layers(model).items()}
+    for layer in names:
+        hooks.append(layer.register_forward_pre_hook(before, prepend=True))
+        hooks.append(layer.register_forward_hook(after))
+    for module in model.modules():
+        if getattr(module, "residual", False):
+            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    if image is None:
+        image = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
+    training = model.training
+    try:
+        with torch.inference_mode():
+            model.eval()(image)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    alive = [x["input"] + x["output"] + x["held"] for x in layers]
+    return {
+        "sum_values": sum(x["input"] for x in layers), "peak_values": max(alive),
+        "peak_layer": layers[alive.index(max(alive))]["name"], "layers": layers,
+    }  # fmt: skip
+
+
+def parts(source: Checkpoint) -> dict[str, int]:
+    """Bytes of the file by what they hold; they add up to its size.
+
+    In a torch file: the tensors' own bytes, and the rest of it, which is pickled names, settings
+    and provenance, and the zip's records and alignment.
+    """
+    if source.stage == "compressed":
+        sizes = {}
+        for kind, size in sparse.sections(Path(source.file).read_bytes()).items():
+            part = SECTIONS.get(kind, f"weights: {kind}")
+            sizes[part] = sizes.get(part, 0) + size
+        return sizes
+    raw = checkpoint.read(source.file)
+    sizes, seen = {WEIGHTS: 0, REST: 0}, set()
+    for name, tensor in raw.get("state", raw).items():
+        if isinstance(tensor, Tensor):
+            storage = tensor.untyped_storage()  # what torch.save writes, once where it is shared
+            if storage.data_ptr() not in seen:
+                sizes[weight_part(name, tensor)] += storage.nbytes()
+                seen.add(storage.data_ptr())
+    return sizes | {"names, zip": source.bytes - sum(sizes.values())}
+
+
+def weight_part(name: str, tensor: Tensor) -> str:
+    """Conv2d and Linear weights have more than one dimension; BN's, biases and scales do not."""
+    return WEIGHTS if name.endswith(".weight") and tensor.ndim > 1 else REST

@@ -1,0 +1,211 @@
+"""What the chain has come to: every stage's size and accuracy, the ratios, where the bytes are.
+
+    python report.py --data DIR              the report's figures 9 and 10, measured on our files
+    python report.py --status                which file of the chain is missing or stale, and why
+
+in:  the chain's files in checkpoints/, those that exist; ratios are against the first of them
+out: tables on the standard output, logs/report.jsonl (a file a line), plots/report.png (size and
+     accuracy), plots/storage.png (what the bytes are)
+"""
+
+import dataclasses
+import hashlib
+from datetime import datetime
+from pathlib import Path
+
+from eval import CHAIN
+from lib import checkpoint, config, data, measure, memory, metrics, plots
+from lib.config import UserError, flag
+
+
+@dataclasses.dataclass
+class Settings(config.Common):
+    split: str = flag("test", "images to evaluate on", choices=("val", "test", "train"))
+    status: bool = flag(False, "only say what is there, and what is stale; evaluates nothing")
+
+
+def main(argv=None):
+    cfg = config.parse(Settings, __doc__, argv)
+    folder = cfg.path(None, "checkpoints")
+    if cfg.status:
+        print(aligned(status(folder), "lllrl"))
+        return
+    files = [folder / name for name in CHAIN if (folder / name).is_file()]
+    if not files:
+        raise UserError(f"no files of the chain in {folder}: `make all` makes them")
+    sources = [checkpoint.load(file) for file in files]  # all of them, before any long work
+    split, classes = images_of(sources, cfg)
+    rows = [measured(source, split, cfg.split) for source in sources]
+    for row in rows:
+        row |= against(rows[0], row)
+
+    log = metrics.Log(cfg.path(None, "logs/report.jsonl"), config.identity(cfg), cfg.wandb)
+    log.begin(rows)
+    smallest = min(rows, key=lambda row: row["bytes"])
+    log.close(smallest["ratios"])
+    n = f"{len(split):,} {cfg.split} images of {classes}"
+    plots.stages(
+        [row | {"stage": row["name"]} for row in rows], cfg.path(None, "plots/report.png"),
+        f"Size and accuracy after every stage ({cfg.split} split of {classes})",
+    )  # fmt: skip
+    plots.storage(
+        [(row["name"], row["parts"]) for row in rows], cfg.path(None, "plots/storage.png"),
+        "What the bytes of every file are",
+    )  # fmt: skip
+    print(f"{folder}, accuracy on {n}\n\n{stage_table(rows)}\n")
+    print(ratio_table(rows[0], smallest), end="\n\n")
+    for path in sorted(cfg.path(None, "plots").glob("*.png")):
+        print(path)
+
+
+def images_of(sources, cfg) -> tuple[data.Split, str]:
+    """The one split that all files are judged on, and the name of the set."""
+    sizes = {source.val_size(cfg.val_size) for source in sources} - {None}
+    if len(sizes) > 1 and cfg.split != "test":
+        raise UserError(f"the files were made with different --val-size {sorted(sizes)}: give one")
+    images = data.load(cfg.data, min(sizes, default=None), config.device(cfg.device))
+    split = getattr(images, cfg.split)
+    if not len(split):
+        raise UserError(f"no {cfg.split} images: the files were made with --val-size 0")
+    return split, images.source
+
+
+def measured(source, split, split_name: str) -> dict:
+    """All figures of one file; nothing in it is computed from another file's."""
+    row, _ = measure.file(source, split, split_name)
+    parts = memory.parts(source)
+    assert sum(parts.values()) == source.bytes, (source.file, parts)
+    model, image = source.build(split.images.device), data.normalize(split.images[:1])
+    activations = memory.activations(model, image=image)
+    bits = source.quantization["act_bits"] if source.quantization else 32
+    row |= {
+        "name": source.file.name, "parts": parts, "act_bits": bits,
+        "weight_bytes": sum(size for part, size in parts.items() if part.startswith("weights: ")),
+        "act_peak_layer": activations["peak_layer"],
+    }  # fmt: skip
+    for kind in ("sum", "peak"):
+        values = activations[f"{kind}_values"]
+        row |= {f"act_{kind}_values": values, f"act_{kind}_bytes": (values * bits + 7) // 8}
+    return row
+
+
+RATIOS = {  # what is compared, of one image where it is activations
+    "bytes": ("model", "the whole file"),
+    "weight_bytes": ("weights", "of conv and linear layers, with their indices"),
+    "act_sum_bytes": ("activations", "all that enter conv and linear layers"),
+    "act_peak_bytes": ("peak", "the most activations alive at once"),
+}
+
+
+def against(first: dict, row: dict) -> dict:
+    """How many times smaller a file is than the first, and how many points better or worse."""
+    ratios = {name: first[key] / max(row[key], 1) for key, (name, _) in RATIOS.items()}
+    return {"change": 100 * (row["accuracy"] - first["accuracy"]), "ratios": ratios}
+
+
+def stage_table(rows: list[dict]) -> str:
+    head = ("file", "bytes", "ratio", "correct", "accuracy", "95% interval", "points", "weights",
+            "non-zero", "sparsity", "MACs", "bits")  # fmt: skip
+    lines = [head]
+    for row in rows:
+        low, high = row["interval"]
+        scheme = row["quantization"]
+        lines.append((
+            row["name"], f"{row['bytes']:,}", f"{row['ratios']['model']:.2f}x",
+            f"{row['correct']}/{row['total']}", f"{row['accuracy']:.2%}",
+            f"{100 * low:.2f} to {100 * high:.2f}", f"{row['change']:+.2f}",
+            f"{row['weights']:,}", f"{row['nonzeros']:,}", f"{row['sparsity']:.2%}",
+            f"{row['macs'] / 1e6:.1f} M",
+            f"W{scheme['weight_bits']}A{scheme['act_bits']}" if scheme else "fp32",
+        ))  # fmt: skip
+    return aligned(lines, "lrrrrrrrrrrl")
+
+
+def ratio_table(first: dict, last: dict) -> str:
+    """The ratios of two files, with the bytes that they come from."""
+    lines = [("bytes", first["name"], last["name"], "ratio", "")]
+    for key, (name, note) in RATIOS.items():
+        at = f", in {last['act_peak_layer']}" if key == "act_peak_bytes" else ""
+        ratio = f"{last['ratios'][name]:.1f}x"
+        lines.append((name, f"{first[key]:,}", f"{last[key]:,}", ratio, note + at))
+    return aligned(lines, "lrrrl")
+
+
+def aligned(rows, sides: str) -> str:
+    """Columns of text, each to its side: l or r."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if side == "l" else cell.rjust(width)
+            for cell, width, side in zip(row, widths, sides, strict=True)
+        ).rstrip()
+        for row in rows
+    )
+
+
+# ---- status --------------------------------------------------------------------------------------
+
+
+def status(folder: Path) -> list[tuple[str, ...]]:
+    """A row a file of the chain: name, stage, date, bytes, and what is to be said of it."""
+    paths = [folder / name for name in CHAIN]
+    hashes = {p.name: sha256(p) for p in paths if p.is_file()}
+    rows, stale, now = [], set(), checkpoint.code_version()
+    for path in paths:
+        stage = date = size = "-"
+        notes = ["missing"]
+        if path.is_file():
+            date = f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
+            size = f"{path.stat().st_size:,}"
+            try:
+                found = checkpoint.load(path)
+                stage, notes = found.stage, [freshness(found, hashes, stale)]
+                made = checkpoint.read(path).get("code") if path.suffix == ".pth" else None
+                if made not in (None, now):  # worth knowing, but no fault
+                    notes.append(f"made by code {made}, this is {now}")
+            except UserError as error:
+                notes = [f"unreadable: {error}"]
+            if not notes[0].startswith("up to date"):
+                stale.add(path.name)
+        rows.append((path.name, stage, date, size, "; ".join(notes + unfinished(path))))
+    return rows
+
+
+def freshness(found, hashes: dict[str, str], stale: set[str]) -> str:
+    """Whether a file's recorded parent is what lies there now: in the chain, or where --parent
+    said. hashes: the chain's files by name; stale: those found not to be up to date so far."""
+    if not found.ancestors:
+        return "up to date: the start of a chain"
+    parent, given = found.ancestors[-1], found.config.get("parent")
+    if given and Path(given).is_file():
+        hashes = hashes | {given: sha256(given)}
+    same = next((name for name, value in hashes.items() if value == parent["sha256"]), None)
+    if same:
+        return f"stale: {same} is not up to date" if same in stale else f"up to date with {same}"
+    name = given or next((n for n in CHAIN if Path(n).stem == parent["stage"]), parent["stage"])
+    now = f"changed: {name} is now {hashes[name][:8]}" if name in hashes else f"missing: no {name}"
+    return f"stale: parent {now}, was made from {parent['sha256'][:8]}"
+
+
+def sha256(path: Path | str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def unfinished(path: Path) -> list[str]:
+    """Interrupted runs whose state lies beside the file, and how far they came."""
+    notes = []
+    for file in sorted(path.parent.glob(f"{path.name}*.resume")):
+        try:
+            state = checkpoint.read(file)
+        except UserError:
+            notes.append(f"{file.name} is damaged")
+            continue
+        reached = f"epoch {len(state.get('history', []))}"
+        if "rounds" in state:  # prune.py's; round 0 is the parent
+            reached = f"round {len(state['rounds']) - 1}"
+        notes.append(f"unfinished: {file.name} at {reached}")
+    return notes
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,282 @@
+"""lib/checkpoint.py: what was saved comes back to the bit; all else is refused in one line."""
+
+import hashlib
+import io
+import pickle
+import random
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import mobilenet_v2
+
+import train
+from lib import checkpoint, nnz, quantizers
+from lib.config import UserError
+from models.mobilenetv2 import MobileNetV2, standard
+
+SETTINGS = standard(0.1, 8)
+
+
+def save(path, stage="baseline", parent=None, model=None, **kwargs):
+    model = model or MobileNetV2(SETTINGS)
+    options = {"metrics": {"val_correct": 3}, "data": {"val_size": 30}} | kwargs
+    return checkpoint.save(path, stage, model, train.Settings(), parent, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The bytes of a checkpoint."""
+    path = tmp_path_factory.mktemp("checkpoint") / "x.pth"
+    save(path)
+    return path.read_bytes()
+
+
+def refused(path, what: str) -> None:
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(path).build()
+    message = str(caught.value)
+    assert what in message and str(path) in message and "\n" not in message, message
+
+
+def identical(a: dict, b: dict) -> bool:
+    """To the bit: types, signs of zero and NaNs as well."""
+    return list(a) == list(b) and all(
+        a[k].dtype == b[k].dtype
+        and a[k].shape == b[k].shape
+        and a[k].contiguous().numpy().tobytes() == b[k].contiguous().numpy().tobytes()
+        for k in a
+    )
+
+
+# ---- round trips ---------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path):
+    model = MobileNetV2(SETTINGS).to(memory_format=torch.channels_last)
+    model.state_dict()["features.0.1.running_mean"][:3] = torch.tensor([-0.0, 1e-45, torch.inf])
+    saved, loaded = save(tmp_path / "a.pth", model=model), checkpoint.load(tmp_path / "a.pth")
+    assert identical(saved.state, model.state_dict())
+    built = loaded.build()
+    assert identical(built.state_dict(), model.state_dict())
+    assert not built.training and built.settings == SETTINGS
+    assert loaded.bytes == (tmp_path / "a.pth").stat().st_size
+    assert loaded.sha256 == hashlib.sha256((tmp_path / "a.pth").read_bytes()).hexdigest()
+    assert (loaded.stage, loaded.seed, loaded.metrics) == ("baseline", 47, {"val_correct": 3})
+    assert loaded.val_size(None) == 30 and loaded.val_size(0) == 0
+
+
+@pytest.mark.parametrize("bits", [2, 8, 16, 32])
+def test_round_trip_of_a_quantized_network(tmp_path, bits):
+    model = MobileNetV2(SETTINGS)
+    scheme = quantizers.quantize_reference(model, bits, 8)
+    state = quantizers.integer_state(model.state_dict(), scheme)
+    loaded = save(tmp_path / "q.pth", "int8", model=model, quantization=scheme, state=state)
+    assert loaded.quantization == scheme and identical(loaded.state, state)
+    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    built = loaded.build()
+    assert identical(built.state_dict(), model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(built(x), model.to(memory_format=torch.channels_last).eval()(x))
+
+
+def test_building_twice_shares_nothing(tmp_path):
+    source = save(tmp_path / "a.pth")
+    a, b = source.build(), source.build()
+    torch.nn.init.zeros_(a.classifier[1].weight)
+    assert b.classifier[1].weight.any() and source.state["classifier.1.weight"].any()
+
+
+def test_holds_plain_types_alone(tmp_path):
+    save(tmp_path / "a.pth")
+    raw = torch.load(tmp_path / "a.pth", weights_only=True)  # the strictest reader takes it
+    assert raw["format"] == checkpoint.FORMAT
+    assert {"code", "environment", "config", "ancestors"} <= set(raw)
+    assert raw["environment"]["torch"] == torch.__version__
+    assert raw["config"]["lr"] == train.Settings().lr
+
+
+def test_plain_torchvision_state_dict(tmp_path):
+    theirs = mobilenet_v2(num_classes=10, width_mult=0.1)
+    torch.save(theirs.state_dict(), tmp_path / "plain.pth")
+    loaded = checkpoint.load(tmp_path / "plain.pth")
+    assert loaded.settings == standard(0.1, 4) and loaded.quantization is None
+    assert identical(loaded.build().state_dict(), theirs.state_dict())
+    assert loaded.val_size(None) is None and loaded.ancestors == []
+
+
+def test_lineage_has_every_ancestor_oldest_first(tmp_path):
+    stages, parent, chain = ("baseline", "pruned", "quantized", "int8"), None, []
+    for stage in stages:
+        parent = save(tmp_path / f"{stage}.pth", stage, parent, metrics={"of": stage})
+        chain.append(parent)
+    last = checkpoint.load(tmp_path / "int8.pth")
+    assert [a["stage"] for a in last.lineage()] == list(stages)
+    for record, source in zip(last.lineage(), chain, strict=True):
+        assert record["sha256"] == source.sha256 and record["bytes"] == source.bytes
+        assert record["metrics"] == {"of": source.stage}
+    packed = nnz.decode(nnz.encode(last))
+    assert [a["stage"] for a in packed.ancestors] == list(stages)
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __reduce__(self):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, old):
+    path = tmp_path / "x.pth"
+    if old:
+        path.write_bytes(old)
+    before = list(tmp_path.iterdir())
+    with pytest.raises(ZeroDivisionError):
+        checkpoint.write(path, {"a": torch.zeros(100_000), "b": Bomb()})
+    with pytest.raises(KeyboardInterrupt), checkpoint.atomic(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == before
+    assert not old or path.read_bytes() == old
+
+
+@pytest.mark.parametrize("call", ["fsync", "chmod"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "x.pth"
+    path.write_bytes(b"old")
+    monkeypatch.setattr("os.fsync" if call == "fsync" else "pathlib.Path.chmod", full)
+    with pytest.raises(OSError, match="No space left"), checkpoint.atomic(path) as file:
+        file.write(b"new")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def test_a_reader_sees_the_old_file_until_the_new_is_whole(tmp_path):
+    path = tmp_path / "sub" / "x"
+    with checkpoint.atomic(path) as file:
+        file.write(b"one")
+    with checkpoint.atomic(path) as file:
+        file.write(b"two")
+        file.flush()
+        assert path.read_bytes() == b"one"
+    assert path.read_bytes() == b"two" and list(path.parent.iterdir()) == [path]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode  # the umask's, as for any other file
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3, 4, 63, 1000, 0.3, 0.6, 0.9, -1000, -22, -1])
+def test_truncated(whole, tmp_path, keep):
+    path = tmp_path / "x.pth"
+    path.write_bytes(whole[: int(keep * len(whole)) if 0 < keep < 1 else keep])
+    refused(path, "is not a checkpoint, or is damaged")
+
+
+@pytest.mark.parametrize("where", ["anywhere", "pickle", "directory"])
+def test_flipped_bits_are_refused_or_load_but_never_crash(whole, tmp_path, where):
+    """torch checks no CRC of its own files, so a flip in a weight does load."""
+    infos = zipfile.ZipFile(io.BytesIO(whole)).infolist()
+    entry = next(i for i in infos if i.filename.endswith("data.pkl"))
+    low, high = {
+        "anywhere": (0, len(whole)),
+        "pickle": (entry.header_offset, entry.header_offset + 64 + entry.file_size),
+        "directory": (len(whole) - 60 * len(infos), len(whole)),
+    }[where]
+    rng, path, outcomes = random.Random(where), tmp_path / "x.pth", set()
+    for _ in range(50):
+        raw = bytearray(whole)
+        raw[rng.randrange(low, high)] ^= 1 << rng.randrange(8)
+        path.write_bytes(raw)
+        try:
+            checkpoint.load(path).build()
+            outcomes.add("loaded")
+        except UserError as error:
+            assert str(error).count("\n") == 0
+            outcomes.add("refused")
+    assert outcomes == {"loaded", "refused"}
+
+
+class Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("writer", ["torch", "legacy", "pickle"])
+@pytest.mark.parametrize("place", ["all", "state", "metrics"])
+def test_code_in_a_pickle_is_not_executed(tmp_path, writer, place):
+    trap = Malice(tmp_path / "executed")
+    content = {
+        "all": trap,
+        "state": {"format": checkpoint.FORMAT, "stage": "baseline", "state": trap},
+        "metrics": {"features.0.0.weight": torch.zeros(3), "metrics": [trap]},
+    }[place]
+    path = tmp_path / "x.pth"
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
+    refused(path, "is not a checkpoint, or is damaged")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(("content", "what"), [
+    (b"", "is damaged"), (b"PK\x03\x04", "is damaged"), (b"GIF89a" + bytes(100), "is damaged"),
+    (b"\x80\x04.", "is damaged"), (b"\x89NNZ", "truncated"), (b"\x89NNZ\r\n\x1a\nxx", "truncated"),
+    ([1, 2], "holds a list, not a checkpoint"), (torch.zeros(3), "holds a Tensor"),
+    ({}, "not the state dict of a MobileNetV2"),
+    ({"state_dict": {"x": torch.zeros(1)}}, "not the state dict of a MobileNetV2"),
+    ({"format": "mobilenetv2-cifar10/99"}, "has format 'mobilenetv2-cifar10/99'; this program"),
+    ({"format": checkpoint.FORMAT, "stage": "baseline"}, "lacks a field"),
+])  # fmt: skip
+def test_foreign_content(tmp_path, content, what):
+    path = tmp_path / "x.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    refused(path, what)
+
+
+@pytest.mark.parametrize(("change", "what"), [
+    ({"settings": {}}, "'stem'"),
+    ({"settings": None}, "NoneType"),
+    ({"settings": SETTINGS | {"head": -3}}, "negative"),
+    ({"settings": SETTINGS | {"blocks": [{"x": 1}]}}, "unexpected keyword argument 'x'"),
+    ({"settings": standard(0.35, 8)}, "size mismatch"),
+    ({"state": {}}, "Missing key"),
+    ({"state": 3}, "'int' object"),
+    ({"quantization": {"bits": 8}}, "'weight_bits'"),
+    ({"quantization": {"method": "x", "weight_bits": 8, "act_bits": 8}}, "Missing key"),
+])  # fmt: skip
+def test_content_that_does_not_fit_itself(whole, tmp_path, change, what):
+    raw = torch.load(io.BytesIO(whole), weights_only=True)
+    torch.save(raw | change, tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", "does not fit its own description")
+    refused(tmp_path / "x.pth", what)
+
+
+def test_integers_without_their_scale_are_refused(whole, tmp_path):
+    raw = torch.load(io.BytesIO(whole), weights_only=True)
+    raw["state"]["classifier.1.weight"] = raw["state"]["classifier.1.weight"].to(torch.int8)
+    torch.save(raw, tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", "classifier.1.weight_scale")
+
+
+@pytest.mark.parametrize(("name", "what"), [
+    ("baseline.pth", "`make train` makes it"), ("pruned.pth", "`make prune` makes it"),
+    ("quantized.pth", "`make quantize` makes it"), ("int8.pth", "`make int8` makes it"),
+    ("compressed.nnz", "`make compress` makes it"), ("other.pth", "check the path"),
+])  # fmt: skip
+def test_a_missing_file_says_what_makes_it(tmp_path, name, what):
+    refused(tmp_path / name, f"does not exist: {what}")

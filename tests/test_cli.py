@@ -1,0 +1,321 @@
+"""The command line that all stages share: flags, exit codes, what is written and what is not."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+
+import eval as evaluation
+import quantize
+import sparse_compress
+import to_int8
+import train
+from lib import checkpoint, config
+from models.mobilenetv2 import MobileNetV2, standard
+
+ROOT = Path(__file__).parent.parent
+STAGES = sorted(p.stem for p in ROOT.glob("*.py"))
+
+
+def call(stage: str, *flags, monkeypatch, capfd) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a stage, in this process, through config.run."""
+    monkeypatch.setattr(sys, "argv", [f"{stage}.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as caught:
+        config.run(importlib.import_module(stage).main)
+    out, err = capfd.readouterr()
+    if isinstance(caught.value.code, str):  # Python prints it, and exits with 1
+        return 1, out, err + caught.value.code + "\n"
+    return caught.value.code, out, err
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    return lambda stage, *flags: call(stage, *flags, monkeypatch=monkeypatch, capfd=capfd)
+
+
+@pytest.fixture(scope="module")
+def chain(tiny, tmp_path_factory):
+    """A run's folder with every file of the chain but the baseline, of a random network."""
+    folder = tmp_path_factory.mktemp("chain")
+    torch.manual_seed(0)
+    model = MobileNetV2(standard(0.1, 8))
+    cfg = train.Settings()
+    checkpoint.save(
+        folder / "checkpoints/pruned.pth", "pruned", model, cfg, None, metrics={},
+        data={"source": "cifar10", "val_size": 50},
+    )  # fmt: skip
+    common = [f"--data={tiny}", f"--run-dir={folder}"]
+    quantize.main([*common, "--weight-bits=4"])
+    to_int8.main(common)
+    sparse_compress.main(common)
+    return folder
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def one_line(stage: str, err: str) -> bool:
+    return err.startswith(f"{stage}.py: error: ") and err.count("\n") == 1
+
+
+# ---- every stage ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_and_wrong_usage(run, tmp_path, monkeypatch, stage):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(stage, "--help")
+    assert code == 0 and err == ""
+    module = importlib.import_module(stage)
+    assert module.__doc__.splitlines()[0] in out  # the docstring, with the command
+    assert f"python {stage}.py" in module.__doc__
+    for flags in (["--no-such-flag"], ["--run-di=x"]):  # abbreviations neither
+        code, out, err = run(stage, *flags)
+        assert code == 2 and out == "" and "unrecognized arguments" in err
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_shared_flags_have_the_same_names_everywhere(stage):
+    fields = vars(importlib.import_module(stage).Settings)["__dataclass_fields__"]
+    for name, field in config.Common.__dataclass_fields__.items():
+        if name in fields:
+            assert fields[name].type == field.type and fields[name].default == field.default
+    assert all(field.metadata.get("help") for field in fields.values())
+
+
+@pytest.mark.parametrize(("stage", "parent"), [
+    ("quantize", "pruned.pth"), ("to_int8", "quantized.pth"), ("sparse_compress", "int8.pth"),
+])  # fmt: skip
+def test_defaults_are_the_chain_and_a_missing_parent_is_one_line(run, tmp_path, stage, parent):
+    code, out, err = run(stage, f"--run-dir={tmp_path}")
+    assert (code, out) == (1, "") and one_line(stage, err)
+    assert f"{tmp_path}/checkpoints/{parent} does not exist: `make" in err
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(("stage", "flags", "what"), [
+    ("quantize", ["--weight-bits=33"], "invalid choice: 33"),
+    ("quantize", ["--act-bits=1"], "invalid choice: 1"),
+    ("quantize", ["--weight-bits=8.5"], "invalid int value"),
+    ("quantize", ["--method=magic"], "invalid choice: 'magic'"),
+    ("train", ["--epochs"], "expected one argument"),
+    ("train", ["--epochs=0"], "--epochs and --batch-size must be at least 1"),
+    ("train", ["--batch-size=-128"], "--epochs and --batch-size must be at least 1"),
+    ("train", ["--label-smoothing=2"], "--label-smoothing must be in [0, 1]"),
+    ("train", ["--ema=1"], "--ema in [0, 1)"),
+    ("train", ["--lr=fast"], "invalid float value"),
+    ("train", ["--amp=yes"], "ignored explicit argument"),
+    ("train", ["--downsample=5"], "invalid choice: 5"),
+    ("train", ["surplus"], "unrecognized arguments"),
+    ("eval", ["--split=all"], "invalid choice: 'all'"),
+])  # fmt: skip
+def test_wrong_values(run, stage, flags, what):
+    code, out, err = run(stage, *flags)
+    assert (code, out) == (2, "") and what in err and "Traceback" not in err
+
+
+def test_flags_are_read_as_declared():
+    cfg = config.parse(train.Settings, "", ["--no-amp", "--epochs=3", "--ema=0.5", "--seed=1"])
+    assert (cfg.amp, cfg.epochs, cfg.ema, cfg.seed, cfg.resume) == (False, 3, 0.5, 1, True)
+    assert config.parse(train.Settings, "", []) == train.Settings()
+    assert evaluation.Settings().files == [] and evaluation.Settings().files is not (
+        evaluation.Settings().files
+    )
+
+
+# ---- exit codes ----------------------------------------------------------------------------------
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(("error", "code", "text"), [
+    (config.UserError("no"), "x.py: error: no", ""),
+    (FileNotFoundError(2, "No such file", "a"), "x.py: error: [Errno 2] No such file: 'a'", ""),
+    (TimeoutError(), "x.py: error: TimeoutError", ""),
+    (torch.OutOfMemoryError("CUDA out of memory\ndetails"), "x.py: error: CUDA out of memory", ""),
+    (KeyboardInterrupt(), 130, "\nx.py: interrupted\n"),
+])  # fmt: skip
+def test_exit_codes(monkeypatch, capfd, error, code, text):
+    monkeypatch.setattr(sys, "argv", ["some/where/x.py"])
+    with pytest.raises(SystemExit) as caught:
+        config.run(raising(error))
+    assert caught.value.code == code and capfd.readouterr().err == text
+
+
+def test_a_bug_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        config.run(lambda: 1 / 0)
+
+
+def test_eval_of_a_missing_file_in_a_shell(tmp_path):
+    missing = tmp_path / "pruned.pth"
+    shell = subprocess.run(
+        [sys.executable, ROOT / "eval.py", missing], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert shell.returncode == 1 and shell.stdout == ""
+    expected = f"eval.py: error: {missing} does not exist: `make prune` makes it\n"
+    assert shell.stderr == expected
+    assert files(tmp_path) == []
+
+
+def test_interrupted_training_keeps_the_finished_epochs(tiny, tmp_path):
+    flags = ["--epochs=500", "--batch-size=32", "--width=0.1", "--downsample=8", "--augment=none"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *flags, f"--data={tiny}", f"--run-dir={tmp_path}"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # A shell's background job, which this test may be part of, ignores the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    log = tmp_path / "logs/train.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "train.py: interrupted"
+    assert files(tmp_path) == ["checkpoints/baseline.pth.resume", "logs/train.jsonl"]
+    state = checkpoint.read(tmp_path / "checkpoints/baseline.pth.resume")
+    lines = log.read_text().splitlines()
+    assert len(state["history"]) >= 2 and len(state["history"]) - len(lines) in (0, 1)
+
+
+# ---- eval.py -------------------------------------------------------------------------------------
+
+
+def test_eval_json_is_an_object_a_file(run, chain, tiny):
+    code, out, err = run("eval", f"--data={tiny}", f"--run-dir={chain}", "--json")
+    assert (code, err) == (0, "")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [r["stage"] for r in rows] == ["pruned", "quantized", "int8", "compressed"]
+    for row in rows:
+        path = Path(row["file"])
+        assert set(row) >= {"file", "stage", "split", "correct", "total", "accuracy", "bytes",
+                            "weights", "nonzeros", "macs"}  # fmt: skip
+        assert (row["split"], row["total"]) == ("test", 100)
+        assert row["accuracy"] == row["correct"] / row["total"]
+        assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
+        assert row["bytes"] == path.stat().st_size
+        assert row["nonzeros"] == sum(layer["nonzeros"] for layer in row["layers"])
+        assert (chain / f"plots/confusion-{path.stem}.png").stat().st_size > 1000
+    # From the quantizer on it is one network in three files.
+    for key in ("correct", "loss", "weights", "nonzeros", "macs"):
+        assert len({row[key] for row in rows[1:]}) == 1
+    assert [a["stage"] for a in rows[-1]["ancestors"]] == ["pruned", "quantized", "int8"]
+    assert rows[-1]["ancestors"][-1]["sha256"] == rows[2]["sha256"]
+
+
+def test_eval_table_and_splits(run, chain, tiny):
+    file = chain / "checkpoints/int8.pth"
+    # The validation split is the parent's unless told otherwise.
+    for flags, text in [(["--split=val"], "of 50 val images"),
+                        (["--split=val", "--val-size=20"], "of 20 val images"),
+                        (["--split=train", "--layers"], "of 270 train images")]:  # fmt: skip
+        code, out, _ = run("eval", file, f"--data={tiny}", f"--run-dir={chain}", *flags)
+        assert code == 0 and text in out and "W4A8 reference" in out
+        assert "pruned > quantized > int8" in out
+        assert ("features.0.0" in out) == ("--layers" in flags)
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_one_bad_file_of_several_fails_before_any_work(run, chain, tiny, tmp_path, flags):
+    (tmp_path / "bad.pth").write_bytes(b"nonsense")
+    good = chain / "checkpoints/int8.pth"
+    code, out, err = run("eval", good, tmp_path / "bad.pth", f"--data={tiny}",
+                         f"--run-dir={tmp_path}", *flags)  # fmt: skip
+    assert (code, out) == (1, "") and one_line("eval", err) and "bad.pth" in err
+    assert files(tmp_path) == ["bad.pth"]
+
+
+def test_eval_refuses_what_it_cannot_do(run, tiny, tmp_path):
+    common = [f"--data={tiny}", f"--run-dir={tmp_path}"]
+    code, _, err = run("eval", *common)
+    assert code == 1 and one_line("eval", err) and "no files: none named" in err
+    torch.save(MobileNetV2(standard(0.1, classes=12)).state_dict(), tmp_path / "x.pth")
+    code, _, err = run("eval", tmp_path / "x.pth", *common)
+    assert code == 1 and one_line("eval", err) and "12 classes" in err
+    torch.save(MobileNetV2(standard(0.1)).state_dict(), tmp_path / "x.pth")
+    code, _, err = run("eval", tmp_path / "x.pth", *common, "--val-size=0", "--split=val")
+    assert code == 1 and one_line("eval", err) and "no validation split" in err
+
+
+# ---- the stages between --------------------------------------------------------------------------
+
+
+def test_chain_is_recorded_and_smaller_at_each_step(chain):
+    paths = [chain / "checkpoints" / n for n in ("pruned.pth", "quantized.pth", "int8.pth",
+                                                 "compressed.nnz")]  # fmt: skip
+    sources = [checkpoint.load(p) for p in paths]
+    assert [s.stage for s in sources] == ["pruned", "quantized", "int8", "compressed"]
+    for parent, child in zip(sources, sources[1:], strict=False):
+        assert child.ancestors[-1]["sha256"] == parent.sha256
+        assert child.data["val_size"] == 50
+    assert sources[2].bytes < sources[0].bytes and sources[3].bytes < sources[0].bytes
+    assert sources[2].metrics == sources[1].metrics and sources[1].metrics["val_total"] == 50
+
+
+def test_decompressing_gives_the_same_tensors(run, chain, tmp_path):
+    code, _, err = run("sparse_compress", f"--decompress={chain}/checkpoints/compressed.nnz",
+                       f"--out={tmp_path}/back.pth")  # fmt: skip
+    assert (code, err) == (0, "")
+    a, b = checkpoint.load(tmp_path / "back.pth"), checkpoint.load(chain / "checkpoints/int8.pth")
+    assert set(a.state) == set(b.state)
+    assert all(torch.equal(a.state[k], b.state[k]) for k in a.state)
+
+
+@pytest.mark.parametrize(("stage", "flags", "what"), [
+    ("quantize", ["--parent={}/quantized.pth"], "is quantized already"),
+    ("quantize", ["--parent={}/compressed.nnz"], "is quantized already"),
+    ("to_int8", ["--parent={}/pruned.pth"], "has 32-bit weights: quantize them to 8 or fewer"),
+    ("sparse_compress", ["--decompress={}/compressed.nnz"], "--decompress needs --out"),
+    ("sparse_compress", ["--decompress={}/int8.pth", "--out=x"], "is not a .nnz file"),
+])  # fmt: skip
+def test_parents_that_do_not_fit(run, chain, tiny, tmp_path, stage, flags, what):
+    flags = [f.format(chain / "checkpoints") for f in flags]
+    given = [f"--data={tiny}", f"--run-dir={tmp_path}"]
+    code, out, err = run(stage, *flags, *given)
+    assert (code, out) == (1, "") and one_line(stage, err) and what in err
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("stage", ["quantize", "to_int8", "sparse_compress"])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_full_disk_leaves_no_half_of_a_file(run, chain, tiny, tmp_path, monkeypatch, stage, old):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "out"
+    if old:
+        out.write_bytes(old)
+    parent = {"quantize": "pruned.pth", "to_int8": "quantized.pth", "sparse_compress": "int8.pth"}
+    monkeypatch.setattr("os.fsync", full)
+    code, _, err = run(stage, f"--parent={chain}/checkpoints/{parent[stage]}", f"--out={out}",
+                       f"--data={tiny}", f"--run-dir={tmp_path}")  # fmt: skip
+    assert code == 1 and one_line(stage, err) and "No space left" in err
+    assert files(tmp_path) == (["out"] if old else [])
+    assert not old or out.read_bytes() == old
+
+
+def test_no_validation_split_is_no_obstacle(run, chain, tiny, tmp_path):
+    code, out, err = run("quantize", f"--parent={chain}/checkpoints/pruned.pth", f"--data={tiny}",
+                         f"--run-dir={tmp_path}", "--val-size=0")  # fmt: skip
+    assert (code, err) == (0, "") and "W8A8" in out
+    code, out, err = run("to_int8", f"--data={tiny}", f"--run-dir={tmp_path}")
+    assert (code, err) == (0, "")
+    assert checkpoint.load(tmp_path / "checkpoints/int8.pth").metrics == {}

@@ -1,0 +1,294 @@
+"""lib/data.py: every source gives the same set, all else is refused; the split; the batches."""
+
+import hashlib
+import pickle
+import shutil
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.datasets import CIFAR10
+
+from autoaugment import augmentation
+from lib import data, synthetic
+from lib.config import UserError
+
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return dict(zip(KEYS, synthetic.make(320, 100), strict=True))
+
+
+@pytest.fixture
+def npz(arrays, tmp_path):
+    """Write a cifar10.npz of these arrays with some of them changed; None leaves one out."""
+
+    def write(**changes) -> str:
+        content = {k: v for k, v in (arrays | changes).items() if v is not None}
+        np.savez(tmp_path / "cifar10.npz", **content)
+        return str(tmp_path / "cifar10.npz")
+
+    return write
+
+
+def refused(source, what: str, val_size=None) -> None:
+    """The message says what was found, and what to do; it is one line."""
+    with pytest.raises(UserError) as caught:
+        data.load(source, val_size)
+    message = str(caught.value)
+    assert what in message and "--data" in message and "\n" not in message, message
+
+
+def same(a: data.Data, b: data.Data) -> bool:
+    return all(
+        torch.equal(getattr(a, s).images, getattr(b, s).images)
+        and torch.equal(getattr(a, s).labels, getattr(b, s).labels)
+        for s in ("train", "val", "test")
+    )
+
+
+# ---- sources -------------------------------------------------------------------------------------
+
+
+def test_npz_file_and_its_folder(npz, arrays, tmp_path):
+    loaded = data.load(npz(), 0)
+    assert loaded.train.images.dtype == torch.uint8 and loaded.train.labels.dtype == torch.int64
+    assert np.array_equal(loaded.train.images.permute(0, 2, 3, 1), arrays["x_train"])
+    assert np.array_equal(loaded.train.labels, arrays["y_train"])
+    assert np.array_equal(loaded.test.images.permute(0, 2, 3, 1), arrays["x_test"])
+    assert (loaded.source, loaded.classes) == ("cifar10", data.CLASSES)
+    assert same(data.load(str(tmp_path), 0), loaded)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int64, np.uint64, ">i2"])
+def test_column_labels_as_keras_writes_them(npz, arrays, kind):
+    column = {k: arrays[k].astype(kind)[:, None] for k in ("y_train", "y_test")}
+    assert same(data.load(npz(**column)), data.load(npz()))
+
+
+def test_synthetic():
+    loaded = data.load("synthetic")
+    assert (loaded.source, loaded.classes) == ("synthetic", synthetic.CLASSES)
+    assert [len(s) for s in (loaded.train, loaded.val, loaded.test)] == [5400, 600, 1000]
+    assert loaded.provenance()["split_seed"] == data.SPLIT_SEED
+
+
+def test_provenance_is_plain_and_names_no_path(tiny):
+    record = data.load(tiny).provenance()
+    assert (record["train"], record["val_size"], record["test"]) == (290, 30, 100)
+    assert not [v for v in record.values() if "/" in str(v)]
+
+
+@pytest.fixture
+def batches_py(arrays, tmp_path, monkeypatch):
+    """torchvision's layout, five training batches and a test batch, and its checksums."""
+    folder = tmp_path / "tv" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+
+    def write(name: str, content: dict) -> list[str]:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch(name: str, split: str, part: slice) -> list[str]:
+        rows = arrays[f"x_{split}"][part].transpose(0, 3, 1, 2).reshape(-1, 3072)
+        return write(name, {"data": rows, "labels": arrays[f"y_{split}"][part].tolist()})
+
+    train = [batch(f"data_batch_{i + 1}", "train", slice(64 * i, 64 * i + 64)) for i in range(5)]
+    test = [batch("test_batch", "test", slice(None))]
+    name, md5 = write("batches.meta", {"label_names": list(data.CLASSES)})
+    monkeypatch.setattr(CIFAR10, "train_list", train)
+    monkeypatch.setattr(CIFAR10, "test_list", test)
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    return folder
+
+
+def test_torchvision_batches(batches_py, npz):
+    expected = data.load(npz())
+    assert same(data.load(str(batches_py.parent)), expected)
+    assert same(data.load(str(batches_py)), expected)
+
+
+def test_torchvision_batches_are_checked_before_anything_is_unpickled(batches_py, monkeypatch):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (batches_py / "executed",))
+
+    (batches_py / "data_batch_3").write_bytes(pickle.dumps(Bomb()))
+    refused(str(batches_py), "is damaged (Dataset not found or corrupted")
+    assert not (batches_py / "executed").exists()
+
+
+def test_real_checksums_refuse_other_images(batches_py, monkeypatch):
+    monkeypatch.undo()
+    refused(str(batches_py), "is damaged")
+
+
+def test_download(batches_py, npz, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CIFAR10, "download", lambda self: shutil.copytree(
+        batches_py.parent, self.root, dirs_exist_ok=True))  # fmt: skip
+    assert same(data.load(None), data.load(npz()))
+
+
+@pytest.mark.parametrize("error", [URLError("no route to host"), TimeoutError(), OSError("full")])
+def test_download_that_fails(tmp_path, monkeypatch, error):
+    def fail(self):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CIFAR10, "download", fail)
+    refused(None, "downloading CIFAR-10 failed (" + (str(error) or "TimeoutError"))
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "what"),
+    [
+        ("x_train", lambda x: x.astype(np.float32) / 255, "images are float32 (320, 32, 32, 3)"),
+        ("x_train", lambda x: x.astype(np.int64), "images are int64"),
+        ("x_train", lambda x: x.transpose(0, 3, 1, 2), "images are uint8 (320, 3, 32, 32)"),
+        ("x_train", lambda x: x[:, :28, :28], "(320, 28, 28, 3), not uint8 (n, 32, 32, 3)"),
+        ("x_train", lambda x: x[..., 0], "images are uint8 (320, 32, 32)"),
+        ("x_train", lambda x: x[0, 0, 0, 0], "images are uint8 ()"),
+        ("x_train", lambda x: x[:-1], "labels are uint8 (320,), not 319 integers"),
+        ("x_test", lambda x: x[:0], "the test set is not CIFAR-10"),
+        ("y_test", lambda y: y[:-1], "labels are uint8 (99,), not 100 integers"),
+        ("y_train", lambda y: y.astype(float), "labels are float64"),
+        ("y_train", lambda y: np.eye(10, dtype=np.uint8)[y], "labels are uint8 (320, 10)"),
+        ("y_train", lambda y: y[None], "labels are uint8 (1, 320)"),
+        ("y_train", lambda y: y + np.uint8(1), "labels are [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]"),
+        ("y_train", lambda y: y.astype(np.int8) - 1, "labels are [-1, 0,"),
+        ("y_train", lambda y: np.minimum(y, 8), "labels are [0, 1, 2, 3, 4, 5, 6, 7, 8], not 0"),
+        ("y_test", lambda y: y * 20, "the test set is not CIFAR-10: labels are"),
+        ("y_train", lambda y: y.astype(object), "is not a readable .npz"),
+    ],
+)  # fmt: skip
+def test_wrong_arrays(npz, arrays, key, change, what):
+    refused(npz(**{key: change(arrays[key])}), what)
+
+
+def test_both_sets_empty(npz, arrays):
+    refused(npz(x_train=arrays["x_train"][:0], y_train=arrays["y_train"][:0]), "it is empty")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_missing_key(npz, key):
+    refused(npz(**{key: None}), f"has no {key}")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.999])
+def test_truncated_file(npz, keep):
+    path = Path(npz())
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(keep * len(raw)) if keep < 1 else keep])
+    refused(str(path), "is not a readable .npz")
+
+
+def test_damaged_pixels_are_noticed(npz):
+    path = Path(npz())
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    refused(str(path), "CRC")
+
+
+@pytest.mark.parametrize("content", [np.zeros(3), {"x_train": 1}])
+def test_other_kinds_of_file(tmp_path, content):
+    path = tmp_path / "cifar10.npz"
+    with path.open("wb") as file:
+        np.save(file, content, allow_pickle=True)
+    refused(str(path), "is not a readable .npz")
+
+
+def test_folders_and_paths_without_data(tmp_path):
+    refused(str(tmp_path / "nowhere"), f"no data at {tmp_path / 'nowhere'}")
+    refused(str(tmp_path), "(found nothing)")
+    (tmp_path / "holiday.jpg").touch()
+    refused(str(tmp_path), "(found holiday.jpg)")
+
+
+# ---- the split -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 10, 50, 300])
+def test_split_is_stratified_fixed_and_disjoint(tiny, arrays, size):
+    a, b = data.load(tiny, size), data.load(tiny, size)
+    assert same(a, b)
+    assert (len(a.val), len(a.train), len(a.test)) == (size, 320 - size, 100)
+    assert torch.bincount(a.val.labels, minlength=10).tolist() == [size // 10] * 10
+    rows = torch.cat([a.train.images, a.val.images]).flatten(1).tolist()
+    assert sorted(rows) == sorted(arrays["x_train"].transpose(0, 3, 1, 2).reshape(320, -1).tolist())
+
+
+def test_larger_validation_splits_contain_the_smaller(tiny):
+    small, large = ({bytes(x.numpy()) for x in data.load(tiny, n).val.images} for n in (20, 100))
+    assert len(small) == 20 and small < large
+
+
+@pytest.mark.parametrize("size", [-10, 7, 320, 1000])
+def test_impossible_split(tiny, size):
+    with pytest.raises(UserError, match=r"--val-size must be a multiple of 10 .*32 images.*not "):
+        data.load(tiny, size)
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def test_normalize_is_torchvisions(arrays):
+    images = arrays["x_train"][:20]
+    theirs = transforms.Compose([transforms.ToTensor(), transforms.Normalize(data.MEAN, data.STD)])
+    expected = torch.stack([theirs(Image.fromarray(x)) for x in images])
+    ours = data.normalize(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    assert torch.equal(ours, expected)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module")
+def numbered(arrays):
+    """320 images, each labelled with its own index."""
+    images = torch.from_numpy(arrays["x_train"]).permute(0, 3, 1, 2).contiguous()
+    return data.Split(images, torch.arange(len(images)))
+
+
+def epoch(split, size=96, level="auto", seed=1, number=0, **parallel):
+    return list(data.batches(split, size, augmentation(level), seed, number, **parallel))
+
+
+def test_an_epoch_has_each_image_at_most_once_and_no_incomplete_batch(numbered):
+    batches = epoch(numbered, level="none")
+    assert [len(x) for x, _ in batches] == [96, 96, 96]
+    seen = torch.cat([labels for _, labels in batches])
+    assert len(set(seen.tolist())) == 288
+    for x, labels in batches:
+        assert torch.equal(x, data.normalize(numbered.images[labels]))
+
+
+def test_order_spans_the_chunks_that_are_augmented_at_a_time():
+    split = data.Split(torch.zeros(4500, 3, 32, 32, dtype=torch.uint8), torch.arange(4500))
+    seen = [labels for _, labels in epoch(split, size=100, level="none")]
+    assert len(seen) == 45 and sorted(torch.cat(seen).tolist()) == list(range(4500))
+
+
+@pytest.mark.parametrize("level", ["light", "auto"])
+def test_an_epoch_repeats_and_others_differ(numbered, level):
+    first = epoch(numbered, level=level)
+    for (x, a), (y, b) in zip(first, epoch(numbered, level=level), strict=True):
+        assert torch.equal(x, y) and torch.equal(a, b)
+    for other in (epoch(numbered, level=level, number=1), epoch(numbered, level=level, seed=2)):
+        assert not any(torch.equal(a, b) for (_, a), (_, b) in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_have_the_global_batches_of_one_process(numbered, world):
+    parts = zip(*(epoch(numbered, rank=r, world=world) for r in range(world)), strict=True)
+    for (x, labels), part in zip(epoch(numbered), parts, strict=True):
+        assert torch.equal(torch.cat([a for a, _ in part]), x)
+        assert torch.equal(torch.cat([b for _, b in part]), labels)

@@ -1,0 +1,159 @@
+"""lib/metrics.py: intervals, counts, and logs that hold one whole run."""
+
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from lib import metrics
+from models.mobilenetv2 import MobileNetV2, standard
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    # Newcombe 1998 (Statistics in Medicine 17), table I, method 3: 81/263, 15/148, 0/20, 1/29.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611),
+     (1, 29, 0.0061, 0.1718), (940, 1000, 0.9235, 0.9531), (20, 20, 0.8389, 1)],
+)  # fmt: skip
+def test_wilson_against_published_values(correct, total, low, high):
+    found = metrics.wilson(correct, total)
+    assert found == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_is_an_interval_that_narrows_and_mirrors():
+    assert metrics.wilson(0, 0) == (0, 1)
+    for total in (1, 7, 100, 10_000):
+        for correct in {0, 1, total // 3, total}:
+            low, high = metrics.wilson(correct, total)
+            assert 0 <= low <= correct / total <= high + 1e-12 <= 1 + 1e-12
+            mirrored = metrics.wilson(total - correct, total)
+            assert mirrored == pytest.approx((1 - high, 1 - low))
+            wide = metrics.wilson(correct * 10, total * 10)
+            assert wide[1] - wide[0] < high - low
+
+
+def small():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, padding=1, groups=1), nn.BatchNorm2d(4), nn.ReLU6(),
+        nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Flatten(), nn.Linear(4 * 16 * 16, 5),
+    )  # fmt: skip
+
+
+def test_counts_are_of_conv_and_linear_weights_alone():
+    model = small()
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[3].weight[0, 0, 0, :] = torch.tensor([-0.0, 0.0, 1e-45])
+        model[5].bias.zero_()
+    assert metrics.layer_counts(model) == [
+        ("0", 108, 81), ("3", 36, 34), ("5", 5120, 5120)
+    ]  # fmt: skip
+
+
+def test_macs_by_hand():
+    model = small().train()
+    before = model[1].running_mean.clone()
+    assert metrics.macs(model) == 16 * 16 * 4 * 27 + 16 * 16 * 4 * 9 + 5120
+    # Counting leaves no trace: mode, statistics, hooks.
+    assert model.training and torch.equal(model[1].running_mean, before)
+    assert not model[0]._forward_hooks
+
+
+def test_macs_are_dense_and_of_one_image():
+    model = MobileNetV2(standard(0.1, 8))
+    before = metrics.macs(model)
+    nn.init.zeros_(model.classifier[1].weight)
+    assert metrics.macs(model) == before
+    # All but the classifier goes with the area.
+    classifier = model.classifier[1].weight.numel()
+    assert metrics.macs(model, 64) - classifier == 4 * (before - classifier)
+
+
+# ---- logs ----------------------------------------------------------------------------------------
+
+
+def test_log_holds_one_whole_run(tmp_path):
+    path = tmp_path / "logs/x.jsonl"
+    first = metrics.Log(path, {})
+    first.begin([])
+    lines = [{"epoch": i, "loss": 0.1 * i, "note": "é"} for i in range(4)]
+    for line in lines:
+        first(line)
+    assert metrics.read_log(path) == lines
+    # Killed after two epochs were safe: the resumed run's past replaces what was written.
+    second = metrics.Log(path, {})
+    second.begin(lines[:2])
+    second({"epoch": 2, "loss": 9.0})
+    second.close({})
+    assert metrics.read_log(path) == [*lines[:2], {"epoch": 2, "loss": 9.0}]
+    # A new run starts anew.
+    metrics.Log(path, {}).begin([])
+    assert metrics.read_log(path) == []
+
+
+def test_log_lines_are_there_as_soon_as_they_are_logged(tmp_path):
+    log = metrics.Log(tmp_path / "x.jsonl", {})
+    log.begin([])
+    for i in range(3):
+        log({"epoch": i})
+        assert [json.loads(x) for x in log.path.read_text().splitlines()][-1] == {"epoch": i}
+
+
+def test_no_log_is_an_empty_one(tmp_path):
+    assert metrics.read_log(tmp_path / "none.jsonl") == []
+
+
+def test_other_ranks_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    log = metrics.Log(tmp_path / "logs/x.jsonl", {}, wandb=True)
+    log.begin([{"epoch": 0}])
+    log({"epoch": 1})
+    log.close({"a": 1})
+    assert not list(tmp_path.iterdir())
+
+
+# ---- W&B -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nobody(tmp_path, monkeypatch):
+    """A machine without a key."""
+    for name in [n for n in os.environ if n.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize(
+    ("environment", "netrc", "mode"),
+    [({}, None, "offline"), ({"WANDB_API_KEY": "k"}, None, "online"),
+     ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, None, "offline"),
+     ({}, "machine api.wandb.ai\n  login user\n  password k\n", "online"),
+     ({}, "machine example.org\n", "offline")],
+)  # fmt: skip
+def test_wandb_is_online_only_with_a_key(nobody, monkeypatch, environment, netrc, mode):
+    import wandb
+
+    options = {}
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: options.update(kwargs))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if netrc:
+        (nobody / ".netrc").write_text(netrc)
+    metrics.start_wandb(nobody / "logs", name="x")
+    assert options["mode"] == mode and options["name"] == "x"
+
+
+def test_wandb_offline_run(nobody, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log = metrics.Log(tmp_path / "logs/train.jsonl", {"lr": 0.1}, wandb=True)
+    log.begin([{"epoch": 1, "loss": 2.0, "note": "past"}])
+    log({"epoch": 2, "loss": 1.0})
+    log.close({"val_correct": 7})
+    runs = list((tmp_path / "logs/wandb").glob("offline-run-*"))
+    assert len(runs) == 1 and list(runs[0].glob("*.wandb"))
+    assert f"the run is offline: wandb sync {runs[0]}" in capfd.readouterr().err.replace("\n", "")
+    assert [line["epoch"] for line in metrics.read_log(log.path)] == [1, 2]

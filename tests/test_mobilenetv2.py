@@ -1,0 +1,158 @@
+"""models/mobilenetv2.py: torchvision's network to the bit, and settings that are data."""
+
+import random
+
+import pytest
+import torch
+from torchvision.models import mobilenet_v2, resnet18
+
+from lib import metrics
+from models.mobilenetv2 import STAGES, MobileNetV2, settings_of, standard
+
+
+def torchvisions(width: float, seed: int, report: bool):
+    """Theirs, drawn from a seed; with the report's strides or as it comes."""
+    torch.manual_seed(seed)
+    model = mobilenet_v2(num_classes=10, width_mult=width, dropout=0.2)
+    if report:
+        for layer in (model.features[0][0], model.features[2].conv[1][0],
+                      model.features[4].conv[1][0]):  # fmt: skip
+            layer.stride = (1, 1)
+    return model
+
+
+def ours(seed: int, *args, **kwargs):
+    torch.manual_seed(seed)
+    return MobileNetV2(standard(*args, **kwargs))
+
+
+def unsettle(model) -> None:
+    """Give batch norms and biases values that show when one is misplaced."""
+    generator = torch.Generator().manual_seed(5)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point() and tensor.ndim == 1:
+            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+
+
+@pytest.mark.parametrize(
+    ("width", "downsample", "size"), [(1.0, 4, 32), (0.5, 32, 64), (1.4, 32, 64), (0.35, 4, 32)]
+)
+def test_same_names_weights_and_outputs_as_torchvision(width, downsample, size):
+    theirs, model = torchvisions(width, 3, downsample == 4), ours(3, width, downsample)
+    a, b = theirs.state_dict(), model.state_dict()
+    assert list(a) == list(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    unsettle(theirs)
+    model.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), theirs.eval()(x))
+        outputs = []
+        for network in (model, theirs):  # dropout draws the same
+            torch.manual_seed(1)
+            outputs.append(network.train()(x))
+    assert torch.equal(*outputs)
+    for name, tensor in theirs.state_dict().items():  # running statistics
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+def test_sizes_of_the_reports_network():
+    model = MobileNetV2(standard())
+    assert sum(p.numel() for p in model.parameters()) == 2_236_682
+    counts = metrics.layer_counts(model)
+    assert len(counts) == 53 and sum(n for _, n, _ in counts) == 2_202_560
+    assert metrics.macs(model) == 296_473_088
+
+
+@pytest.mark.parametrize("downsample", [4, 8, 16, 32])
+def test_final_map(downsample):
+    model = MobileNetV2(standard(0.1, downsample)).eval()
+    with torch.no_grad():
+        assert model.features(torch.zeros(1, 3, 32, 32)).shape[2:] == (32 // downsample,) * 2
+
+
+def test_downsample_8_has_a_third_of_the_macs():
+    four, eight = (metrics.macs(MobileNetV2(standard(1.0, d))) for d in (4, 8))
+    assert 3 < four / eight < 3.5
+
+
+@pytest.mark.parametrize("width", [0.1, 0.35, 0.5, 0.75, 1.0, 1.4])
+@pytest.mark.parametrize("downsample", [4, 8])
+def test_settings_come_back_from_a_state(width, downsample):
+    settings = standard(width, downsample, classes=7)
+    with torch.device("meta"):
+        state = MobileNetV2(settings).state_dict()
+    assert settings_of(state, downsample) == settings
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_channel_counts_are_data(seed):
+    """Every width its own, as compaction leaves them: built, run, saved as a state, recovered."""
+    rng = random.Random(seed)
+    settings = standard()
+    settings["stem"] = settings["blocks"][0]["hidden"] = rng.randint(1, 9)
+    settings["head"], settings["classes"] = rng.randint(1, 9), rng.randint(2, 12)
+    for block in settings["blocks"]:
+        if block["expand"]:
+            block["hidden"] = rng.randint(1, 9)
+        block["out"] = block_out if block["residual"] else (block_out := rng.randint(1, 9))
+    model = MobileNetV2(settings).eval()
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 8, 8)).shape == (2, settings["classes"])
+    again = settings_of(model.state_dict())
+    assert again == settings
+    MobileNetV2(again).load_state_dict(model.state_dict())
+
+
+def test_settings_are_plain_and_not_shared():
+    def plain(value):
+        if isinstance(value, dict):
+            return all(type(k) is str and plain(v) for k, v in value.items())
+        if isinstance(value, list):
+            return all(map(plain, value))
+        return type(value) in (int, float, bool)
+
+    a, b = standard(), standard()
+    assert plain(a) and a == b
+    a["blocks"][0]["out"] = 1
+    assert standard() == b
+    assert len(b["blocks"]) == sum(repeats for _, _, repeats, _ in STAGES) == 17
+
+
+def test_settings_of_do_not_hold_the_state():
+    state = MobileNetV2(standard(0.1)).state_dict()
+    found = settings_of(state)
+    assert {type(block["hidden"]) for block in found["blocks"]} == {int}
+
+
+def without(*names):
+    return lambda state: {k: v for k, v in state.items() if k not in names}
+
+
+@pytest.mark.parametrize("change", [
+    without("features.0.0.weight"),
+    without("features.7.conv.2.weight"),
+    without("classifier.1.weight", "classifier.1.bias"),
+    lambda state: {f"module.{k}": v for k, v in state.items()},
+    lambda state: state | {"features.3.conv.2.weight": torch.zeros(5)},
+    lambda state: state | {"features.18.0.weight": torch.zeros(())},
+    lambda state: state | {"features.0.0.weight": 3},
+    lambda state: resnet18().state_dict(),
+    lambda state: {},
+])  # fmt: skip
+def test_states_of_other_networks_are_refused(change):
+    state = change(MobileNetV2(standard(0.1)).state_dict())
+    with pytest.raises(ValueError, match=r"not the state dict of a MobileNetV2 \(at "):
+        settings_of(state)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "what"),
+    [({"downsample": 5}, r"downsample must be one of \[4, 8, 16, 32\], not 5"),
+     ({"width": 0}, "width must be over 0"), ({"width": -1}, "width must be over 0"),
+     ({"width": float("nan")}, "width must be over 0"),
+     ({"dropout": 1}, r"dropout in \[0, 1\)"), ({"dropout": -0.1}, "dropout in")],
+)  # fmt: skip
+def test_impossible_settings(kwargs, what):
+    with pytest.raises(ValueError, match=what):
+        standard(**kwargs)

@@ -1,0 +1,152 @@
+"""prune.py and lib/pruning.py: what goes, what stays, and what an interruption may not lose."""
+
+import json
+
+import pytest
+import torch
+
+import prune
+import train
+from lib import checkpoint, engine, pruning
+from lib.config import UserError
+from lib.metrics import weight_layers
+from models.mobilenetv2 import MobileNetV2, standard
+
+FLAGS = ["--epochs=2", "--batch-size=32", "--max-drop=100", "--rounds=3", "--target=0.8"]
+
+
+@pytest.fixture(scope="module")
+def baseline(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("baseline")
+    train.main(["--epochs=1", "--batch-size=32", "--width=0.1", "--downsample=8",
+                f"--data={tiny}", f"--run-dir={folder}"])  # fmt: skip
+    return folder / "checkpoints/baseline.pth"
+
+
+def run(tiny, baseline, folder, *flags):
+    prune.main([*FLAGS, f"--data={tiny}", f"--parent={baseline}", f"--run-dir={folder}", *flags])
+    lines = [json.loads(x) for x in (folder / "logs/prune.jsonl").read_text().splitlines()]
+    return checkpoint.load(folder / "checkpoints/pruned.pth"), lines
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, baseline, tmp_path_factory):
+    """An uninterrupted run: (checkpoint, log)."""
+    return run(tiny, baseline, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.956, 0.999])
+def test_masks_keep_exactly_the_largest_weights_of_all_layers(sparsity):
+    model = MobileNetV2(standard(0.1))
+    masks = pruning.magnitude_masks(model, sparsity)
+    kept, gone = [], []
+    for name, layer in weight_layers(model).items():
+        assert masks[name].shape == layer.weight.shape
+        kept.append(layer.weight.detach().abs()[masks[name] == 1])
+        gone.append(layer.weight.detach().abs()[masks[name] == 0])
+    kept, gone = torch.cat(kept), torch.cat(gone)
+    assert len(gone) == round(sparsity * (len(kept) + len(gone)))
+    if len(gone):
+        assert gone.max() <= kept.min()
+
+
+def test_equal_magnitudes_are_still_counted_exactly_and_masks_nest():
+    model = MobileNetV2(standard(0.1))
+    with torch.no_grad():
+        for layer in weight_layers(model).values():
+            layer.weight.fill_(0.5)
+    total = sum(layer.weight.numel() for layer in weight_layers(model).values())
+    first = pruning.magnitude_masks(model, 0.4)
+    pruning.Mask(model, first).apply()
+    second = pruning.magnitude_masks(model, 0.7)
+    assert sum(int(m.sum()) for m in second.values()) == total - round(0.7 * total)
+    assert all((second[n] <= first[n]).all() for n in first)
+
+
+def test_pruned_weights_stay_at_positive_zero_through_training(baseline, whole):
+    pruned, _ = whole
+    weights = [v for k, v in pruned.state.items() if k.endswith("weight") and v.ndim > 1]
+    assert not any(torch.signbit(w[w == 0]).any() for w in weights)
+    zeros = sum(int((w == 0).sum()) for w in weights)
+    total = sum(w.numel() for w in weights)
+    # Never more weights than the mask leaves; one may be zero by its own chance.
+    assert zeros >= round(0.8 * total) and zeros / total == pytest.approx(0.8, abs=1e-3)
+    assert pruned.ancestors[0]["sha256"] == checkpoint.load(baseline).sha256
+
+
+def test_schedules():
+    assert pruning.cubic(0.1, 0.9, 0, 5) == pytest.approx(0.1)
+    assert pruning.cubic(0.1, 0.9, 5, 5) == 0.9
+    steps = [pruning.cubic(0, 0.95, i, 8) for i in range(9)]
+    gains = [b - a for a, b in zip(steps, steps[1:], strict=False)]
+    assert gains == sorted(gains, reverse=True)
+    # The reference report: 14 rounds of 20% are 95.60%.
+    assert pruning.geometric(0, 0.2, 14) == pytest.approx(0.9560, abs=1e-4)
+
+
+@pytest.mark.parametrize("dies_in", ["a round", "writing a round", "the end"])
+def test_resumed_equals_uninterrupted(tiny, baseline, whole, tmp_path, monkeypatch, dies_in):
+    expected, lines = whole
+    folder, calls = tmp_path, 0
+
+    def dying(original, at):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        if dies_in == "a round":  # epochs are 1..6, each evaluated, and each round once more
+            patch.setattr(engine, "evaluate", dying(engine.evaluate, 6))
+        elif dies_in == "writing a round":  # after the state of round 1 was written
+            patch.setattr(prune.metrics.Log, "__call__", dying(prune.metrics.Log.__call__, 1))
+        else:
+            patch.setattr(checkpoint, "save", dying(checkpoint.save, 1))
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, baseline, folder)
+    assert not (folder / "checkpoints/pruned.pth").exists()
+    resumed, again = run(tiny, baseline, folder)
+    assert all(torch.equal(expected.state[k], resumed.state[k]) for k in expected.state)
+    assert [x["round"] for x in again] == [x["round"] for x in lines] == [0, 1, 2, 3]
+    assert [x["val_correct"] for x in again] == [x["val_correct"] for x in lines]
+    assert not list((folder / "checkpoints").glob("*.resume"))
+
+
+def test_stops_at_the_floor_and_keeps_the_last_good_round(tiny, baseline, tmp_path, monkeypatch):
+    scores = iter([30, 29, 29, 28, 29, 5, 5, 5])  # parent; then 2 epochs and the round, twice
+
+    def scripted(model, split, *args, **kwargs):
+        n = next(scores)
+        return engine.Evaluation(n, 30, 1.0, torch.zeros(30))
+
+    monkeypatch.setattr(engine, "evaluate", scripted)
+    pruned, lines = run(tiny, baseline, tmp_path, "--max-drop=10")
+    assert [x["kept"] for x in lines] == [True, True, False]
+    assert pruned.metrics["round"] == 1 and pruned.metrics["val_correct"] == 28
+    layers = weight_layers(pruned.build())
+    zeros = sum(int((x.weight == 0).sum()) for x in layers.values())
+    total = sum(x.weight.numel() for x in layers.values())
+    assert zeros / total == pytest.approx(pruning.cubic(0, 0.8, 1, 3), abs=1e-3)
+
+
+def test_refusals(tiny, baseline, whole, tmp_path):
+    with pytest.raises(UserError, match="no more than the parent's sparsity"):
+        run(tiny, whole[0].file, tmp_path / "x")
+    with pytest.raises(UserError, match="val-size must be over 0"):
+        run(tiny, baseline, tmp_path / "x", "--val-size=0")
+    with pytest.raises(SystemExit) as error:
+        run(tiny, baseline, tmp_path / "x", "--target=1.5")
+    assert error.value.code == 2
+    assert not (tmp_path / "x/checkpoints").exists()
+
+
+def test_no_rounds_only_converts(tiny, baseline, tmp_path):
+    plain = tmp_path / "plain.pth"
+    torch.save(checkpoint.load(baseline).state, plain)
+    pruned, _ = run(tiny, plain, tmp_path, "--rounds=0")
+    assert pruned.stage == "pruned"
+    assert all(torch.equal(v, pruned.state[k]) for k, v in checkpoint.load(plain).state.items())

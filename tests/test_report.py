@@ -1,0 +1,268 @@
+"""report.py: the parts are the whole file, the table is of every file, stale files are named."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import quantize
+import report
+import sparse_compress
+import to_int8
+import train
+from lib import checkpoint, memory, metrics, plots, quantizers
+from lib.config import UserError
+from models.mobilenetv2 import MobileNetV2, standard
+
+FILES = ("baseline.pth", "quantized.pth", "int8.pth", "compressed.nnz")
+
+
+@pytest.fixture(scope="module")
+def chain(tiny, tmp_path_factory):
+    """A run of the stages on a tiny network, quantized from the baseline: no pruned.pth."""
+    folder = tmp_path_factory.mktemp("run")
+    where = [f"--data={tiny}", f"--run-dir={folder}"]
+    train.main([*where, "--width=0.1", "--downsample=8", "--epochs=1", "--batch-size=32"])
+    parent = f"--parent={folder}/checkpoints/baseline.pth"
+    quantize.main([*where, parent, "--weight-bits=4", "--act-bits=6"])
+    to_int8.main(where)
+    sparse_compress.main([f"--run-dir={folder}"])
+    return folder
+
+
+@pytest.fixture
+def run(chain, tmp_path):
+    """A copy of it, to be spoilt. The recorded --parent is the original's."""
+    shutil.copytree(chain / "checkpoints", tmp_path / "run/checkpoints")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def status(run, capsys):
+    def call():
+        report.main(["--status", f"--run-dir={run}"])
+        return {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+
+    return call
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def test_report_of_a_chain(run, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(plots, "DPI", 40)
+    (run / "plots").mkdir()
+    (run / "plots/train.png").write_bytes(b"an earlier stage's")
+    report.main([f"--run-dir={run}", f"--data={tiny}"])
+    shown = capsys.readouterr().out
+    rows = [json.loads(line) for line in (run / "logs/report.jsonl").read_text().splitlines()]
+
+    assert [row["name"] for row in rows] == list(FILES)
+    for row in rows:
+        size = (run / "checkpoints" / row["name"]).stat().st_size
+        assert row["bytes"] == size == sum(row["parts"].values())
+        assert min(row["parts"].values()) > 0
+        assert row["split"] == "test" and row["total"] == 100
+        assert row["change"] == pytest.approx(row["correct"] - rows[0]["correct"])
+        line = next(x for x in shown.splitlines() if x.startswith(row["name"]))
+        for cell in (f"{size:,}", f"{row['correct']}/100", f"{row['nonzeros']:,}"):
+            assert cell in line.split(), line
+
+    # 4-byte weights, then 4-byte weights on a grid, then a byte each, then their own bits
+    baseline, quantized, int8, nnz = rows
+    weights = baseline["weights"]
+    assert [row["weight_bytes"] for row in rows[:3]] == [4 * weights, 4 * weights, weights]
+    layers = metrics.layer_counts(checkpoint.load(run / "checkpoints/int8.pth").build())
+    assert nnz["parts"][memory.WEIGHTS] == sum((4 * n + 7) // 8 for _, _, n in layers)
+    assert nnz["weight_bytes"] == nnz["parts"][memory.WEIGHTS] + nnz["parts"][memory.INDICES]
+    assert nnz["ratios"]["model"] == baseline["bytes"] / nnz["bytes"]
+    assert nnz["ratios"]["weights"] == 4 * weights / nnz["weight_bytes"]
+    assert nnz["ratios"]["activations"] == pytest.approx(32 / 6, rel=1e-4)  # whole bytes
+    assert nnz["ratios"]["peak"] == pytest.approx(32 / 6, rel=1e-4)
+    assert (quantized["correct"], int8["correct"]) == (nnz["correct"], nnz["correct"])
+
+    assert shown.splitlines()[-3:] == [
+        str(run / "plots" / name) for name in ("report.png", "storage.png", "train.png")
+    ]
+    for name in ("report.png", "storage.png"):
+        assert (run / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_one_file_on_validation(run, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(plots, "DPI", 40)
+    for name in FILES[:3]:
+        (run / "checkpoints" / name).unlink()
+    report.main([f"--run-dir={run}", f"--data={tiny}", "--split=val"])
+    (row,) = map(json.loads, (run / "logs/report.jsonl").read_text().splitlines())
+    held_out = checkpoint.load(run / "checkpoints/compressed.nnz").data["val_size"]
+    assert row["total"] == held_out and row["ratios"]["model"] == 1
+    assert "W4A6" in capsys.readouterr().out
+
+
+def test_nothing_to_report(tmp_path):
+    with pytest.raises(UserError, match="no files of the chain"):
+        report.main([f"--run-dir={tmp_path}"])
+
+
+def test_shared_tensors_are_counted_as_stored(tmp_path):
+    model = MobileNetV2(standard(0.1))
+    state = model.state_dict()
+    state["features.0.1.bias"] = state["features.0.1.running_mean"]  # one storage, two names
+    torch.save(state, tmp_path / "plain.pth")
+    source = checkpoint.load(tmp_path / "plain.pth")
+    parts = memory.parts(source)
+    assert sum(parts.values()) == source.bytes
+    own = sum(t.nbytes for n, t in state.items() if n != "features.0.1.bias")
+    assert parts[memory.WEIGHTS] + parts[memory.REST] == own
+
+
+# ---- status --------------------------------------------------------------------------------------
+
+
+def test_status_of_a_fresh_chain(status):
+    lines = status()
+    assert list(lines) == list(report.CHAIN)
+    assert "missing" in lines["pruned.pth"]
+    assert "up to date: the start" in lines["baseline.pth"]
+    assert "up to date with baseline.pth" in lines["quantized.pth"]
+    assert "up to date with quantized.pth" in lines["int8.pth"]
+    assert "up to date with int8.pth" in lines["compressed.nnz"]
+    assert not any("stale" in line for line in lines.values())
+
+
+def rewrite(path, **changes):
+    content = checkpoint.read(path)
+    checkpoint.write(path, content | changes)
+
+
+def test_status_names_the_parent_that_changed_and_what_follows(chain, run, status):
+    old = checkpoint.load(run / "checkpoints/baseline.pth").sha256[:8]
+    rewrite(run / "checkpoints/baseline.pth", seed=1)
+    new = checkpoint.load(run / "checkpoints/baseline.pth").sha256[:8]
+    given = str(chain / "checkpoints/baseline.pth")  # the flag's file is as it was
+    assert f"up to date with {given}" in status()["quantized.pth"]
+
+    rewrite(run / "checkpoints/quantized.pth", config={})  # made with the default parent
+    lines = status()
+    why = f"stale: parent changed: baseline.pth is now {new}, was made from {old}"
+    assert why in lines["quantized.pth"]
+    assert "stale: parent changed: quantized.pth is now" in lines["int8.pth"]
+    assert "stale: int8.pth is not up to date" in lines["compressed.nnz"]
+
+
+def test_status_of_missing_damaged_and_other_code(run, status):
+    (run / "checkpoints/quantized.pth").unlink()
+    (run / "checkpoints/baseline.pth").write_bytes(b"not a checkpoint")
+    rewrite(run / "checkpoints/int8.pth", code="0123456789ab")
+    lines = status()
+    assert "unreadable" in lines["baseline.pth"]
+    assert lines["quantized.pth"].endswith("missing")
+    assert "stale: parent missing: no quantized.pth" in lines["int8.pth"]
+    assert f"made by code 0123456789ab, this is {checkpoint.code_version()}" in lines["int8.pth"]
+
+
+def test_status_of_unfinished_runs(run, status):
+    folder = run / "checkpoints"
+    torch.save({"history": [{}, {}]}, folder / "baseline.pth.resume")
+    torch.save({"rounds": [{}, {}, {}, {}]}, folder / "pruned.pth.resume")
+    torch.save({"history": [{}]}, folder / "pruned.pth.round.resume")
+    (folder / "int8.pth.resume").write_bytes(b"half")
+    lines = status()
+    assert "up to date" in lines["baseline.pth"]
+    assert "unfinished: baseline.pth.resume at epoch 2" in lines["baseline.pth"]
+    assert lines["pruned.pth"].endswith(
+        "missing; unfinished: pruned.pth.resume at round 3; "
+        "unfinished: pruned.pth.round.resume at epoch 1"
+    )
+    assert "int8.pth.resume is damaged" in lines["int8.pth"]
+
+
+def test_status_shows_date_and_bytes(run, status):
+    path = run / "checkpoints/int8.pth"
+    os.utime(path, (0, 1_600_000_000))
+    line = status()["int8.pth"]
+    assert f"{path.stat().st_size:,}" in line
+    assert re.search(r" int8 +2020-09-1\d \d\d:\d\d ", line)
+
+
+# ---- activation memory ---------------------------------------------------------------------------
+
+
+def by_hand(settings: dict, size: int) -> tuple[int, int]:
+    """(sum, peak) from the settings alone: arithmetic on channels and sides, no network."""
+    steps = []  # (input, output, residual input held beside them)
+
+    def layer(inputs, outputs, side, stride, held=0):
+        after = (side - 1) // stride + 1
+        steps.append((inputs * side**2, outputs * after**2, held))
+        return after
+
+    side = layer(3, settings["stem"], size, settings["stem_stride"])
+    channels = settings["stem"]
+    for b in settings["blocks"]:
+        held = channels * side**2 if b["residual"] else 0
+        if b["expand"]:
+            layer(channels, b["hidden"], side, 1)  # its input is the residual one
+        side = layer(b["hidden"], b["hidden"], side, b["stride"], held if b["expand"] else 0)
+        layer(b["hidden"], b["out"], side, 1, held)
+        channels = b["out"]
+    layer(channels, settings["head"], side, 1)
+    layer(settings["head"], settings["classes"], 1, 1)
+    return sum(s[0] for s in steps), max(map(sum, steps))
+
+
+def uneven():
+    """Widths as compaction leaves them: no two alike."""
+    settings = standard(0.25, 8)
+    for i, block in enumerate(settings["blocks"]):
+        block["hidden"] = block["hidden"] - i - 1 if block["expand"] else block["hidden"]
+    return settings
+
+
+@pytest.mark.parametrize("size", [32, 17])
+@pytest.mark.parametrize("settings", [standard(), standard(0.1, 8), standard(0.5, 32), uneven()])
+def test_activations_are_those_of_the_arithmetic(settings, size):
+    model = MobileNetV2(settings).train()
+    found = memory.activations(model, size)
+    assert (found["sum_values"], found["peak_values"]) == by_hand(settings, size)
+    assert [x["name"] for x in found["layers"]] == list(metrics.weight_layers(model))
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+
+
+def test_activations_of_the_reports_network():
+    """The first layers and the peak, written out: values of one 32x32 image."""
+    found = memory.activations(MobileNetV2(standard()))
+    pixels = 32 * 32
+    first = [(x["input"] // pixels, x["output"] // pixels, x["held"]) for x in found["layers"][:5]]
+    assert first == [(3, 32, 0), (32, 32, 0), (32, 16, 0), (16, 96, 0), (96, 96, 0)]
+    # Block 5 at 32x32: 192 channels into the depthwise layer, 192 out, 32 held for the sum.
+    assert found["peak_values"] == pixels * (192 + 192 + 32)
+    assert found["peak_layer"] == "features.5.conv.1.0"
+
+
+def test_quantizers_do_not_change_the_count():
+    """Their hooks replace a layer's input by a new tensor; the residual one is counted once."""
+    model = MobileNetV2(standard(0.1, 8)).eval()
+    plain = memory.activations(model)
+    quantizers.quantize_reference(model, 8, 4)
+    assert memory.activations(model, image=torch.randn(1, 3, 32, 32)) == plain
+
+
+def test_a_layer_that_reads_the_residual_input_itself_holds_nothing_beside_it():
+    class Block(nn.Module):
+        residual = True
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 3, 1)
+
+        def forward(self, x):
+            return x + self.b(self.a(x))
+
+    found = memory.activations(Block(), size=2)
+    assert [x["held"] for x in found["layers"]] == [0, 12]
+    assert (found["sum_values"], found["peak_values"]) == (12 + 20, 20 + 12 + 12)

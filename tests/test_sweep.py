@@ -1,0 +1,93 @@
+"""sweep.py: cells are real files, measured once, and shared between processes."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sweep
+from lib import checkpoint, data, engine, quantizers
+from models.mobilenetv2 import MobileNetV2, standard
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("parent") / "plain.pth"
+    torch.save(MobileNetV2(standard(0.1, 8)).state_dict(), path)
+    return path
+
+
+def flags(tiny, parent, folder):
+    return [f"--data={tiny}", f"--parent={parent}", f"--run-dir={folder}", "--split=test"]
+
+
+def rows(folder):
+    with (folder / "logs/sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_cells_are_measured_from_files_and_only_once(tiny, parent, tmp_path, monkeypatch):
+    grid = ["--weight-bits=8,2", "--act-bits=32,4"]
+    sweep.main([*flags(tiny, parent, tmp_path), *grid])
+    first = rows(tmp_path)
+    assert [(r["weight_bits"], r["act_bits"]) for r in first] == [
+        ("8", "32"), ("8", "4"), ("2", "32"), ("2", "4"),
+    ]  # fmt: skip
+    for row in first:
+        file = tmp_path / f"checkpoints/sweep/w{row['weight_bits']}a{row['act_bits']}.nnz"
+        assert file.stat().st_size == int(row["bytes"])
+        assert int(row["total"]) == 100
+        model = checkpoint.load(parent).build()
+        quantizers.quantize_reference(model, int(row["weight_bits"]), int(row["act_bits"]))
+        expected = engine.evaluate(model, data.load(tiny).test)
+        assert expected.correct == int(row["correct"])
+    for chart in ("heatmap", "parallel"):
+        assert (tmp_path / f"plots/sweep_{chart}.png").stat().st_size > 0
+
+    measured = []
+    original = sweep.cell
+    monkeypatch.setattr(
+        sweep, "cell", lambda *args: measured.append(args[4:]) or original(*args)
+    )
+    (tmp_path / "checkpoints/sweep/w2a4.nnz").unlink()
+    sweep.main([*flags(tiny, parent, tmp_path), "--weight-bits=8,2,3", "--act-bits=32,4"])
+    assert measured == [(2, 4), (3, 32), (3, 4)]
+    assert [r["sha256"] for r in rows(tmp_path)][:4] == [r["sha256"] for r in first]
+
+
+def test_another_parent_is_measured_anew(tiny, parent, tmp_path):
+    grid = ["--weight-bits=8", "--act-bits=32"]
+    sweep.main([*flags(tiny, parent, tmp_path), *grid])
+    first = rows(tmp_path)
+    other = tmp_path / "other.pth"
+    torch.save(MobileNetV2(standard(0.1, 8)).state_dict(), other)
+    sweep.main([*flags(tiny, other, tmp_path), *grid])
+    assert rows(tmp_path)[0]["parent_sha256"] != first[0]["parent_sha256"]
+
+
+def test_two_processes_share_the_cells_and_wandb_runs_offline(tiny, parent, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "sweep.py",
+         *flags(tiny, parent, tmp_path), "--weight-bits=8,4,2", "--act-bits=32", "--wandb"],
+        capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("images") == 0 and run.stdout.count("/100 test)") == 3
+    assert [r["weight_bits"] for r in rows(tmp_path)] == ["8", "4", "2"]
+    assert len(list((tmp_path / "logs/wandb").glob("offline-run-*"))) == 3
+    assert run.stderr.count("wandb sync") == 3
+
+
+@pytest.mark.parametrize(
+    "bad", ["--weight-bits=1", "--act-bits=64", "--weight-bits=", "--act-bits=x"]
+)
+def test_impossible_bits_are_wrong_usage(tiny, parent, tmp_path, bad):
+    with pytest.raises(SystemExit) as error:
+        sweep.main([*flags(tiny, parent, tmp_path), bad])
+    assert error.value.code == 2
