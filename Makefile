@@ -94,7 +94,7 @@ venv: $(VENV)  ## the virtual environment, with pinned dependencies
 	touch $@
 
 clean:  ## delete what can be made again: all outputs but the trained baseline and its state
-	rm -rf demo
+	$(if $(filter .,$(RUN)),rm -rf demo)
 	find $(C) $(RUN)/logs $(RUN)/plots -mindepth 1 ! -name .gitkeep ! -name 'baseline.pth*' \
 		! -name 'train.*' -delete 2>/dev/null || true
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 import eval as evaluation
 import quantize
 import sparse_compress

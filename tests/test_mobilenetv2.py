@@ -95,7 +95,9 @@ def test_any_channel_counts_are_data(seed):
     for block in settings["blocks"]:
         if block["expand"]:
             block["hidden"] = rng.randint(1, 9)
-        block["out"] = block_out if block["residual"] else (block_out := rng.randint(1, 9))
+        if not block["residual"]:
+            out = rng.randint(1, 9)
+        block["out"] = out
     model = MobileNetV2(settings).eval()
     with torch.no_grad():
         assert model(torch.randn(2, 3, 8, 8)).shape == (2, settings["classes"])

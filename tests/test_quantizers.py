@@ -29,8 +29,9 @@ def tensors():
     outlier = x.clone()
     outlier[0, 0, 0, 0] = 1e4
     return {
-        "normal": x, "sparse": x * (x > 1), "one-sided": x.abs(), "constant": torch.full((5,), -3.0),
-        "zero": torch.zeros(4, 4), "tiny": x * 1e-30, "huge": x * 1e30, "outlier": outlier,
+        "normal": x, "sparse": x * (x > 1), "one-sided": x.abs(), "outlier": outlier,
+        "constant": torch.full((5,), -3.0), "zero": torch.zeros(4, 4),
+        "tiny": x * 1e-30, "huge": x * 1e30,
     }  # fmt: skip
 
 
@@ -163,7 +164,7 @@ def test_more_bits_are_nearer():
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         exact, errors = sparse_network()(x), []
-        for bits in (2, 4, 8, 12, 16):
+        for bits in (4, 6, 8, 12, 16):
             model = sparse_network()
             quantize_reference(model, bits, bits)
             errors.append((model(x) - exact).square().mean().item())

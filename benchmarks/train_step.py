@@ -1,0 +1,222 @@
+"""A training step of ours against a step as the reference report writes it, in one run.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/train_step.py [--data PATH] [--steps 5]
+
+Both train the same network (width 1, 32x32 down to 8x8) on batches of 128 after the same recipe:
+crop, flip, AutoAugment, Cutout; label smoothing 0.1; SGD, lr 0.07, Nesterov 0.9, decay 5e-4.
+
+Ours is lib.engine's own epoch over as many images as the turn has steps: images on the device,
+bf16 autocast, channels last, fused SGD, totals read once at the end. What it augments at a time
+is one turn, where training augments 32 steps together, so its data part is a little dear here.
+The report's: PIL images through a DataLoader of 2 workers, fp32, NCHW, torch's SGD as it comes,
+`.item()` of loss and accuracy after every step.
+
+The report's side is a process of its own, so that it has neither the allocator's options that
+config.device sets for the stages nor anything else of ours; it sleeps while ours computes, and the
+other way round. (Its two workers may fill their queue in our time: that is in its favour.) Turns
+alternate, after one of each to warm up, so that a neighbour on the machine disturbs both alike;
+medians count. Without data the images are random.
+"""
+
+import multiprocessing
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import autoaugment
+from benchmarks.augment import Pictures
+from lib import config, data, engine
+from lib.config import flag
+from models.mobilenetv2 import MobileNetV2, standard
+
+BATCH = 128
+PARTS = ("data", "forward, backward", "optimizer", "step")
+RECIPE = engine.Recipe(epochs=1, batch_size=BATCH, schedule="constant", label_smoothing=0.1)
+
+
+@dataclass
+class Settings:
+    data: str | None = flag(None, "as for train.py; default: random images")
+    steps: int = flag(5, "turns of each side, after one to warm up")
+    turn: int = flag(1, "steps a turn")
+    device: str = flag("auto", "auto, cpu, cuda ...")
+
+
+class Clock:
+    """Seconds by part: `with clock("data"):`. On CUDA it waits for the device, on the CPU not."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    def __call__(self, part: str) -> "Clock":
+        self.part = part
+        return self
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[self.part] += time.perf_counter() - self.start
+
+    def per_step(self, total: float, steps: int) -> dict[str, float]:
+        """Seconds a step; what is neither data nor optimizer is forward and backward."""
+        self.seconds["step"] = total
+        rest = total - self.seconds["data"] - self.seconds["optimizer"]
+        self.seconds["forward, backward"] = rest
+        found = {part: seconds / steps for part, seconds in self.seconds.items()}
+        self.__init__()
+        return found
+
+
+def watch_optimizer(optimizer: torch.optim.Optimizer, clock: Clock) -> None:
+    """Its hooks run just before and just after every step."""
+    optimizer.register_step_pre_hook(lambda *_: clock("optimizer").__enter__())
+    optimizer.register_step_post_hook(lambda *_: clock.__exit__())
+
+
+class Ours:
+    def __init__(self, cfg: Settings):
+        self.device = config.device(cfg.device)
+        self.clock, self.count, self.turns = Clock(), cfg.turn, 0
+        self.split = images(cfg, self.device)
+        self.model = network().to(self.device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            engine.parameter_groups(self.model, RECIPE), lr=RECIPE.lr, momentum=RECIPE.momentum,
+            nesterov=True, fused=True,
+        )  # fmt: skip
+        watch_optimizer(self.optimizer, self.clock)
+        self.recipe = autoaugment.augmentation("auto")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+
+    def draw(self, *args):  # the two calls that engine's loop makes of an augmentation
+        with self.clock("data"):
+            return self.recipe.draw(*args)
+
+    def apply(self, *args):
+        with self.clock("data"):
+            return self.recipe.apply(*args)
+
+    def turn(self) -> dict[str, float]:
+        size = self.count * BATCH
+        first = self.turns * size % (len(self.split) - size + 1)
+        part = slice(first, first + size)
+        part = data.Split(self.split.images[part], self.split.labels[part])
+        self.turns += 1
+        start = time.perf_counter()
+        totals = engine._train_epoch(
+            self.model, part, RECIPE, self, self.optimizer, self.scaler, None,
+            seed=47, epoch=self.turns, steps=self.count, teacher=None, after_step=None, note="",
+        )  # fmt: skip
+        totals.tolist()
+        return self.clock.per_step(time.perf_counter() - start, self.count)
+
+
+class Theirs:
+    def __init__(self, cfg: Settings):
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(auto if cfg.device == "auto" else cfg.device)
+        self.clock, self.count = Clock(), cfg.turn
+        pictures = Pictures(images(cfg, "cpu"))
+        self.loader = DataLoader(pictures, BATCH, shuffle=True, num_workers=2, drop_last=True)
+        self.batches = iter(self.loader)
+        self.model = network().to(self.device).train()
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=RECIPE.lr, momentum=RECIPE.momentum, nesterov=True,
+            weight_decay=RECIPE.weight_decay,
+        )  # fmt: skip
+        watch_optimizer(self.optimizer, self.clock)
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=RECIPE.label_smoothing)
+
+    def next(self):
+        try:
+            return next(self.batches)
+        except StopIteration:
+            self.batches = iter(self.loader)
+            return next(self.batches)
+
+    def turn(self) -> dict[str, float]:
+        running_loss = correct = 0
+        start = time.perf_counter()
+        for _ in range(self.count):
+            with self.clock("data"):
+                inputs, targets = (t.to(self.device) for t in self.next())
+            self.optimizer.zero_grad()
+            outputs = self.model(inputs)
+            loss = self.criterion(outputs, targets)
+            loss.backward()
+            self.optimizer.step()
+            running_loss += loss.item()
+            correct += outputs.max(1)[1].eq(targets).sum().item()
+        return self.clock.per_step(time.perf_counter() - start, self.count)
+
+
+def network() -> MobileNetV2:
+    torch.manual_seed(47)
+    return MobileNetV2(standard())
+
+
+def images(cfg: Settings, device) -> data.Split:
+    if cfg.data:
+        return data.load(cfg.data, device=device).train
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (4096, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (4096,), generator=generator)
+    return data.Split(pixels.to(device), labels.to(device))
+
+
+def serve(pipe, cfg: Settings) -> None:
+    """The report's side: a turn for each message."""
+    side = Theirs(cfg)
+    pipe.send(torch.get_num_threads())
+    while pipe.recv():
+        pipe.send(side.turn())
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(Settings, __doc__, argv)
+    context = multiprocessing.get_context("spawn")  # a fresh process, not a copy of this one
+    pipe, end = context.Pipe()
+    process = context.Process(target=serve, args=(end, cfg))
+    process.start()
+    end.close()
+    ours = Ours(cfg)
+    threads = pipe.recv()
+
+    def theirs() -> dict[str, float]:
+        pipe.send(True)
+        return pipe.recv()
+
+    ours.turn(), theirs()
+    found = []
+    for _ in range(cfg.steps):
+        found.append((ours.turn(), theirs()))
+    pipe.send(False)
+    process.join()
+
+    middle = [{part: statistics.median(row[side][part] for row in found) for part in PARTS}
+              for side in (0, 1)]  # fmt: skip
+    print(f"{'seconds a step':20s} {'ours':>8s} {'report':>8s} {'ratio':>7s}")
+    for part in PARTS:
+        a, b = (m[part] for m in middle)
+        print(f"{part:20s} {a:8.3f} {b:8.3f} {b / a:6.1f}x")
+    ratios = sorted(b["step"] / a["step"] for a, b in found)
+    print(
+        f"{middle[1]['step'] / middle[0]['step']:.1f} times faster (turn by turn "
+        f"{ratios[0]:.1f} to {ratios[-1]:.1f}; {cfg.steps} turns of {cfg.turn} step"
+        f"{'s'[: cfg.turn > 1]}, batch {BATCH}, {torch.get_num_threads()} threads, "
+        f"the report's {threads}, {ours.device})"
+    )
+
+
+if __name__ == "__main__":
+    config.run(main)
