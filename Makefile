@@ -64,7 +64,6 @@ eval: $(VENV)  ## every file of the chain: accuracy, bytes, MACs; FILES="a b" fo
 	$(call stage,eval.py $(FILES),--split $(SPLIT) $(EVAL_FLAGS))
 
 report: $(C)/compressed.nnz $(RUN)/logs/sweep.csv  ## the tables and plots of all stages (REPORT_FLAGS)
-	$(call stage,eval.py,--split $(SPLIT))
 	$(call stage,report.py,--split $(SPLIT) $(REPORT_FLAGS))
 
 status: $(VENV)  ## which files are there, and which are stale and why

@@ -14,8 +14,6 @@ from pathlib import Path
 from lib import checkpoint, config, data, measure, plots
 from lib.config import UserError, flag
 
-CHAIN = ("baseline.pth", "pruned.pth", "quantized.pth", "int8.pth", "compressed.nnz")
-
 
 @dataclasses.dataclass
 class Settings(config.Common):
@@ -28,7 +26,7 @@ class Settings(config.Common):
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
-    files = cfg.files or [p for p in (cfg.path(None, f"checkpoints/{f}") for f in CHAIN)
+    files = cfg.files or [p for p in (cfg.path(None, f"checkpoints/{f}") for f in checkpoint.CHAIN)
                           if p.exists()]  # fmt: skip
     if not files:
         raise UserError(f"no files: none named, and none in {cfg.path(None, 'checkpoints')}")

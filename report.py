@@ -5,7 +5,7 @@
 
 in:  the chain's files in checkpoints/, those that exist; ratios are against the first of them
 out: tables on the standard output, logs/report.jsonl (a file a line), plots/report.png (size and
-     accuracy), plots/storage.png (what the bytes are)
+     accuracy), plots/storage.png (what the bytes are), plots/confusion-<file>.png
 """
 
 import dataclasses
@@ -13,7 +13,8 @@ import hashlib
 from datetime import datetime
 from pathlib import Path
 
-from eval import CHAIN
+import torch
+
 from lib import checkpoint, config, data, measure, memory, metrics, plots
 from lib.config import UserError, flag
 
@@ -30,14 +31,20 @@ def main(argv=None):
     if cfg.status:
         print(aligned(status(folder), "lllrl"))
         return
-    files = [folder / name for name in CHAIN if (folder / name).is_file()]
+    files = [folder / name for name in checkpoint.CHAIN if (folder / name).is_file()]
     if not files:
         raise UserError(f"no files of the chain in {folder}: `make all` makes them")
     sources = [checkpoint.load(file) for file in files]  # all of them, before any long work
     split, classes = images_of(sources, cfg)
-    rows = [measured(source, split, cfg.split) for source in sources]
-    for row in rows:
-        row |= against(rows[0], row)
+    rows = []
+    for source in sources:
+        row, confusion = measured(source, split, cfg.split)
+        rows.append(row | against(rows[0] if rows else row, row))
+        plots.confusion(
+            confusion.numpy(), source.data.get("classes", data.CLASSES),
+            cfg.path(None, f"plots/confusion-{source.file.stem}.png"),
+            f"{source.file.name} on {cfg.split}",
+        )  # fmt: skip
 
     log = metrics.Log(cfg.path(None, "logs/report.jsonl"), config.identity(cfg), cfg.wandb)
     log.begin(rows)
@@ -70,9 +77,9 @@ def images_of(sources, cfg) -> tuple[data.Split, str]:
     return split, images.source
 
 
-def measured(source, split, split_name: str) -> dict:
-    """All figures of one file; nothing in it is computed from another file's."""
-    row, _ = measure.file(source, split, split_name)
+def measured(source, split, split_name: str) -> tuple[dict, torch.Tensor]:
+    """All figures of one file, none computed from another's, and its confusion matrix."""
+    row, confusion = measure.file(source, split, split_name)
     parts = memory.parts(source)
     assert sum(parts.values()) == source.bytes, (source.file, parts)
     model, image = source.build(split.images.device), data.normalize(split.images[:1])
@@ -86,7 +93,7 @@ def measured(source, split, split_name: str) -> dict:
     for kind in ("sum", "peak"):
         values = activations[f"{kind}_values"]
         row |= {f"act_{kind}_values": values, f"act_{kind}_bytes": (values * bits + 7) // 8}
-    return row
+    return row, confusion
 
 
 RATIOS = {  # what is compared, of one image where it is activations
@@ -148,7 +155,7 @@ def aligned(rows, sides: str) -> str:
 
 def status(folder: Path) -> list[tuple[str, ...]]:
     """A row a file of the chain: name, stage, date, bytes, and what is to be said of it."""
-    paths = [folder / name for name in CHAIN]
+    paths = [folder / name for name in checkpoint.CHAIN]
     hashes = {p.name: sha256(p) for p in paths if p.is_file()}
     rows, stale, now = [], set(), checkpoint.code_version()
     for path in paths:
@@ -182,7 +189,8 @@ def freshness(found, hashes: dict[str, str], stale: set[str]) -> str:
     same = next((name for name, value in hashes.items() if value == parent["sha256"]), None)
     if same:
         return f"stale: {same} is not up to date" if same in stale else f"up to date with {same}"
-    name = given or next((n for n in CHAIN if Path(n).stem == parent["stage"]), parent["stage"])
+    of_stage = {Path(name).stem: name for name in checkpoint.CHAIN}
+    name = given or of_stage.get(parent["stage"], parent["stage"])
     now = f"changed: {name} is now {hashes[name][:8]}" if name in hashes else f"missing: no {name}"
     return f"stale: parent {now}, was made from {parent['sha256'][:8]}"
 

@@ -184,12 +184,12 @@ def serve(pipe, cfg: Settings) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(Settings, __doc__, argv)
+    ours = Ours(cfg)
     context = multiprocessing.get_context("spawn")  # a fresh process, not a copy of this one
     pipe, end = context.Pipe()
     process = context.Process(target=serve, args=(end, cfg))
     process.start()
     end.close()
-    ours = Ours(cfg)
     threads = pipe.recv()
 
     def theirs() -> dict[str, float]:

@@ -23,6 +23,7 @@ from lib.config import UserError, reason
 from models.mobilenetv2 import MobileNetV2, settings_of
 
 FORMAT = "mobilenetv2-cifar10/1"
+CHAIN = ("baseline.pth", "pruned.pth", "quantized.pth", "int8.pth", "compressed.nnz")
 
 
 @dataclasses.dataclass
@@ -91,9 +92,8 @@ def load(path: Path | str) -> Checkpoint:
 
 
 def _how_to_make(name: str) -> str:
-    stages = {"baseline.pth": "train", "pruned.pth": "prune", "quantized.pth": "quantize",
-              "int8.pth": "int8", "compressed.nnz": "compress"}  # fmt: skip
-    return f"`make {stages[name]}` makes it" if name in stages else "check the path"
+    targets = dict(zip(CHAIN, ("train", "prune", "quantize", "int8", "compress"), strict=True))
+    return f"`make {targets[name]}` makes it" if name in targets else "check the path"
 
 
 def read(path: Path):

@@ -157,7 +157,7 @@ def run(main) -> typing.NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"{name}: error: {reason(error)}")
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"{name}: interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

@@ -6,6 +6,7 @@ no PIL, no DataLoader, no worker processes.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -155,10 +156,16 @@ def _stratified(labels: Tensor, size: int) -> Tensor:
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 (n, 3, 32, 32) to float32 of about zero mean and unit deviation, channels last."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = _moments(images.device)
     x = images.to(torch.float32, memory_format=torch.channels_last)
     return x.div_(255).sub_(mean).div_(std)
+
+
+@cache
+def _moments(device: torch.device) -> tuple[Tensor, ...]:
+    """Kept on the device: to send them anew with every batch would wait for it."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (MEAN, STD))
 
 
 def batches(

@@ -154,10 +154,15 @@ def fit(
     for epoch in range(len(history), recipe.epochs):
         start = time.monotonic()
         torch.manual_seed(seed * 1_000_003 + epoch)  # dropout
-        totals = _train_epoch(
-            forward, images.train, recipe, augment, optimizer, scaler, average, seed, epoch, steps,
-            teacher=teacher, after_step=after_step, note=f"{note}epoch {epoch + 1}/{recipe.epochs}",
-        )  # fmt: skip
+        try:
+            totals = _train_epoch(
+                forward, images.train, recipe, augment, optimizer, scaler, average, seed, epoch,
+                steps, teacher=teacher, after_step=after_step,
+                note=f"{note}epoch {epoch + 1}/{recipe.epochs}",
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            saved = f"{state_file} holds epoch {epoch}" if epoch else "no epoch was finished"
+            raise KeyboardInterrupt(f"{saved}; the same command continues") from None
         if world > 1:
             dist.all_reduce(totals)
         loss, correct = (totals / (steps * recipe.batch_size)).tolist()
