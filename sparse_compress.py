@@ -8,6 +8,7 @@ out: checkpoints/compressed.nnz, in the format of FORMAT.md
 """
 
 import dataclasses
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,10 @@ class Settings(config.Common):
     parent: str | None = flag(None, "network to compress; default: checkpoints/int8.pth")
     decompress: str | None = flag(None, "a .nnz file to turn back into a checkpoint")
     out: str | None = flag(None, "output file; default: checkpoints/compressed.nnz")
+
+    def __post_init__(self):
+        if self.decompress and not self.out:
+            raise ValueError("--decompress needs --out FILE.pth")
 
 
 def main(argv=None):
@@ -47,17 +52,14 @@ def compress(cfg) -> None:
 
 
 def decompress(cfg) -> None:
-    if not cfg.out:
-        raise UserError("--decompress needs --out FILE.pth")
     source = checkpoint.load(cfg.decompress)
     if source.stage != "compressed":
         raise UserError(f"{cfg.decompress} is not a .nnz file")
-    out = cfg.path(cfg.out, "")
     saved = checkpoint.save(
-        out, "int8", source.build(), cfg, source, metrics={}, data=source.data,
-        quantization=source.quantization, state=source.state,
+        Path(cfg.out), source.ancestors[-1]["stage"], source.build(), cfg, source, metrics={},
+        data=source.data, quantization=source.quantization, state=source.state,
     )  # fmt: skip
-    print(f"{out}: {saved.bytes:,} bytes from {source.bytes:,}")
+    print(f"{cfg.out}: {saved.bytes:,} bytes from {source.bytes:,}")
 
 
 if __name__ == "__main__":

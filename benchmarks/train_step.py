@@ -113,7 +113,7 @@ class Ours:
         part = data.Split(self.split.images[part], self.split.labels[part])
         self.turns += 1
         start = time.perf_counter()
-        totals = engine._train_epoch(
+        totals = engine.train_epoch(
             self.model, part, RECIPE, self, self.optimizer, self.scaler, None,
             seed=47, epoch=self.turns, steps=self.count, teacher=None, after_step=None, note="",
         )  # fmt: skip

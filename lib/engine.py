@@ -155,7 +155,7 @@ def fit(
         start = time.monotonic()
         torch.manual_seed(seed * 1_000_003 + epoch)  # dropout
         try:
-            totals = _train_epoch(
+            totals = train_epoch(
                 forward, images.train, recipe, augment, optimizer, scaler, average, seed, epoch,
                 steps, teacher=teacher, after_step=after_step,
                 note=f"{note}epoch {epoch + 1}/{recipe.epochs}",
@@ -199,7 +199,7 @@ def fit(
     return history, best
 
 
-def _train_epoch(forward, split, recipe, augment, optimizer, scaler, average, seed, epoch, steps,
+def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, seed, epoch, steps,
                  *, teacher, after_step, note) -> Tensor:  # fmt: skip
     """One epoch; returns [sum of losses, correct answers] of this rank, on the device.
 

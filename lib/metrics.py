@@ -92,14 +92,14 @@ def _numbers(line: dict) -> dict:
 
 
 def start_wandb(folder: Path, **options):
-    """A W&B run: online where WANDB_API_KEY or a login is there, else offline."""
+    """A W&B run: as WANDB_MODE says, else online where there is a key or a login, else offline."""
     import wandb  # slow to import, and not everybody's
 
-    offline = os.environ.get("WANDB_MODE") == "offline" or not _wandb_key()
+    mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
     folder.mkdir(parents=True, exist_ok=True)
     return wandb.init(
         project=os.environ.get("WANDB_PROJECT", "mobilenetv2-cifar10"), dir=str(folder),
-        mode="offline" if offline else "online", settings=wandb.Settings(silent=True), **options,
+        mode=mode, settings=wandb.Settings(silent=True), **options,
     )  # fmt: skip
 
 

@@ -283,7 +283,6 @@ def test_decompressing_gives_the_same_tensors(run, chain, tmp_path):
     ("quantize", ["--parent={}/quantized.pth"], "is quantized already"),
     ("quantize", ["--parent={}/compressed.nnz"], "is quantized already"),
     ("to_int8", ["--parent={}/pruned.pth"], "has 32-bit weights: quantize them to 8 or fewer"),
-    ("sparse_compress", ["--decompress={}/compressed.nnz"], "--decompress needs --out"),
     ("sparse_compress", ["--decompress={}/int8.pth", "--out=x"], "is not a .nnz file"),
 ])  # fmt: skip
 def test_parents_that_do_not_fit(run, chain, tiny, tmp_path, stage, flags, what):
@@ -292,6 +291,11 @@ def test_parents_that_do_not_fit(run, chain, tiny, tmp_path, stage, flags, what)
     code, out, err = run(stage, *flags, *given)
     assert (code, out) == (1, "") and one_line(stage, err) and what in err
     assert files(tmp_path) == []
+
+
+def test_decompressing_to_nowhere_is_wrong_usage(run, chain):
+    code, _, err = run("sparse_compress", f"--decompress={chain}/checkpoints/compressed.nnz")
+    assert code == 2 and "--decompress needs --out" in err
 
 
 @pytest.mark.parametrize("stage", ["quantize", "to_int8", "sparse_compress"])

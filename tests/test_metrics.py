@@ -131,6 +131,7 @@ def nobody(tmp_path, monkeypatch):
     ("environment", "netrc", "mode"),
     [({}, None, "offline"), ({"WANDB_API_KEY": "k"}, None, "online"),
      ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, None, "offline"),
+     ({"WANDB_MODE": "disabled"}, None, "disabled"),
      ({}, "machine api.wandb.ai\n  login user\n  password k\n", "online"),
      ({}, "machine example.org\n", "offline")],
 )  # fmt: skip
