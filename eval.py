@@ -59,8 +59,8 @@ def table(f: dict, layers: bool) -> str:
         f"  accuracy   {f['accuracy']:.2%}  ({f['correct']} of {f['total']} {f['split']} images; "
         f"95% interval {low:.2%} to {high:.2%})",
         f"  size       {f['bytes']:,} bytes, {bits}",
-        f"  weights    {f['weights']:,} in conv and linear layers, {f['nonzeros']:,} non-zero "
-        f"(sparsity {f['sparsity']:.2%})",
+        f"  weights    {f['weights']:,} in conv and linear layers, {f['live_weights']:,} in live "
+        f"channels, {f['nonzeros']:,} non-zero (sparsity {f['sparsity']:.2%})",
         f"  MACs       {f['macs']:,} an image",
         f"  chain      {' > '.join(chain)}",
     ]

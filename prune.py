@@ -10,12 +10,18 @@ out: checkpoints/pruned.pth (the last round within --max-drop of the parent), lo
      (finished rounds) and pruned.pth.round.resume (finished epochs of a round) beside it
 """
 
+import copy
 import dataclasses
 import time
 
+import torch
+from torch import nn
+
 from autoaugment import augmentation
 from lib import checkpoint, config, data, engine, metrics, plots, pruning
+from lib.compaction import compact
 from lib.config import UserError, flag
+from models.mobilenetv2 import MobileNetV2
 
 
 @dataclasses.dataclass
@@ -43,6 +49,7 @@ class Settings(config.Common):
     augment: str = flag("cutout", "see train.py", choices=("none", "light", "cutout", "auto"))
     amp: bool = flag(True, "bf16 autocast; fp16 with loss scaling where CUDA lacks bf16")
     compile: bool = flag(False, "torch.compile")
+    compact: bool = flag(True, "remove dead channels, exactly, before and between the rounds")
     resume: bool = flag(True, "continue an interrupted run if its state is there")
 
     def __post_init__(self):
@@ -62,7 +69,8 @@ def main(argv=None):
         raise UserError("pruning stops by validation accuracy: --val-size must be over 0")
     out = cfg.path(cfg.out, "checkpoints/pruned.pth")
     model, dense = parent.build(device), parent.build(device)
-    start = sparsity_of(model)
+    total = parent.original_weights
+    start = sparsity_of(model, total)
     if cfg.schedule == "cubic" and cfg.rounds and cfg.target < start + 1e-4:
         raise UserError(f"--target {cfg.target} is no more than the parent's sparsity {start:.4f}")
 
@@ -70,13 +78,16 @@ def main(argv=None):
     log = metrics.Log(cfg.path(None, "logs/prune.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
     round_file = out.with_name(out.name + ".round.resume")
-    rounds, kept = [], {k: v.cpu().clone() for k, v in model.state_dict().items()}
+    rounds = []
     if cfg.resume:
-        rounds, kept = _resume(state_file, round_file, identity, model, kept)
+        rounds, model = _resume(state_file, round_file, identity, model)
     if not rounds:
+        if cfg.compact:
+            model, _ = compact(model)
         result = engine.evaluate(model, images.val)
-        rounds = [_line(0, start, result, True, [], 0.0)]
-        engine.say(f"parent: sparsity {start:.2%}, val {result}")
+        rounds = [_line(0, model, total, result, True, [], 0.0)]
+        engine.say(f"parent: {_describe(rounds[0])}")
+    kept = copy.deepcopy(model)  # the last good network
     floor = rounds[0]["val_accuracy"] - cfg.max_drop / 100
     log.begin(rounds)
 
@@ -89,8 +100,10 @@ def main(argv=None):
             sparsity = pruning.cubic(start, cfg.target, number, cfg.rounds)
         else:
             sparsity = pruning.geometric(start, cfg.rate, number)
-        mask = pruning.Mask(model, pruning.magnitude_masks(model, sparsity))
-        mask.apply()
+        pruning.keep_largest(model, round((1 - sparsity) * total))
+        if cfg.compact:
+            model, _ = compact(model)
+        mask = pruning.Mask(model)
         history, _ = engine.fit(
             model, images, recipe, augmentation(cfg.augment), cfg.seed + number, round_file,
             config=identity | {"round": number}, resume=cfg.resume,
@@ -99,16 +112,18 @@ def main(argv=None):
         )  # fmt: skip
         result = engine.evaluate(model, images.val)
         good = result.accuracy >= floor
-        line = _line(number, sparsity_of(model), result, good, history, time.monotonic() - began)
-        rounds.append(line)
+        rounds.append(_line(number, model, total, result, good, history, time.monotonic() - began))
         if good:
-            kept = {k: v.cpu().clone() for k, v in model.state_dict().items()}
+            kept = copy.deepcopy(model)
         if engine.is_main():
-            checkpoint.write(state_file, {"config": identity, "rounds": rounds, "kept": kept})
+            checkpoint.write(state_file, {
+                "config": identity, "rounds": rounds, "settings": kept.settings,
+                "kept": kept.state_dict(),
+            })  # fmt: skip
             round_file.unlink()
-        log(line)
+        log(rounds[-1])
         verdict = "kept" if good else f"under the floor of {floor:.2%}: the last good one stays"
-        engine.say(f"round {number}: sparsity {line['sparsity']:.2%}, val {result}, {verdict}")
+        engine.say(f"round {number}: {_describe(rounds[-1])}, {verdict}")
 
     if cfg.rounds and not rounds[1]["kept"]:
         if engine.is_main():
@@ -119,61 +134,78 @@ def main(argv=None):
             "give it more --epochs, more --rounds or a larger --max-drop"
         )
     if engine.is_main():
-        model.load_state_dict(kept)
-        _finish(cfg, out, model, parent, images, rounds, floor)
+        _finish(cfg, out, kept, dense, parent, images, rounds, floor)
         state_file.unlink(missing_ok=True)
-        log.close({"sparsity": sparsity_of(model)})
+        log.close({"sparsity": sparsity_of(kept, total)})
     engine.stop_processes()
 
 
-def _resume(state_file, round_file, identity: dict, model, kept: dict) -> tuple[list, dict]:
-    """The finished rounds and the last good weights, which go into the model."""
+def _resume(state_file, round_file, identity: dict, model) -> tuple[list, MobileNetV2]:
+    """The finished rounds and the last good network; none and the model where there is no state."""
     if not state_file.is_file():
-        return [], kept
+        return [], model
     state = checkpoint.read(state_file)
     engine.same_run(state_file, state["config"], identity)
     if round_file.is_file():  # killed after a round was written, before its own state went
         done = checkpoint.read(round_file)["config"].get("round", 0) < len(state["rounds"])
         if done and engine.is_main():
             round_file.unlink()
+    device = next(model.parameters()).device
+    model = MobileNetV2(state["settings"])
     model.load_state_dict(state["kept"])
     engine.say(f"continuing {state_file} after round {len(state['rounds']) - 1}")
-    return state["rounds"], state["kept"]
+    return state["rounds"], model.to(device, memory_format=torch.channels_last)
 
 
-def sparsity_of(model) -> float:
+def sparsity_of(model, total: int) -> float:
+    """Share of the original network's weights that are gone, by zeroing or with their channel."""
+    return 1 - sum(n for _, _, n in metrics.layer_counts(model)) / total
+
+
+def _line(number, model, total, result, good, history, seconds) -> dict:
     layers = metrics.layer_counts(model)
-    return 1 - sum(n for _, _, n in layers) / sum(w for _, w, _ in layers)
-
-
-def _line(number, sparsity, result, good, history, seconds) -> dict:
+    channels = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     return {
-        "round": number, "sparsity": sparsity, "val_accuracy": result.accuracy,
+        "round": number, "sparsity": sparsity_of(model, total), "val_accuracy": result.accuracy,
         "val_correct": result.correct, "val_total": result.total, "kept": good,
-        "seconds": round(seconds, 1), "epochs": history,
+        "live_weights": sum(w for _, w, _ in layers), "channels": channels,
+        "macs": metrics.macs(model), "seconds": round(seconds, 1), "epochs": history,
     }  # fmt: skip
 
 
-def _finish(cfg, out, model, parent, images, rounds, floor) -> None:
+def _describe(line: dict) -> str:
+    return (
+        f"sparsity {line['sparsity']:.2%}, val {line['val_accuracy']:.2%} "
+        f"({line['val_correct']}/{line['val_total']}), {line['channels']:,} channels, "
+        f"{line['macs'] / 1e6:.1f} M MACs, {line['seconds']:.0f} s"
+    )
+
+
+def _finish(cfg, out, model, dense, parent, images, rounds, floor) -> None:
     last = [line for line in rounds if line["kept"]][-1]
     figures = {k: last[k] for k in ("round", "sparsity", "val_correct", "val_total")}
     saved = checkpoint.save(
         out, "pruned", model, cfg, parent, metrics=figures, data=images.provenance()
     )
-    n = f"validation: n={len(images.val)}"
     best = rounds.index(last)
     plots.accuracy_sparsity(
         [line | {"kept": i == best} for i, line in enumerate(rounds)],
-        cfg.path(None, "plots/prune.png"), f"Accuracy against sparsity ({n})", floor,
+        cfg.path(None, "plots/prune.png"),
+        f"Accuracy against sparsity (validation: n={len(images.val)})", floor,
     )  # fmt: skip
+    layers = [
+        (name, weights, nonzeros)  # of the weights that the layer had
+        for (name, weights, _), (_, _, nonzeros) in zip(
+            metrics.layer_counts(dense), metrics.layer_counts(model), strict=True
+        )
+    ]
     plots.layer_sparsity(
-        metrics.layer_counts(model), cfg.path(None, "plots/sparsity.png"),
+        layers, cfg.path(None, "plots/sparsity.png"),
         f"Sparsity of every layer, {last['sparsity']:.2%} in all",
     )  # fmt: skip
     print(
-        f"{out}: {saved.bytes:,} bytes, sparsity {last['sparsity']:.2%}, val "
-        f"{last['val_accuracy']:.2%} ({last['val_correct']}/{last['val_total']}), "
-        f"parent {rounds[0]['val_accuracy']:.2%}; round {last['round']} of {len(rounds) - 1} tried"
+        f"{out}: {saved.bytes:,} bytes, {_describe(last)} in round {last['round']} of "
+        f"{len(rounds) - 1} tried; parent {rounds[0]['val_accuracy']:.2%}"
     )
 
 

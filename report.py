@@ -111,7 +111,7 @@ def against(first: dict, row: dict) -> dict:
 
 
 def stage_table(rows: list[dict]) -> str:
-    head = ("file", "bytes", "ratio", "correct", "accuracy", "95% interval", "points", "weights",
+    head = ("file", "bytes", "ratio", "correct", "accuracy", "95% interval", "points", "live",
             "non-zero", "sparsity", "MACs", "bits")  # fmt: skip
     lines = [head]
     for row in rows:
@@ -121,7 +121,7 @@ def stage_table(rows: list[dict]) -> str:
             row["name"], f"{row['bytes']:,}", f"{row['ratios']['model']:.2f}x",
             f"{row['correct']}/{row['total']}", f"{row['accuracy']:.2%}",
             f"{100 * low:.2f} to {100 * high:.2f}", f"{row['change']:+.2f}",
-            f"{row['weights']:,}", f"{row['nonzeros']:,}", f"{row['sparsity']:.2%}",
+            f"{row['live_weights']:,}", f"{row['nonzeros']:,}", f"{row['sparsity']:.2%}",
             f"{row['macs'] / 1e6:.1f} M",
             f"W{scheme['weight_bits']}A{scheme['act_bits']}" if scheme else "fp32",
         ))  # fmt: skip

@@ -57,11 +57,21 @@ class Checkpoint:
             raise UserError(f"{self.file} does not fit its own description: {why[0]}") from None
         return model.to(device, memory_format=torch.channels_last).eval()
 
+    @property
+    def weights(self) -> int:
+        """Positions in Conv2d and Linear weights, zeros included."""
+        return sum(t.numel() for n, t in self.state.items() if n.endswith(".weight") and t.ndim > 1)
+
+    @property
+    def original_weights(self) -> int:
+        """Those of the network that the chain began with, before any compaction."""
+        return self.ancestors[0]["weights"] if self.ancestors else self.weights
+
     def lineage(self) -> list[dict]:
         """Its ancestors and itself: what a child records as its own ancestors."""
         own = {
             "stage": self.stage, "sha256": self.sha256, "bytes": self.bytes,
-            "metrics": self.metrics,
+            "weights": self.weights, "metrics": self.metrics,
         }  # fmt: skip
         return [*self.ancestors, own]
 

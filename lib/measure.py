@@ -6,28 +6,22 @@ from lib import data, engine, metrics
 from lib.checkpoint import Checkpoint
 
 
-def network(model) -> dict:
-    """Counts of a network: they need no images."""
-    layers = metrics.layer_counts(model)
-    weights, nonzeros = sum(w for _, w, _ in layers), sum(n for _, _, n in layers)
-    return {
-        "weights": weights, "nonzeros": nonzeros, "sparsity": 1 - nonzeros / weights,
-        "macs": metrics.macs(model),
-        "layers": [{"name": n, "weights": w, "nonzeros": z} for n, w, z in layers],
-    }  # fmt: skip
-
-
 def file(source: Checkpoint, split: data.Split, name: str) -> tuple[dict, torch.Tensor]:
     """All figures of a file on a split, and its confusion matrix (10, 10): true by predicted."""
     model = source.build(split.images.device)
     result = engine.evaluate(model, split, note=str(source.file))
     low, high = metrics.wilson(result.correct, result.total)
+    layers = metrics.layer_counts(model)
+    nonzeros = sum(n for _, _, n in layers)
     figures = {
         "file": str(source.file), "stage": source.stage, "split": name,
         "correct": result.correct, "total": result.total, "accuracy": result.accuracy,
         "interval": [low, high], "loss": result.loss, "bytes": source.bytes,
         "sha256": source.sha256, "quantization": source.quantization,
-        **network(model),
+        # Of the network that the chain began with; compaction leaves fewer live ones.
+        "weights": source.original_weights, "live_weights": source.weights, "nonzeros": nonzeros,
+        "sparsity": 1 - nonzeros / source.original_weights, "macs": metrics.macs(model),
+        "layers": [{"name": n, "weights": w, "nonzeros": z} for n, w, z in layers],
         "ancestors": [
             {k: a.get(k) for k in ("stage", "sha256", "bytes")} for a in source.ancestors
         ],

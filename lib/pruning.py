@@ -1,40 +1,34 @@
 """Unstructured magnitude pruning: which weights go, and how they stay away."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lib.metrics import weight_layers
 
 
-def magnitude_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
-    """Masks by layer that keep the largest weights of all Conv2d and Linear layers together.
+@torch.no_grad()
+def keep_largest(model: nn.Module, keep: int) -> None:
+    """Zero all weights of Conv2d and Linear layers but the `keep` largest of them together.
 
     Global and unstructured (Han et al. 2015; one threshold for all layers as in Renda et al. 2020).
-    Exactly round(sparsity * weights) weights go, equal magnitudes in the order of the layers; what
-    is zero already goes first, so that a sparser mask is a subset of the one before it.
+    Of equal magnitudes those of the first layers go, and what is zero already goes first, so that
+    pruning again only ever removes more.
     """
-    layers = weight_layers(model)
-    magnitudes = torch.cat([layer.weight.detach().abs().flatten() for layer in layers.values()])
+    weights = [layer.weight for layer in weight_layers(model).values()]
+    magnitudes = torch.cat([weight.abs().flatten() for weight in weights])
     order = torch.sort(magnitudes, stable=True).indices
-    keep = torch.ones_like(magnitudes)
-    keep[order[: round(sparsity * len(magnitudes))]] = 0
-    parts = keep.split([layer.weight.numel() for layer in layers.values()])
-    return {
-        name: part.view_as(layer.weight)
-        for (name, layer), part in zip(layers.items(), parts, strict=True)
-    }
+    gone = torch.zeros_like(magnitudes, dtype=torch.bool)
+    gone[order[: max(0, len(order) - keep)]] = True
+    for weight, part in zip(weights, gone.split([w.numel() for w in weights]), strict=True):
+        weight.masked_fill_(part.view_as(weight), 0.0)
 
 
 class Mask:
-    """Holds weights at zero: apply once, then after every optimizer step."""
+    """Holds at zero the weights that are zero when it is made: apply after every optimizer step."""
 
-    def __init__(self, model: nn.Module, masks: dict[str, Tensor]):
-        layers = weight_layers(model)
-        self.weights = [layers[name].weight for name in masks]
-        self.masks = [
-            mask.to(memory_format=torch.channels_last) if mask.ndim == 4 else mask
-            for mask in masks.values()
-        ]
+    def __init__(self, model: nn.Module):
+        self.weights = [layer.weight for layer in weight_layers(model).values()]
+        self.masks = [(weight.detach() != 0).to(weight.dtype) for weight in self.weights]
 
     @torch.no_grad()
     def apply(self) -> None:

@@ -35,43 +35,53 @@ def whole(tiny, baseline, tmp_path_factory):
     return run(tiny, baseline, tmp_path_factory.mktemp("whole"))
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.956, 0.999])
-def test_masks_keep_exactly_the_largest_weights_of_all_layers(sparsity):
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.044, 0.001])
+def test_exactly_the_largest_weights_of_all_layers_stay(share):
     model = MobileNetV2(standard(0.1))
-    masks = pruning.magnitude_masks(model, sparsity)
-    kept, gone = [], []
-    for name, layer in weight_layers(model).items():
-        assert masks[name].shape == layer.weight.shape
-        kept.append(layer.weight.detach().abs()[masks[name] == 1])
-        gone.append(layer.weight.detach().abs()[masks[name] == 0])
-    kept, gone = torch.cat(kept), torch.cat(gone)
-    assert len(gone) == round(sparsity * (len(kept) + len(gone)))
-    if len(gone):
-        assert gone.max() <= kept.min()
+    before = torch.cat([x.weight.detach().flatten() for x in weight_layers(model).values()])
+    keep = round(share * len(before))
+    pruning.keep_largest(model, keep)
+    after = torch.cat([x.weight.detach().flatten() for x in weight_layers(model).values()])
+    stay = after != 0
+    assert int(stay.sum()) == keep and torch.equal(after[stay], before[stay])
+    if keep < len(before):
+        assert before[~stay].abs().max() <= before[stay].abs().min()
 
 
-def test_equal_magnitudes_are_still_counted_exactly_and_masks_nest():
+def test_equal_magnitudes_are_still_counted_exactly_and_pruning_only_removes():
     model = MobileNetV2(standard(0.1))
     with torch.no_grad():
         for layer in weight_layers(model).values():
             layer.weight.fill_(0.5)
     total = sum(layer.weight.numel() for layer in weight_layers(model).values())
-    first = pruning.magnitude_masks(model, 0.4)
-    pruning.Mask(model, first).apply()
-    second = pruning.magnitude_masks(model, 0.7)
-    assert sum(int(m.sum()) for m in second.values()) == total - round(0.7 * total)
-    assert all((second[n] <= first[n]).all() for n in first)
+    supports = []
+    for keep in (total * 6 // 10, total * 3 // 10):
+        pruning.keep_largest(model, keep)
+        supports.append(torch.cat([x.weight.flatten() != 0 for x in weight_layers(model).values()]))
+        assert int(supports[-1].sum()) == keep
+    assert (supports[1] <= supports[0]).all()
 
 
-def test_pruned_weights_stay_at_positive_zero_through_training(baseline, whole):
-    pruned, _ = whole
+@pytest.mark.parametrize("flags", [[], ["--no-compact"]])
+def test_pruned_weights_stay_at_positive_zero(tiny, baseline, tmp_path, flags):
+    pruned, lines = run(tiny, baseline, tmp_path, *flags)
+    dense = checkpoint.load(baseline)
     weights = [v for k, v in pruned.state.items() if k.endswith("weight") and v.ndim > 1]
     assert not any(torch.signbit(w[w == 0]).any() for w in weights)
-    zeros = sum(int((w == 0).sum()) for w in weights)
-    total = sum(w.numel() for w in weights)
-    # Never more weights than the mask leaves; one may be zero by its own chance.
-    assert zeros >= round(0.8 * total) and zeros / total == pytest.approx(0.8, abs=1e-3)
-    assert pruned.ancestors[0]["sha256"] == checkpoint.load(baseline).sha256
+    nonzeros = sum(int((w != 0).sum()) for w in weights)
+    # Never more than the schedule leaves. Compaction takes some that lead nowhere, and a weight
+    # may become zero by its own chance.
+    assert nonzeros <= round(0.2 * dense.weights)
+    assert nonzeros == pytest.approx(0.2 * dense.weights, rel=0.3 if not flags else 0.001)
+    assert lines[-1]["sparsity"] == pytest.approx(1 - nonzeros / dense.weights)
+    assert pruned.original_weights == dense.weights
+    assert pruned.ancestors[0]["sha256"] == dense.sha256
+    if flags:
+        assert pruned.settings == dense.settings
+    else:
+        assert pruned.weights < dense.weights
+        macs = [line["macs"] for line in lines]
+        assert macs == sorted(macs, reverse=True) and macs[-1] < macs[0]
 
 
 def test_schedules():
@@ -124,13 +134,12 @@ def test_stops_at_the_floor_and_keeps_the_last_good_round(tiny, baseline, tmp_pa
         return engine.Evaluation(n, 30, 1.0, torch.zeros(30))
 
     monkeypatch.setattr(engine, "evaluate", scripted)
-    pruned, lines = run(tiny, baseline, tmp_path, "--max-drop=10")
+    pruned, lines = run(tiny, baseline, tmp_path, "--max-drop=10", "--no-compact")
     assert [x["kept"] for x in lines] == [True, True, False]
     assert pruned.metrics["round"] == 1 and pruned.metrics["val_correct"] == 28
     layers = weight_layers(pruned.build())
-    zeros = sum(int((x.weight == 0).sum()) for x in layers.values())
-    total = sum(x.weight.numel() for x in layers.values())
-    assert zeros / total == pytest.approx(pruning.cubic(0, 0.8, 1, 3), abs=1e-3)
+    left = sum(int((x.weight != 0).sum()) for x in layers.values()) / pruned.original_weights
+    assert left == pytest.approx(1 - pruning.cubic(0, 0.8, 1, 3), abs=1e-3)
 
 
 def test_refusals(tiny, baseline, whole, tmp_path):

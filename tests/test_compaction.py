@@ -1,0 +1,114 @@
+"""lib/compaction.py: a smaller network, the same function, whatever is dead."""
+
+import copy
+
+import pytest
+import torch
+
+from lib import metrics
+from lib.compaction import compact, take
+from models.mobilenetv2 import MobileNetV2, standard
+
+
+def random_network(seed: int, width: float = 0.25) -> MobileNetV2:
+    """Random weights and statistics; random rows, columns and filters zero; positive constants."""
+    torch.manual_seed(seed)
+    model = MobileNetV2(standard(width, 8, dropout=0.0)).eval()
+    share = 0.3 + 0.6 * torch.rand(()).item()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(-1.5, 1.5)
+                module.bias.uniform_(-1, 2)
+                module.running_mean.uniform_(-1, 1)
+                module.running_var.uniform_(0.2, 2)
+        for layer in metrics.weight_layers(model).values():
+            weight = layer.weight
+            weight.mul_(torch.rand_like(weight) > 0.3)
+            weight[torch.rand(len(weight)) < share] = 0
+            if weight.shape[1] > 1:
+                weight[:, torch.rand(weight.shape[1]) < share / 2] = 0
+            elif weight.ndim == 4:  # some depthwise filters of a centre alone
+                centre = weight[:, :, 1:2, 1:2].clone()
+                alone = (torch.rand(len(weight)) < 0.2).nonzero().flatten()
+                weight[alone] = 0
+                weight[alone, :, 1:2, 1:2] = centre[alone]
+        # Whole streams too: channels that no block writes, or none reads.
+        for first, last in ((4, 6), (11, 13)):
+            for number in range(first, last + 1):
+                model.features[number].conv[2].weight[: 3 + seed % 3] = 0
+    return model
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_same_outputs_from_a_smaller_network(seed):
+    model = random_network(seed)
+    before = copy.deepcopy(model.state_dict())
+    smaller, kept = compact(model)
+    images = torch.randn(32, 3, 32, 32)
+    with torch.no_grad():
+        expected, found = model(images), smaller(images)
+    assert (expected - found).abs().max() <= 1e-4 * expected.abs().max()
+    assert torch.equal(expected.argmax(1), found.argmax(1))
+    assert metrics.macs(smaller) < metrics.macs(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert {k: take(v, kept[k]).shape for k, v in before.items()} == {
+        k: v.shape for k, v in smaller.state_dict().items()
+    }
+    # Nothing is left to do, and the settings rebuild it.
+    again, _ = compact(smaller)
+    assert again.settings == smaller.settings
+    MobileNetV2(smaller.settings).load_state_dict(smaller.state_dict())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_in_training_mode_and_its_gradients_too(seed):
+    """A folded constant moves the running mean alone, so batch statistics give the same outputs."""
+    model = random_network(seed)
+    with torch.no_grad():  # BN of a constant channel in training mode is its bias: fold that
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.zero_()
+    model, (smaller, kept) = model.double(), compact(model.double())
+    smaller = smaller.double()
+    images = torch.randn(16, 3, 32, 32).double()
+    outputs = [m.train()(images) for m in (model, smaller)]
+    assert torch.allclose(*outputs, atol=1e-6)
+    for m, out in zip((model, smaller), outputs, strict=True):
+        m.zero_grad()
+        out.square().sum().backward()
+    name = "features.9.conv.1.0.weight"
+    a, b = (dict(m.named_parameters())[name].grad for m in (model, smaller))
+    assert torch.allclose(take(a, kept[name]), b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_constant_that_padding_makes_uneven_stays():
+    model = MobileNetV2(standard(0.1, 8)).eval()
+    block = model.features[2].conv
+    with torch.no_grad():
+        block[0][0].weight[:3] = 0
+        block[0][1].bias[:3] = torch.tensor([1.0, 0.0, 1.0])
+        block[1][0].weight[2] = 0
+        block[1][0].weight[2, 0, 1, 1] = 0.5  # the centre alone: even, so it can go
+    hidden = model.settings["blocks"][1]["hidden"]
+    _, kept = compact(model)
+    gone = set(range(hidden)) - set(kept["features.2.conv.1.0.weight"][0].tolist())
+    assert gone == {1, 2}
+
+
+def test_a_dense_network_is_left_as_it_is():
+    model = MobileNetV2(standard(0.25)).eval()
+    smaller, _ = compact(model)
+    assert smaller.settings == model.settings
+    assert all(torch.equal(v, smaller.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_a_dead_network_still_is_one():
+    model = MobileNetV2(standard(0.1)).eval()
+    with torch.no_grad():
+        for layer in metrics.weight_layers(model).values():
+            layer.weight.zero_()
+        model.classifier[1].bias.copy_(torch.arange(10.0))
+    smaller, _ = compact(model)
+    assert torch.equal(smaller(torch.randn(2, 3, 32, 32)), model(torch.randn(2, 3, 32, 32)))
+    assert metrics.macs(smaller) < metrics.macs(model) / 50
