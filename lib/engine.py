@@ -153,7 +153,7 @@ def fit(
 
     for epoch in range(len(history), recipe.epochs):
         start = time.monotonic()
-        torch.manual_seed(seed * 1_000_003 + epoch)  # dropout
+        torch.manual_seed(seed * 1_000_003 + epoch + rank * 999_983)  # dropout: its own a rank
         try:
             totals = train_epoch(
                 forward, images.train, recipe, augment, optimizer, scaler, average, seed, epoch,
