@@ -20,6 +20,11 @@ from pathlib import Path
 
 import torch
 
+# What --help calls a flag's value, where the flag's own name would not say it better.
+METAVARS = {
+    "parent": "FILE", "out": "FILE", "decompress": "FILE", "data": "PATH", "run_dir": "DIR",
+}  # fmt: skip
+
 
 class UserError(Exception):
     """Something that the user can mend, said in one line: no traceback, exit code 1."""
@@ -96,7 +101,8 @@ def _add(parser, field) -> None:
             kind = _comma_separated(typing.get_args(kind)[0])
         options |= {"type": kind, "choices": field.metadata["choices"]}
         if not options["choices"]:
-            options["metavar"] = getattr(kind, "metavar", kind.__name__.upper())
+            known = METAVARS.get(name) or {int: "N", float: "X"}.get(kind)
+            options["metavar"] = known or getattr(kind, "metavar", None)
         parser.add_argument("--" + name.replace("_", "-"), **options)
 
 
