@@ -24,7 +24,12 @@ ifeq ($(PYTHON),.venv/bin/python)
 VENV := .venv/installed
 endif
 
+ifneq ($(words $(RUN)),1)
+$(error RUN must be one path without spaces, not "$(RUN)")
+endif
 C := $(RUN)/checkpoints
+# Stages write atomically, so what is there is whole: an error after that must not delete hours.
+.PRECIOUS: $(C)/baseline.pth $(C)/pruned.pth $(C)/quantized.pth $(C)/int8.pth $(C)/compressed.nnz
 COMMON = --run-dir $(RUN) $(if $(DATA),--data "$(DATA)") $(if $(WANDB),--wandb)
 
 # A waiting thread that sleeps leaves its core to others; on an idle machine it costs nothing seen.
@@ -100,5 +105,6 @@ clean:  ## delete what can be made again: all outputs but the trained baseline a
 help:  ## this list
 	@awk -F':.*## *' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
+	@echo '  A file that is there is not made again, whatever the flags: delete it first, or make -B.'
 	@echo '  DATA=DIR (default: download)  WANDB=1  RUN=DIR (default .)  SPLIT=val|test  PYTHON=...'
-	@echo '  e.g.  make all DATA=~/cifar10 TRAIN_FLAGS="--epochs 60" PRUNE_FLAGS="--target 0.97"'
+	@echo '  e.g.  make all DATA=$$HOME/cifar10 TRAIN_FLAGS="--epochs 60" PRUNE_FLAGS="--target 0.97"'

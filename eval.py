@@ -4,14 +4,14 @@
     python eval.py ../somewhere/plain_state_dict.pth --split val --json
 
 in:  files of ours, or plain torchvision MobileNetV2 state dicts; none named: those of the chain
-out: a table (or a JSON line a file) on the standard output; plots/confusion-<file>.png
+out: a table (or a JSON line a file) on the standard output; logs/eval.jsonl;
+     plots/confusion-<file>-<split>.png
 """
 
 import dataclasses
 import json
-from pathlib import Path
 
-from lib import checkpoint, config, data, measure, plots
+from lib import checkpoint, config, measure, metrics, plots
 from lib.config import UserError, flag
 
 
@@ -31,11 +31,12 @@ def main(argv=None):
     if not files:
         raise UserError(f"no files: none named, and none in {cfg.path(None, 'checkpoints')}")
     sources = [checkpoint.load(f) for f in files]  # all of them, before any long work
+    log = metrics.Log(cfg.path(None, "logs/eval.jsonl"), vars(cfg), cfg.wandb)
+    log.begin([])
     images = None
     for source in sources:
-        size = source.val_size(cfg.val_size)
-        if images is None or (cfg.val_size is None and size not in (None, len(images.val))):
-            images = data.load(cfg.data, size, device)
+        if images is None or source.val_size(cfg.val_size) not in (None, len(images.val)):
+            images = source.images(cfg.data, cfg.val_size, device)
         split = getattr(images, cfg.split)
         if not len(split):
             raise UserError(f"{source.file} was made with --val-size 0: it has no validation split")
@@ -44,9 +45,12 @@ def main(argv=None):
             raise UserError(f"{source.file} tells {classes} classes apart, not the 10 of CIFAR-10")
         figures, matrix = measure.file(source, split, cfg.split)
         print(json.dumps(figures) if cfg.json else table(figures, cfg.layers), flush=True)
-        name = source.file.name
-        path = cfg.path(None, f"plots/confusion-{Path(name).stem}.png")
-        plots.confusion(matrix.numpy(), images.classes, path, f"{name} on {cfg.split}")
+        log(figures)
+        name = f"{source.file.stem}-{cfg.split}"
+        path = cfg.path(None, f"plots/confusion-{name}.png")
+        title = f"{source.file.name} on {cfg.split} (n={len(split)})"
+        plots.confusion(matrix.numpy(), images.classes, path, title)
+    log.close(figures)
 
 
 def table(f: dict, layers: bool) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from autoaugment import augmentation
-from lib import checkpoint, config, data, engine, metrics, plots, pruning
+from lib import checkpoint, config, engine, metrics, plots, pruning
 from lib.compaction import compact
 from lib.config import UserError, flag
 from models.mobilenetv2 import MobileNetV2
@@ -55,6 +55,12 @@ class Settings(config.Common):
     def __post_init__(self):
         if not 0 < self.target < 1 or not 0 < self.rate < 1:
             raise ValueError("--target and --rate must lie between 0 and 1")
+        if self.rounds < 0 or self.epochs < 1 or self.batch_size < 1:
+            raise ValueError("--epochs and --batch-size must be at least 1, --rounds at least 0")
+        if not 0 <= self.label_smoothing <= 1 or not 0 <= self.distill <= 1:
+            raise ValueError("--label-smoothing and --distill must be in [0, 1]")
+        if not self.temperature > 0:
+            raise ValueError("--temperature must be over 0")
 
 
 def main(argv=None):
@@ -64,7 +70,8 @@ def main(argv=None):
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/baseline.pth"))
     if parent.quantization:
         raise UserError(f"{parent.file} is quantized: prune before quantizing")
-    images = data.load(cfg.data, parent.val_size(cfg.val_size), device)
+    with engine.main_first():
+        images = parent.images(cfg.data, cfg.val_size, device)
     if not len(images.val):
         raise UserError("pruning stops by validation accuracy: --val-size must be over 0")
     out = cfg.path(cfg.out, "checkpoints/pruned.pth")
@@ -81,6 +88,8 @@ def main(argv=None):
     rounds = []
     if cfg.resume:
         rounds, model = _resume(state_file, round_file, identity, model)
+    else:
+        engine.discard(state_file, round_file)
     if not rounds:
         if cfg.compact:
             model, _ = compact(model)
@@ -104,14 +113,19 @@ def main(argv=None):
         if cfg.compact:
             model, _ = compact(model)
         mask = pruning.Mask(model)
-        history, _ = engine.fit(
-            model, images, recipe, augmentation(cfg.augment), cfg.seed + number, round_file,
-            config=identity | {"round": number}, resume=cfg.resume,
-            teacher=dense if cfg.distill else None, after_step=mask.apply,
-            note=f"round {number}/{cfg.rounds} ",
-        )  # fmt: skip
+        try:
+            history, _ = engine.fit(
+                model, images, recipe, augmentation(cfg.augment), cfg.seed + number, round_file,
+                config=identity | {"round": number}, teacher=dense if cfg.distill else None,
+                after_step=mask.apply, note=f"round {number}/{cfg.rounds} ",
+            )  # fmt: skip
+        except engine.DivergedError as error:
+            if number == 1:
+                raise
+            engine.say(f"round {number}: {error}; the last good one stays")
+            break
         result = engine.evaluate(model, images.val)
-        good = result.accuracy >= floor
+        good = engine.agreed(result.accuracy, device) >= floor
         rounds.append(_line(number, model, total, result, good, history, time.monotonic() - began))
         if good:
             kept = copy.deepcopy(model)
@@ -121,6 +135,7 @@ def main(argv=None):
                 "kept": kept.state_dict(),
             })  # fmt: skip
             round_file.unlink()
+        engine.wait()
         log(rounds[-1])
         verdict = "kept" if good else f"under the floor of {floor:.2%}: the last good one stays"
         engine.say(f"round {number}: {_describe(rounds[-1])}, {verdict}")
@@ -135,8 +150,9 @@ def main(argv=None):
         )
     if engine.is_main():
         _finish(cfg, out, kept, dense, parent, images, rounds, floor)
-        state_file.unlink(missing_ok=True)
         log.close({"sparsity": sparsity_of(kept, total)})
+        for file in (round_file, state_file):  # last of all: until here it could be finished again
+            file.unlink(missing_ok=True)
     engine.stop_processes()
 
 
@@ -146,15 +162,19 @@ def _resume(state_file, round_file, identity: dict, model) -> tuple[list, Mobile
         return [], model
     state = checkpoint.read(state_file)
     engine.same_run(state_file, state["config"], identity)
-    if round_file.is_file():  # killed after a round was written, before its own state went
-        done = checkpoint.read(round_file)["config"].get("round", 0) < len(state["rounds"])
-        if done and engine.is_main():
-            round_file.unlink()
+    if engine.is_main() and _round_of(round_file) < len(state["rounds"]):
+        round_file.unlink(missing_ok=True)  # killed between writing a round and this
+    engine.wait()
     device = next(model.parameters()).device
     model = MobileNetV2(state["settings"])
     model.load_state_dict(state["kept"])
     engine.say(f"continuing {state_file} after round {len(state['rounds']) - 1}")
     return state["rounds"], model.to(device, memory_format=torch.channels_last)
+
+
+def _round_of(round_file) -> int:
+    """The round whose epochs a state file holds; 0 where there is none."""
+    return checkpoint.read(round_file)["config"]["round"] if round_file.is_file() else 0
 
 
 def sparsity_of(model, total: int) -> float:

@@ -3,7 +3,7 @@
     python quantize.py --weight-bits 4 --act-bits 8
 
 in:  checkpoints/pruned.pth, or any fp32 network
-out: checkpoints/quantized.pth: weights on their grid, with their scales
+out: checkpoints/quantized.pth: weights on their grid, with their scales; logs/quantize.jsonl
 
 --method reference is the report's: symmetric, one step a tensor, zero preserved, weights static,
 activations dynamic (the largest magnitude of each batch of 128), simulated in fp32.
@@ -11,7 +11,7 @@ activations dynamic (the largest magnitude of each batch of 128), simulated in f
 
 import dataclasses
 
-from lib import checkpoint, config, data, engine, quantizers
+from lib import checkpoint, config, engine, metrics, quantizers
 from lib.config import UserError, flag
 
 
@@ -30,7 +30,7 @@ def main(argv=None):
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"))
     if parent.quantization:
         raise UserError(f"{parent.file} is quantized already: start from an fp32 network")
-    images = data.load(cfg.data, parent.val_size(cfg.val_size), device)
+    images = parent.images(cfg.data, cfg.val_size, device)
     model = parent.build(device)
     validate = len(images.val) > 0
     before = engine.evaluate(model, images.val) if validate else None
@@ -43,6 +43,7 @@ def main(argv=None):
         out, "quantized", model, cfg, parent, metrics=figures, data=images.provenance(),
         quantization=scheme,
     )  # fmt: skip
+    metrics.log_stage(cfg, "quantize", {"bytes": saved.bytes, **scheme, **figures})
     bits = f"W{cfg.weight_bits}A{cfg.act_bits}"
     print(f"{out}: {saved.bytes:,} bytes, {bits}, val {after} (parent {before})")
 

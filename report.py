@@ -5,9 +5,10 @@
 
 in:  the chain's files in checkpoints/, those that exist; ratios are against the first of them
 out: tables on the standard output, logs/report.jsonl (a file a line), plots/report.png (size and
-     accuracy), plots/storage.png (what the bytes are), plots/confusion-<file>.png
+     accuracy), plots/storage.png (what the bytes are), plots/confusion-<file>-<split>.png
 """
 
+import csv
 import dataclasses
 import hashlib
 from datetime import datetime
@@ -42,7 +43,7 @@ def main(argv=None):
         rows.append(row | against(rows[0] if rows else row, row))
         plots.confusion(
             confusion.numpy(), source.data.get("classes", data.CLASSES),
-            cfg.path(None, f"plots/confusion-{source.file.stem}.png"),
+            cfg.path(None, f"plots/confusion-{source.file.stem}-{cfg.split}.png"),
             f"{source.file.name} on {cfg.split}",
         )  # fmt: skip
 
@@ -70,7 +71,7 @@ def images_of(sources, cfg) -> tuple[data.Split, str]:
     sizes = {source.val_size(cfg.val_size) for source in sources} - {None}
     if len(sizes) > 1 and cfg.split != "test":
         raise UserError(f"the files were made with different --val-size {sorted(sizes)}: give one")
-    images = data.load(cfg.data, min(sizes, default=None), config.device(cfg.device))
+    images = sources[0].images(cfg.data, min(sizes, default=None), config.device(cfg.device))
     split = getattr(images, cfg.split)
     if not len(split):
         raise UserError(f"no {cfg.split} images: the files were made with --val-size 0")
@@ -175,7 +176,18 @@ def status(folder: Path) -> list[tuple[str, ...]]:
             if not notes[0].startswith("up to date"):
                 stale.add(path.name)
         rows.append((path.name, stage, date, size, "; ".join(notes + unfinished(path))))
-    return rows
+    return [*rows, sweep_status(folder.parent / "logs/sweep.csv", hashes)]
+
+
+def sweep_status(path: Path, hashes: dict[str, str]) -> tuple[str, ...]:
+    if not path.is_file():
+        return (path.name, "-", "-", "-", "missing")
+    with path.open(newline="") as file:
+        parents = {row.get("parent_sha256") for row in csv.DictReader(file)}
+    date = f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
+    same = next((name for name, value in hashes.items() if parents == {value}), None)
+    note = f"up to date with {same}" if same else "stale: measured on another parent"
+    return (path.name, "sweep", date, f"{path.stat().st_size:,}", note)
 
 
 def freshness(found, hashes: dict[str, str], stale: set[str]) -> str:

@@ -4,7 +4,7 @@
     python sparse_compress.py --decompress X.nnz --out Y.pth   and back to a checkpoint
 
 in:  checkpoints/int8.pth (any checkpoint will do: its weights keep the bits that they have)
-out: checkpoints/compressed.nnz, in the format of FORMAT.md
+out: checkpoints/compressed.nnz, in the format of FORMAT.md; logs/compress.jsonl
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, config, nnz, sparse
+from lib import checkpoint, config, metrics, nnz, sparse
 from lib.config import UserError, flag
 
 
@@ -39,14 +39,15 @@ def compress(cfg) -> None:
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/int8.pth"))
     raw = nnz.encode(parent)
     out = cfg.path(cfg.out, "checkpoints/compressed.nnz")
+    decoded = nnz.decode(raw).state
+    for name, tensor in nnz.stored_state(parent).items():
+        if not torch.equal(decoded[name], tensor):
+            raise UserError(f"{name} of {parent.file} would not decode as it is: nothing written")
     with checkpoint.atomic(out) as file:
         file.write(raw)
-
-    written = checkpoint.load(out)
-    for name, tensor in nnz.stored_state(parent).items():
-        if not torch.equal(written.state[name], tensor):
-            out.unlink()
-            raise UserError(f"{out}: {name} did not come back as it was")
+    if out.read_bytes() != raw:
+        raise UserError(f"{out} does not hold what was written to it")
+    metrics.log_stage(cfg, "compress", {"bytes": len(raw), **sparse.sections(raw)})
     parts = ", ".join(f"{kind} {size:,}" for kind, size in sparse.sections(raw).items())
     print(f"{out}: {len(raw):,} bytes ({parts}); parent {parent.bytes:,}; decoded, identical")
 

@@ -13,14 +13,13 @@ A cell that was measured before, from the same parent on the same images, is not
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
-from lib import checkpoint, config, data, engine, measure, metrics, nnz, plots, quantizers
+from lib import checkpoint, config, engine, measure, metrics, nnz, plots, quantizers
 from lib.config import UserError, flag
 
 COLUMNS = ("weight_bits", "act_bits", "method", "split", "correct", "total", "accuracy", "bytes",
@@ -52,7 +51,8 @@ def main(argv=None):
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"))
     if parent.quantization:
         raise UserError(f"{parent.file} is quantized already: start from an fp32 network")
-    images = data.load(cfg.data, parent.val_size(cfg.val_size), device)
+    with engine.main_first():
+        images = parent.images(cfg.data, cfg.val_size, device)
     split = getattr(images, cfg.split)
     if not len(split):
         raise UserError("there is no validation split (--val-size 0): use --split test")
@@ -71,12 +71,10 @@ def main(argv=None):
             f"({row['correct']}/{row['total']} {cfg.split}), {row['bytes']:,} bytes{known}",
             flush=True,
         )
-        if world == 1:
-            write_table(cfg, folder, grid)
-    if world > 1:
-        dist.barrier()
+    engine.wait()
     if engine.is_main():
-        rows = write_table(cfg, folder, grid)
+        rows = [finished(folder / f"w{w}a{a}.nnz", cfg, parent, split) for w, a in grid]
+        write_table(cfg, rows)
         title = f"{cfg.method} quantization of {parent.file.name}, {cfg.split} (n={len(split)})"
         plots.heatmap(rows, cfg.path(None, "plots/sweep_heatmap.png"), title)
         plots.parallel_coordinates(rows, cfg.path(None, "plots/sweep_parallel.png"), title)
@@ -93,8 +91,9 @@ def cell(path: Path, cfg, parent, split, weight_bits: int, act_bits: int) -> dic
     scheme = quantizers.quantize_reference(model, weight_bits, act_bits)
     raw = nnz.encode(
         dataclasses.replace(
-            parent, stage="quantized", state=model.state_dict(), quantization=scheme
-        )
+            parent, stage="quantized", state=model.state_dict(), quantization=scheme,
+            ancestors=parent.lineage(), sha256=None, bytes=None, metrics={},
+        )  # fmt: skip
     )
     with checkpoint.atomic(path) as file:
         file.write(raw)
@@ -114,35 +113,34 @@ def finished(path: Path, cfg, parent, split) -> dict | None:
     record = path.with_suffix(".json")
     if not record.is_file() or not path.is_file():
         return None
+    wanted = {
+        "parent_sha256": parent.sha256, "method": cfg.method, "split": cfg.split,
+        "total": len(split), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }  # fmt: skip
     try:
         row = json.loads(record.read_text())
-        same = (row["parent_sha256"], row["method"], row["split"], row["total"]) == (
-            parent.sha256, cfg.method, cfg.split, len(split),
-        )  # fmt: skip
-    except (ValueError, KeyError, TypeError):  # not ours: measure it again
+        return row if wanted.items() <= row.items() else None
+    except (ValueError, AttributeError):  # not ours: measure it again
         return None
-    return row if same else None
 
 
-def write_table(cfg, folder: Path, grid) -> list[dict]:
-    """The CSV of all cells of this grid that are done, in the order of the grid."""
-    records = [folder / f"w{w}a{a}.json" for w, a in grid]
-    rows = [json.loads(r.read_text()) for r in records if r.is_file()]
+def write_table(cfg, rows: list[dict]) -> None:
+    """The CSV, once all cells are there: make takes it for done."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     with checkpoint.atomic(cfg.path(cfg.out, "logs/sweep.csv")) as file:
         file.write(text.getvalue().encode())
-    return rows
 
 
 def log_wandb(cfg, rows: list[dict]) -> None:
     """A run a cell in one group: add a parallel coordinates panel over config and summary."""
-    group = f"sweep-{cfg.method}-{rows[0]['parent_sha256'][:8]}"
+    group = f"sweep-{cfg.method}-{cfg.split}-{rows[0]['parent_sha256'][:8]}"
     for row in rows:
-        run = metrics.start_wandb(
-            cfg.path(None, "logs"), group=group, name=f"w{row['weight_bits']}a{row['act_bits']}",
+        name = f"w{row['weight_bits']}a{row['act_bits']}"
+        run = metrics.start_wandb(  # the id is fixed: a repeated sweep updates its runs
+            cfg.path(None, "logs"), group=group, name=name, id=f"{group}-{name}", resume="allow",
             config={"weight_bits": row["weight_bits"], "activation_bits": row["act_bits"],
                     "method": row["method"], "split": row["split"], "total": row["total"]},
         )  # fmt: skip

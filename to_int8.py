@@ -3,14 +3,14 @@
     python to_int8.py
 
 in:  checkpoints/quantized.pth, weights at 8 bits or fewer
-out: checkpoints/int8.pth: int8 weights with their scales; the rest as it was
+out: checkpoints/int8.pth: int8 weights with their scales, the rest as it was; logs/int8.jsonl
 """
 
 import dataclasses
 
 import torch
 
-from lib import checkpoint, config, data, engine, quantizers
+from lib import checkpoint, config, engine, metrics, quantizers
 from lib.config import UserError, flag
 
 
@@ -28,7 +28,7 @@ def main(argv=None):
     if not scheme or scheme["weight_bits"] > 8:
         bits = scheme["weight_bits"] if scheme else 32
         raise UserError(f"{parent.file} has {bits}-bit weights: quantize them to 8 or fewer first")
-    images = data.load(cfg.data, parent.val_size(cfg.val_size), device)
+    images = parent.images(cfg.data, cfg.val_size, device)
     model = parent.build(device)
     try:
         state = quantizers.integer_state(model.state_dict(), scheme)
@@ -45,13 +45,14 @@ def main(argv=None):
 
     # What was written is what counts: the same weights to the bit, the same answers to the image.
     again = saved.build(device)
-    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
-        if not torch.equal(a, b):
-            raise UserError(f"{out}: {name} differs from {parent.file}")
-    if expected:
-        found = engine.evaluate(again, images.val)
-        if not torch.equal(found.predictions, expected.predictions):
-            raise UserError(f"{out}: other answers than {parent.file}")
+    pairs = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    same = all(torch.equal(a, b) for a, b in pairs)
+    if same and expected:
+        same = torch.equal(engine.evaluate(again, images.val).predictions, expected.predictions)
+    if not same:
+        out.unlink()
+        raise UserError(f"{out} was not the same network as {parent.file}: it is deleted")
+    metrics.log_stage(cfg, "int8", {"bytes": saved.bytes, **figures})
     print(f"{out}: {saved.bytes:,} bytes (parent {parent.bytes:,}), val {expected}, checked")
 
 

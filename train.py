@@ -38,6 +38,7 @@ class Settings(config.Common):
     downsample: int = flag(4, "32x32 down to 8x8 (4, the report's) or 4x4 (8)", choices=(4, 8))
     dropout: float = flag(0.2, "before the classifier")
     amp: bool = flag(True, "bf16 autocast; fp16 with loss scaling where CUDA lacks bf16")
+    channels_last: bool = flag(True, "memory format of the convolutions")
     compile: bool = flag(False, "torch.compile: slow to start, faster steps")
     resume: bool = flag(True, "continue an interrupted run if its state is there")
 
@@ -53,13 +54,15 @@ def main(argv=None):
     device = config.device(cfg.device)
     engine.start_processes(device)
     out = cfg.path(cfg.out, "checkpoints/baseline.pth")
-    images = data.load(cfg.data, cfg.val_size, device)
+    with engine.main_first():
+        images = data.load(cfg.data, cfg.val_size, device)
     try:
         settings = standard(cfg.width, cfg.downsample, cfg.dropout, len(images.classes))
     except ValueError as error:
         raise config.UserError(error) from None
     torch.manual_seed(cfg.seed)
-    model = MobileNetV2(settings).to(device, memory_format=torch.channels_last)
+    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    model = MobileNetV2(settings).to(device, memory_format=layout)
     identity = config.identity(cfg) | {"data": images.provenance()}
     log = metrics.Log(cfg.path(None, "logs/train.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
@@ -76,10 +79,10 @@ def main(argv=None):
         saved = checkpoint.save(
             out, "baseline", model, cfg, None, metrics=figures, data=images.provenance()
         )
-        state_file.unlink()
         title = f"Training for {cfg.epochs} epochs (validation: n={len(images.val)})"
         plots.curves(history, cfg.path(None, "plots/train.png"), title)
         log.close(figures)
+        state_file.unlink()  # last of all: until here, the run could be finished again
         print(f"{out}: {saved.bytes:,} bytes, epoch {figures['epoch']}, val {final}")
     engine.stop_processes()
 

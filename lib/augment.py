@@ -22,7 +22,9 @@ MEAN_COLOUR = (125, 123, 114)
 
 def move(params: Tensor, device: torch.device) -> Tensor:
     """To the device without waiting for it: a plain `.to` would let CUDA's queue run dry."""
-    return params.to(device, non_blocking=device.type == "cuda")
+    if device.type == "cuda":
+        return params.pin_memory().to(device, non_blocking=True)
+    return params.to(device)
 
 
 def remap(images: Tensor, sources: Tensor, fill: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Checkpoints: plain types and tensors, read with weights_only=True, written atomically.
 
-A checkpoint is a dict: format, stage, model {settings}, quantization (or None), state, config,
-metrics, parent {stage, sha256}, ancestors (stage, sha256, bytes and metrics, oldest first), data,
+A checkpoint is a dict: format, stage, settings (the network's), quantization (or None), state,
+config, metrics, ancestors (stage, sha256, bytes, weights, metrics; the last is the parent), data,
 code, environment, seed. It can rebuild its own network: `load(path).build()`.
 """
 
@@ -20,6 +20,8 @@ from torch import nn
 
 from lib import quantizers
 from lib.config import UserError, reason
+from lib.data import Data
+from lib.data import load as load_images
 from models.mobilenetv2 import MobileNetV2, settings_of
 
 FORMAT = "mobilenetv2-cifar10/1"
@@ -78,6 +80,19 @@ class Checkpoint:
     def val_size(self, given: int | None) -> int | None:
         """The flag if it was given, else what this file was trained with."""
         return self.data.get("val_size") if given is None else given
+
+    def images(self, given: str | None, val_size: int | None, device) -> Data:
+        """The data set that it was trained on, split as it was then, unless flags say otherwise.
+
+        Raises UserError where the images given are of another set.
+        """
+        own = self.data.get("source")
+        if given is None and own == "synthetic":
+            given = own
+        images = load_images(given, self.val_size(val_size), device)
+        if own not in (None, images.source):
+            raise UserError(f"{self.file} was trained on {own}, the images are {images.source}")
+        return images
 
 
 def load(path: Path | str) -> Checkpoint:

@@ -55,7 +55,7 @@ class Common:
     )
     run_dir: str = flag(".", "folder that holds checkpoints/, logs/ and plots/")
     seed: int = flag(47, "of weights, order and augmentation (47 is the report's)")
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps ...")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...")
     wandb: bool = flag(False, "log to Weights & Biases too; offline where there is no key")
 
     def path(self, given: str | None, default: str) -> Path:
@@ -129,9 +129,11 @@ def files(help: str):
 
 
 def device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one (the rank's own under torchrun), else the CPU."""
+    """`auto` is CUDA where there is one, else the CPU; `cuda` is the rank's own under torchrun."""
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         chosen = torch.device(name)
         torch.empty(1, device=chosen)
@@ -139,6 +141,7 @@ def device(name: str) -> torch.device:
         raise UserError(f"--device {name} cannot be used here: {reason(error)}") from None
     if chosen.type == "cpu":
         _keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False  # fp32 figures are fp32; training uses bf16 anyway
     return chosen
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lib import synthetic
+from lib.augment import move
 from lib.config import UserError, reason
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # the report's; of images in [0, 1]
@@ -184,7 +185,7 @@ def batches(
     # This rank's share of every global batch.
     own = torch.arange(steps * size).view(steps, size)[:, rank * share : (rank + 1) * share]
     own = own.flatten()
-    order, params = order[own].to(device), {k: v[own] for k, v in params.items()}
+    order, params = move(order[own], device), {k: v[own] for k, v in params.items()}
     chunk = share * max(1, 4096 // share)  # images augmented at a time: bounds the memory
     for start in range(0, len(order), chunk):
         part = slice(start, start + chunk)

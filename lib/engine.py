@@ -1,5 +1,6 @@
 """The training loop that all stages share, and the evaluation that all figures come from."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -7,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,6 +21,10 @@ from lib import checkpoint, data, metrics
 from lib.config import UserError
 
 EVAL_BATCH = 128  # the report's; its dynamic activation ranges depend on it
+
+
+class DivergedError(UserError):
+    """The loss is no longer a number."""
 
 
 @dataclasses.dataclass
@@ -38,6 +44,7 @@ class Recipe:
     distill: float = 0.0  # weight of the teacher's soft labels against the true ones
     temperature: float = 2.0
     amp: bool = True
+    channels_last: bool = True
     compile: bool = False
 
     @classmethod
@@ -112,7 +119,7 @@ def fit(
     teacher: with recipe.distill, its soft labels are mixed in (Hinton et al. 2015).
     after_step: called after each optimizer step (to hold masks).
     Returns the history, a dict an epoch, and the index of the best epoch in it (the last one
-    where there is no validation split). Raises UserError when the loss is no longer finite.
+    where there is no validation split). Raises DivergedError when the loss is no longer finite.
     """
     world, rank = processes()
     device = images.train.images.device
@@ -132,7 +139,9 @@ def fit(
     average = copy.deepcopy(model) if recipe.ema else None
     history, best, best_state = [], -1, None
 
-    if resume and state_file.is_file():
+    if not resume:
+        discard(state_file)
+    if state_file.is_file():
         state = checkpoint.read(state_file)
         same_run(state_file, state["config"], config)
         model.load_state_dict(state["model"])
@@ -161,16 +170,13 @@ def fit(
                 note=f"{note}epoch {epoch + 1}/{recipe.epochs}",
             )  # fmt: skip
         except KeyboardInterrupt:
-            saved = f"{state_file} holds epoch {epoch}" if epoch else "no epoch was finished"
-            raise KeyboardInterrupt(f"{saved}; the same command continues") from None
+            saved = f"{state_file} holds {note}epoch {epoch}" if epoch else f"{note}epoch 0"
+            raise KeyboardInterrupt(f"{saved}; continue with --resume") from None
         if world > 1:
             dist.all_reduce(totals)
         loss, correct = (totals / (steps * recipe.batch_size)).tolist()
         if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at epoch {epoch + 1}: lower --lr, or --no-amp; "
-                f"the state of epoch {epoch} is in {state_file}"
-            )
+            raise DivergedError(f"the loss is {loss} at epoch {epoch + 1}: lower --lr, or --no-amp")
         line = {
             "epoch": epoch + 1, "train_loss": loss, "train_accuracy": correct,
             "lr": recipe.learning_rate((epoch + 1) * steps - 1, steps),
@@ -178,11 +184,11 @@ def fit(
         final = average or model
         if len(images.val):
             result = evaluate(final, images.val, recipe.amp)
-            line |= {"val_loss": result.loss, "val_accuracy": result.accuracy,
+            line |= {"val_loss": result.loss, "val_accuracy": agreed(result.accuracy, device),
                      "val_total": result.total}  # fmt: skip
         line["seconds"] = round(time.monotonic() - start, 1)
         history.append(line)
-        if best < 0 or line.get("val_accuracy", 1) >= history[best].get("val_accuracy", 0):
+        if best < 0 or line.get("val_accuracy", 1) > history[best].get("val_accuracy", 0):
             best = epoch
             best_state = {k: v.cpu().clone() for k, v in final.state_dict().items()}
         if rank == 0:
@@ -214,6 +220,8 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
         tqdm(batches, total=steps, desc=note, leave=False, disable=_quiet() or rank > 0)
     ):
         step = epoch * steps + i
+        if not recipe.channels_last:
+            x = x.contiguous()
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(step, steps)
         with _autocast(device, recipe.amp):
@@ -329,13 +337,49 @@ def start_processes(device: torch.device) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Hours: a process may wait for another that has the longer half of a sweep.
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12)
+        )
 
 
 def stop_processes() -> None:
+    wait()  # the main process may still be writing
     if dist.is_initialized():
-        dist.barrier()  # the main process may still be writing
         dist.destroy_process_group()
+
+
+def wait() -> None:
+    """For all processes, before one reads what another wrote or deleted."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def main_first():
+    """The main process goes through the block before the others (a download, say)."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
+
+
+def agreed(value: float, device: torch.device) -> float:
+    """The main process's value: decisions taken on it are the same in all."""
+    if dist.is_initialized():
+        shared = torch.tensor([value], dtype=torch.float64, device=device)
+        dist.broadcast(shared, 0)
+        value = shared.item()
+    return value
+
+
+def discard(*state_files: Path) -> None:
+    """Delete the state of an earlier run, once, for all processes."""
+    if is_main():
+        for file in state_files:
+            file.unlink(missing_ok=True)
+    wait()
 
 
 def is_main() -> bool:
@@ -356,7 +400,7 @@ class _AllReduce(torch.autograd.Function):
 
 class _SyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over the global batch. torch's own SyncBatchNorm refuses CPU tensors; this one
-    runs the same lines on any device, and turns into its parent by changing the class back."""
+    runs the same lines on any device. In eval mode, and in a state dict, it is an ordinary one."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -87,6 +87,14 @@ class Log:
             finish_wandb(self.run)
 
 
+def log_stage(cfg, name: str, figures: dict) -> None:
+    """The one line of a stage that is done at once: logs/<name>.jsonl, and W&B if asked for."""
+    log = Log(cfg.path(None, f"logs/{name}.jsonl"), vars(cfg), cfg.wandb)
+    log.begin([])
+    log(figures)
+    log.close(figures)
+
+
 def _numbers(line: dict) -> dict:
     return {k: v for k, v in line.items() if isinstance(v, (int, float))}
 
@@ -116,7 +124,7 @@ def finish_wandb(run) -> None:
     offline = run.settings.mode == "offline"
     run.finish()
     if offline:
-        print(f"W&B: no key here, so the run is offline: wandb sync {folder}", file=sys.stderr)
+        print(f"W&B: the run is offline: wandb sync {folder}", file=sys.stderr)
 
 
 def read_log(path: Path) -> list[dict]:

@@ -213,7 +213,7 @@ def test_eval_json_is_an_object_a_file(run, chain, tiny):
         assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
         assert row["bytes"] == path.stat().st_size
         assert row["nonzeros"] == sum(layer["nonzeros"] for layer in row["layers"])
-        assert (chain / f"plots/confusion-{path.stem}.png").stat().st_size > 1000
+        assert (chain / f"plots/confusion-{path.stem}-test.png").stat().st_size > 1000
     # From the quantizer on it is one network in three files.
     for key in ("correct", "loss", "weights", "nonzeros", "macs"):
         assert len({row[key] for row in rows[1:]}) == 1

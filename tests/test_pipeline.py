@@ -41,7 +41,7 @@ def test_all_ends_with_the_table_and_the_plots(finished):
     ]  # fmt: skip
     plots = {p.name for p in (folder / "plots").glob("*.png")}
     assert {"train.png", "prune.png", "sparsity.png", "sweep_heatmap.png", "sweep_parallel.png",
-            "storage.png", "report.png", "confusion-compressed.png"} <= plots  # fmt: skip
+            "storage.png", "report.png", "confusion-compressed-test.png"} <= plots  # fmt: skip
     end = run.stdout[run.stdout.index("report.py") :]
     assert all(name in end for name in plots)
     for name in ("baseline.pth", "compressed.nnz"):

@@ -142,6 +142,33 @@ def test_stops_at_the_floor_and_keeps_the_last_good_round(tiny, baseline, tmp_pa
     assert left == pytest.approx(1 - pruning.cubic(0, 0.8, 1, 3), abs=1e-3)
 
 
+def test_a_round_that_diverges_leaves_the_last_good_one(tiny, baseline, tmp_path, monkeypatch):
+    original = engine.fit
+
+    def diverging(*args, **kwargs):
+        if kwargs["config"]["round"] == 2:
+            raise engine.DivergedError("the loss is nan")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "fit", diverging)
+    pruned, lines = run(tiny, baseline, tmp_path)
+    assert pruned.metrics["round"] == 1 and [x["round"] for x in lines] == [0, 1]
+
+
+def test_no_resume_discards_the_old_state_at_once(tiny, baseline, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tiny, baseline, tmp_path)
+    state = tmp_path / "checkpoints/pruned.pth.resume"
+    assert state.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "fit", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tiny, baseline, tmp_path, "--no-resume", "--seed=1")
+    assert not state.exists()
+
+
 def test_refusals(tiny, baseline, whole, tmp_path):
     with pytest.raises(UserError, match="no more than the parent's sparsity"):
         run(tiny, whole[0].file, tmp_path / "x")

@@ -125,8 +125,8 @@ def test_shared_tensors_are_counted_as_stored(tmp_path):
 
 def test_status_of_a_fresh_chain(status):
     lines = status()
-    assert list(lines) == list(checkpoint.CHAIN)
-    assert "missing" in lines["pruned.pth"]
+    assert list(lines) == [*checkpoint.CHAIN, "sweep.csv"]
+    assert "missing" in lines["pruned.pth"] and "missing" in lines["sweep.csv"]
     assert "up to date: the start" in lines["baseline.pth"]
     assert "up to date with baseline.pth" in lines["quantized.pth"]
     assert "up to date with quantized.pth" in lines["int8.pth"]

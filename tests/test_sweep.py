@@ -59,6 +59,20 @@ def test_cells_are_measured_from_files_and_only_once(tiny, parent, tmp_path, mon
     assert [r["sha256"] for r in rows(tmp_path)][:4] == [r["sha256"] for r in first]
 
 
+def test_a_cell_that_is_not_what_was_measured_is_measured_again(tiny, parent, tmp_path):
+    grid = ["--weight-bits=8,2", "--act-bits=32"]
+    sweep.main([*flags(tiny, parent, tmp_path), *grid])
+    first = rows(tmp_path)
+    cells = tmp_path / "checkpoints/sweep"
+    (cells / "w8a32.nnz").write_bytes((cells / "w2a32.nnz").read_bytes())
+    (cells / "w2a32.json").write_text("[]")
+    sweep.main([*flags(tiny, parent, tmp_path), *grid])
+    assert [r["sha256"] for r in rows(tmp_path)] == [r["sha256"] for r in first]
+    found = checkpoint.load(cells / "w8a32.nnz")
+    assert found.ancestors[-2]["sha256"] == checkpoint.load(parent).sha256
+    assert [a["stage"] for a in found.ancestors] == ["baseline", "quantized"]
+
+
 def test_another_parent_is_measured_anew(tiny, parent, tmp_path):
     grid = ["--weight-bits=8", "--act-bits=32"]
     sweep.main([*flags(tiny, parent, tmp_path), *grid])
