@@ -76,10 +76,10 @@ status: $(VENV)  ## which files are there, and which are stale and why
 
 # On a set that the project generates; it has a folder of its own.
 DEMO := all RUN=demo DATA=synthetic SPLIT=test WANDB= \
-	TRAIN_FLAGS="--width 0.35 --downsample 8 --dropout 0 --epochs 8 --batch-size 64 --lr 0.1 \
+	TRAIN_FLAGS="--width 0.35 --downsample 8 --dropout 0 --epochs 6 --batch-size 64 --lr 0.1 \
 		--schedule linear --warmup-epochs 1.5 --no-decay-norm --label-smoothing 0 \
 		--augment light --no-amp" \
-	PRUNE_FLAGS="--rounds 3 --target 0.8 --epochs 1 --batch-size 64 --lr 0.05 --max-drop 3 \
+	PRUNE_FLAGS="--rounds 2 --target 0.8 --epochs 1 --batch-size 64 --lr 0.05 --max-drop 3 \
 		--label-smoothing 0 --augment light --no-amp" \
 	QUANTIZE_FLAGS= INT8_FLAGS= COMPRESS_FLAGS= REPORT_FLAGS= \
 	SWEEP_FLAGS="--weight-bits 32,16,8,6,4,2 --act-bits 32,16,8,6,4,2"

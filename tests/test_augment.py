@@ -231,7 +231,7 @@ def test_cuda_gives_the_same_images(level):
 
 
 def test_preview_is_drawn(tmp_path, capsys):
-    autoaugment.main(["--data", "synthetic", "--run", str(tmp_path)])
+    autoaugment.main(["--data", "synthetic", "--run-dir", str(tmp_path)])
     with Image.open(tmp_path / "plots" / "autoaugment.png") as picture:
         assert picture.width > 1000
     assert "25 sub-policies" in capsys.readouterr().out

@@ -20,10 +20,12 @@ MAKE = [
 
 
 def make(*arguments):
+    # A make of its own, not one under the make that runs the tests.
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")
+    env = {k: v for k, v in os.environ.items() if k not in outer} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        ["make", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        ["make", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env
+    )
 
 
 @pytest.fixture(scope="module")
