@@ -1,8 +1,8 @@
 """Prune by magnitude, round by round, with fine-tuning; stop while validation accuracy holds.
 
     python prune.py --target 0.95
-    python prune.py --schedule geometric --rate 0.2 --rounds 30 --epochs 10 --lr 0.001 \\
-        --lr-schedule constant --distill 0 --augment auto        the reference report's schedule
+    python prune.py --score magnitude --schedule geometric --rate 0.2 --rounds 30 --epochs 10 \\
+        --lr 0.001 --lr-schedule constant --distill 0 --augment auto  the reference report's way
 
 in:  checkpoints/baseline.pth
 out: checkpoints/pruned.pth (the last round within --max-drop of the parent), logs/prune.jsonl
@@ -32,6 +32,10 @@ class Settings(config.Common):
     schedule: str = flag(
         "cubic", "cubic: to --target in --rounds; geometric: --rate of the rest a round",
         choices=("cubic", "geometric"),
+    )  # fmt: skip
+    score: str = flag(
+        "lamp", "what stays: the largest weights (magnitude, the report's) or LAMP's, which "
+        "cannot lose a whole layer", choices=("lamp", "magnitude"),
     )  # fmt: skip
     target: float = flag(0.95, "sparsity after the last round (cubic)")
     rate: float = flag(0.2, "share of the remaining weights that goes a round (geometric)")
@@ -109,7 +113,7 @@ def main(argv=None):
             sparsity = pruning.cubic(start, cfg.target, number, cfg.rounds)
         else:
             sparsity = pruning.geometric(start, cfg.rate, number)
-        pruning.keep_largest(model, round((1 - sparsity) * total))
+        pruning.keep_largest(model, round((1 - sparsity) * total), cfg.score)
         if cfg.compact:
             model, _ = compact(model)
         mask = pruning.Mask(model)

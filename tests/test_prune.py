@@ -35,6 +35,26 @@ def whole(tiny, baseline, tmp_path_factory):
     return run(tiny, baseline, tmp_path_factory.mktemp("whole"))
 
 
+def test_lamp_is_its_definition_and_loses_no_layer():
+    model = MobileNetV2(standard(0.1))
+    with torch.no_grad():  # a layer of tiny weights, which plain magnitude would lose whole
+        model.features[18][0].weight.mul_(1e-4)
+    before = {n: x.weight.detach().clone() for n, x in weight_layers(model).items()}
+    scores = []
+    for weight in before.values():
+        squares = weight.double().square().flatten()
+        scores += [float(s / squares[squares >= s].sum()) for s in squares]
+    total, keep = len(scores), 300
+    pruning.keep_largest(model, keep, "lamp")
+    after = torch.cat([x.weight.flatten() for x in weight_layers(model).values()])
+    expected = torch.tensor(scores).argsort(descending=True)[:keep]
+    assert set(after.nonzero().flatten().tolist()) == set(expected.tolist())
+    assert all(x.weight.any() for x in weight_layers(model).values()) and keep < total / 100
+    for name, layer in weight_layers(model).items():  # the largest of each layer
+        kept = layer.weight != 0
+        assert before[name][kept].abs().min() >= before[name][~kept].abs().max()
+
+
 @pytest.mark.parametrize("share", [1.0, 0.7, 0.044, 0.001])
 def test_exactly_the_largest_weights_of_all_layers_stay(share):
     model = MobileNetV2(standard(0.1))
