@@ -41,7 +41,7 @@ class Settings(config.Common):
     rate: float = flag(0.2, "share of the remaining weights that goes a round (geometric)")
     max_drop: float = flag(0.5, "points of validation accuracy that may be lost")
     epochs: int = flag(3, "epochs of fine-tuning a round")
-    lr: float = flag(0.02, "peak learning rate of a round")
+    lr: float = flag(0.05, "peak learning rate of a round")
     lr_schedule: str = flag(
         "linear", "within a round, to zero", choices=("linear", "cosine", "constant")
     )
