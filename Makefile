@@ -15,6 +15,7 @@ QUANTIZE_FLAGS ?=
 INT8_FLAGS ?=
 COMPRESS_FLAGS ?=
 SWEEP_FLAGS ?=
+SENSITIVITY_FLAGS ?=
 EVAL_FLAGS ?=
 REPORT_FLAGS ?=
 
@@ -41,7 +42,7 @@ stage = @mkdir -p $(RUN)/logs; \
 	echo "\$$ python $(1) $(COMMON) $(2)"; \
 	$(PYTHON) $(1) $(COMMON) $(2) | tee -ia $(RUN)/logs/$(basename $(notdir $(firstword $(1)))).log
 
-.PHONY: all train prune quantize int8 compress sweep eval report status help clean demo test venv
+.PHONY: all train prune quantize int8 compress sweep sensitivity eval report status help clean demo test venv
 all: report  ## every stage, from the images to the report
 
 train: $(C)/baseline.pth        ## CIFAR-10 -> checkpoints/baseline.pth      (TRAIN_FLAGS)
@@ -50,6 +51,7 @@ quantize: $(C)/quantized.pth    ## pruned -> checkpoints/quantized.pth       (QU
 int8: $(C)/int8.pth             ## quantized -> checkpoints/int8.pth         (INT8_FLAGS)
 compress: $(C)/compressed.nnz   ## int8 -> checkpoints/compressed.nnz        (COMPRESS_FLAGS)
 sweep: $(RUN)/logs/sweep.csv    ## the grid of bit-widths -> logs/sweep.csv  (SWEEP_FLAGS)
+sensitivity: $(RUN)/logs/sensitivity.csv  ## what each layer loses at few bits (SENSITIVITY_FLAGS)
 
 # Scripts are order-only: editing a comment retrains nothing. `make status` says what is stale.
 $(C)/baseline.pth: | $(VENV) train.py
@@ -64,6 +66,8 @@ $(C)/compressed.nnz: $(C)/int8.pth | sparse_compress.py
 	$(call stage,sparse_compress.py,$(COMPRESS_FLAGS))
 $(RUN)/logs/sweep.csv: $(C)/pruned.pth | sweep.py
 	$(call stage,sweep.py,$(SWEEP_FLAGS))
+$(RUN)/logs/sensitivity.csv: $(C)/pruned.pth | sensitivity.py
+	$(call stage,sensitivity.py,$(SENSITIVITY_FLAGS))
 
 eval: $(VENV)  ## every file of the chain: accuracy, bytes, MACs; FILES="a b" for others (EVAL_FLAGS)
 	$(call stage,eval.py $(FILES),--split $(SPLIT) $(EVAL_FLAGS))
@@ -82,7 +86,7 @@ DEMO := all RUN=demo DATA=synthetic SPLIT=test WANDB= \
 	PRUNE_FLAGS="--rounds 2 --target 0.8 --epochs 1 --batch-size 64 --lr 0.05 --max-drop 3 \
 		--label-smoothing 0 --augment light --no-amp" \
 	QUANTIZE_FLAGS= INT8_FLAGS= COMPRESS_FLAGS= REPORT_FLAGS= \
-	SWEEP_FLAGS="--weight-bits 32,16,8,6,4,2 --act-bits 32,16,8,6,4,2"
+	SWEEP_FLAGS="--weight-bits 32,16,8,6,4,2 --act-bits 32,16,8,6,4,2 --calibration 128"
 demo: $(VENV)  ## all stages on a generated set, in minutes, in the folder demo/
 	@rm -rf demo
 	@$(MAKE) --no-print-directory $(DEMO)
@@ -103,7 +107,7 @@ clean:  ## delete what can be made again: all outputs but the trained baseline a
 		! -name 'train.*' -delete 2>/dev/null || true
 
 help:  ## this list
-	@awk -F':.*## *' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## *' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo '  A file that is there is not made again, whatever the flags: delete it first, or make -B.'
 	@echo '  DATA=DIR (default: download)  WANDB=1  RUN=DIR (default .)  SPLIT=val|test  PYTHON=...'

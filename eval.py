@@ -33,17 +33,17 @@ def main(argv=None):
     sources = [checkpoint.load(f) for f in files]  # all of them, before any long work
     log = metrics.Log(cfg.path(None, "logs/eval.jsonl"), vars(cfg), cfg.wandb)
     log.begin([])
-    images = None
+    images, known = None, {}
     for source in sources:
         if images is None or source.val_size(cfg.val_size) not in (None, len(images.val)):
-            images = source.images(cfg.data, cfg.val_size, device)
+            images, known = source.images(cfg.data, cfg.val_size, device), {}
         split = getattr(images, cfg.split)
         if not len(split):
             raise UserError(f"{source.file} was made with --val-size 0: it has no validation split")
         classes = source.settings.get("classes")
         if classes != len(images.classes):
             raise UserError(f"{source.file} tells {classes} classes apart, not the 10 of CIFAR-10")
-        figures, matrix = measure.file(source, split, cfg.split)
+        figures, matrix = measure.file(source, split, cfg.split, known)
         print(json.dumps(figures) if cfg.json else table(figures, cfg.layers), flush=True)
         log(figures)
         name = f"{source.file.stem}-{cfg.split}"
@@ -51,6 +51,13 @@ def main(argv=None):
         title = f"{source.file.name} on {cfg.split} (n={len(split)})"
         plots.confusion(matrix.numpy(), images.classes, path, title)
     log.close(figures)
+
+
+def change(f: dict) -> list[str]:
+    if "change" not in f:
+        return []
+    c = f["change"]
+    return [f"  change     {c['gained']} images gained, {c['lost']} lost against {c['from']}"]
 
 
 def table(f: dict, layers: bool) -> str:
@@ -62,6 +69,7 @@ def table(f: dict, layers: bool) -> str:
         f"{f['file']}",
         f"  accuracy   {f['accuracy']:.2%}  ({f['correct']} of {f['total']} {f['split']} images; "
         f"95% interval {low:.2%} to {high:.2%})",
+        *change(f),
         f"  size       {f['bytes']:,} bytes, {bits}",
         f"  weights    {f['weights']:,} in conv and linear layers, {f['live_weights']:,} in live "
         f"channels, {f['nonzeros']:,} non-zero (sparsity {f['sparsity']:.2%})",

@@ -19,7 +19,7 @@ from torch import nn
 
 from autoaugment import augmentation
 from lib import checkpoint, config, engine, metrics, plots, pruning
-from lib.compaction import compact
+from lib.compaction import compact, take
 from lib.config import UserError, flag
 from models.mobilenetv2 import MobileNetV2
 
@@ -89,9 +89,9 @@ def main(argv=None):
     log = metrics.Log(cfg.path(None, "logs/prune.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
     round_file = out.with_name(out.name + ".round.resume")
-    rounds = []
+    rounds, velocity = [], None
     if cfg.resume:
-        rounds, model = _resume(state_file, round_file, identity, model)
+        rounds, model, velocity = _resume(state_file, round_file, identity, model)
     else:
         engine.discard(state_file, round_file)
     if not rounds:
@@ -115,13 +115,14 @@ def main(argv=None):
             sparsity = pruning.geometric(start, cfg.rate, number)
         pruning.keep_largest(model, round((1 - sparsity) * total), cfg.score)
         if cfg.compact:
-            model, _ = compact(model)
+            model, live = compact(model)
+            velocity = velocity and {n: take(v, live[n]) for n, v in velocity.items()}
         mask = pruning.Mask(model)
         try:
             history, _ = engine.fit(
                 model, images, recipe, augmentation(cfg.augment), cfg.seed + number, round_file,
                 config=identity | {"round": number}, teacher=dense if cfg.distill else None,
-                after_step=mask.apply, note=f"round {number}/{cfg.rounds} ",
+                after_step=mask.apply, velocity=velocity, note=f"round {number}/{cfg.rounds} ",
             )  # fmt: skip
         except engine.DivergedError as error:
             if number == 1:
@@ -131,12 +132,14 @@ def main(argv=None):
         result = engine.evaluate(model, images.val)
         good = engine.agreed(result.accuracy, device) >= floor
         rounds.append(_line(number, model, total, result, good, history, time.monotonic() - began))
+        velocity = engine.velocity_of(round_file, model, recipe)
         if good:
             kept = copy.deepcopy(model)
+        engine.wait()
         if engine.is_main():
             checkpoint.write(state_file, {
                 "config": identity, "rounds": rounds, "settings": kept.settings,
-                "kept": kept.state_dict(),
+                "kept": kept.state_dict(), "velocity": velocity,
             })  # fmt: skip
             round_file.unlink()
         engine.wait()
@@ -160,10 +163,11 @@ def main(argv=None):
     engine.stop_processes()
 
 
-def _resume(state_file, round_file, identity: dict, model) -> tuple[list, MobileNetV2]:
-    """The finished rounds and the last good network; none and the model where there is no state."""
+def _resume(state_file, round_file, identity: dict, model) -> tuple[list, MobileNetV2, dict | None]:
+    """The finished rounds, the last good network and the optimizer's velocity; none, the model and
+    None where there is no state."""
     if not state_file.is_file():
-        return [], model
+        return [], model, None
     state = checkpoint.read(state_file)
     engine.same_run(state_file, state["config"], identity)
     if engine.is_main() and _round_of(round_file) < len(state["rounds"]):
@@ -173,7 +177,8 @@ def _resume(state_file, round_file, identity: dict, model) -> tuple[list, Mobile
     model = MobileNetV2(state["settings"])
     model.load_state_dict(state["kept"])
     engine.say(f"continuing {state_file} after round {len(state['rounds']) - 1}")
-    return state["rounds"], model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=torch.channels_last)
+    return state["rounds"], model, state["velocity"]
 
 
 def _round_of(round_file) -> int:

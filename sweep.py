@@ -19,25 +19,32 @@ import json
 import time
 from pathlib import Path
 
-from lib import checkpoint, config, engine, measure, metrics, nnz, plots, quantizers
+from lib import checkpoint, config, engine, measure, metrics, nnz, plots, ptq, quantizers
+from lib.compaction import compact
 from lib.config import UserError, flag
 
-COLUMNS = ("weight_bits", "act_bits", "method", "split", "correct", "total", "accuracy", "bytes",
-           "seconds", "sha256", "parent_sha256")  # fmt: skip
+# gained, lost: images against the parent.
+COLUMNS = (
+    "weight_bits", "act_bits", "method", "split", "correct", "total", "accuracy", "gained", "lost",
+    "bytes", "seconds", "calibration", "seed", "sha256", "parent_sha256",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
 class Settings(config.Common):
     parent: str | None = flag(None, "fp32 network; default: checkpoints/pruned.pth")
     out: str | None = flag(None, "CSV; default: logs/sweep.csv")
-    method: str = flag("reference", "as in quantize.py", choices=("reference",))
+    method: str = flag("ptq", "as in quantize.py", choices=("ptq", "reference"))
     weight_bits: list[int] = flag([32, 16, 12, 8, 6, 4], "rows of the grid; 32 is off")
     act_bits: list[int] = flag([32, 16, 12, 8, 6, 4], "columns of the grid; 32 is off")
+    calibration: int = flag(1024, "training images that ptq looks at, without their labels")
     split: str = flag("val", "images to evaluate on", choices=("val", "test"))
 
     def __post_init__(self):
         if not self.weight_bits or not self.act_bits:
             raise ValueError("--weight-bits and --act-bits need at least one number each")
+        if self.calibration < 1:
+            raise ValueError("--calibration must be at least 1 image")
         for bits in (*self.weight_bits, *self.act_bits):
             if bits not in quantizers.BITS:
                 raise ValueError(f"{bits} bits: must be 2 to 16, or 32 for off")
@@ -57,6 +64,7 @@ def main(argv=None):
     if not len(split):
         raise UserError("there is no validation split (--val-size 0): use --split test")
     folder = cfg.path(None, "checkpoints/sweep")
+    known = {}  # which images the parent gets right, once it is asked for
     grid = [(w, a) for w in dict.fromkeys(cfg.weight_bits) for a in dict.fromkeys(cfg.act_bits)]
 
     for number, (weight_bits, act_bits) in enumerate(grid):
@@ -64,11 +72,15 @@ def main(argv=None):
             continue
         path = folder / f"w{weight_bits}a{act_bits}.nnz"
         row = finished(path, cfg, parent, split)
-        known = " (measured before)" if row else ""
-        row = row or cell(path, cfg, parent, split, weight_bits, act_bits)
+        old = " (measured before)" if row else ""
+        if not row:
+            if not known:
+                measure.file(parent, split, cfg.split, known)
+            row = cell(path, cfg, parent, images, known, weight_bits, act_bits)
         print(
             f"[{number + 1}/{len(grid)}] W{weight_bits}A{act_bits}: {row['accuracy']:.2%} "
-            f"({row['correct']}/{row['total']} {cfg.split}), {row['bytes']:,} bytes{known}",
+            f"({row['correct']}/{row['total']} {cfg.split}), +{row['gained']} -{row['lost']}, "
+            f"{row['bytes']:,} bytes{old}",
             flush=True,
         )
     engine.wait()
@@ -84,24 +96,39 @@ def main(argv=None):
     engine.stop_processes()
 
 
-def cell(path: Path, cfg, parent, split, weight_bits: int, act_bits: int) -> dict:
+def cell(path: Path, cfg, parent, images, known, weight_bits: int, act_bits: int) -> dict:
     """Quantize, write the file, read it back, evaluate what was read."""
     began = time.monotonic()
+    split = getattr(images, cfg.split)
     model = parent.build(split.images.device)
-    scheme = quantizers.quantize_reference(model, weight_bits, act_bits)
+    if cfg.method == "reference":
+        scheme = quantizers.quantize_reference(model, weight_bits, act_bits)
+    else:
+        scheme = ptq.scheme(weight_bits, act_bits)
+        sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
+        model, _ = ptq.quantize(compact(model)[0], sample, scheme)
     raw = nnz.encode(
         dataclasses.replace(
-            parent, stage="quantized", state=model.state_dict(), quantization=scheme,
-            ancestors=parent.lineage(), sha256=None, bytes=None, metrics={},
+            parent,
+            stage="quantized",
+            settings=model.settings,
+            state=model.state_dict(),
+            quantization=scheme,
+            ancestors=parent.lineage(),
+            sha256=None,
+            bytes=None,
+            metrics={},
         )  # fmt: skip
     )
     with checkpoint.atomic(path) as file:
         file.write(raw)
-    figures, _ = measure.file(checkpoint.load(path), split, cfg.split)
+    figures, _ = measure.file(checkpoint.load(path), split, cfg.split, dict(known))
     row = {
         "weight_bits": weight_bits, "act_bits": act_bits, "method": cfg.method,
+        "calibration": cfg.calibration, "seed": cfg.seed,
         "seconds": round(time.monotonic() - began, 1), "parent_sha256": parent.sha256,
         **{key: figures[key] for key in COLUMNS if key in figures},
+        **{key: figures["change"][key] for key in ("gained", "lost")},
     }  # fmt: skip
     with checkpoint.atomic(path.with_suffix(".json")) as file:
         file.write(json.dumps(row).encode())
@@ -115,11 +142,12 @@ def finished(path: Path, cfg, parent, split) -> dict | None:
         return None
     wanted = {
         "parent_sha256": parent.sha256, "method": cfg.method, "split": cfg.split,
+        "calibration": cfg.calibration, "seed": cfg.seed,
         "total": len(split), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }  # fmt: skip
     try:
         row = json.loads(record.read_text())
-        return row if wanted.items() <= row.items() else None
+        return row if wanted.items() <= row.items() and set(COLUMNS) <= set(row) else None
     except (ValueError, AttributeError):  # not ours: measure it again
         return None
 

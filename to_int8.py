@@ -25,8 +25,8 @@ def main(argv=None):
     device = config.device(cfg.device)
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/quantized.pth"))
     scheme = parent.quantization
-    if not scheme or scheme["weight_bits"] > 8:
-        bits = scheme["weight_bits"] if scheme else 32
+    bits = max(scheme["weight_bits"], *scheme.get("layer_bits", {}).values(), 0) if scheme else 32
+    if bits > 8:
         raise UserError(f"{parent.file} has {bits}-bit weights: quantize them to 8 or fewer first")
     images = parent.images(cfg.data, cfg.val_size, device)
     model = parent.build(device)

@@ -33,8 +33,9 @@ class Recipe:
 
     epochs: int
     batch_size: int = 128
+    optimizer: str = "sgd"  # with Nesterov momentum, or adam (AdamW)
     lr: float = 0.07  # peak
-    momentum: float = 0.9  # Nesterov
+    momentum: float = 0.9
     weight_decay: float = 5e-4
     decay_norm: bool = True  # decay BN and biases as well, as the report does
     schedule: str = "cosine"  # or linear, constant; to zero at the last step
@@ -106,7 +107,8 @@ def fit(
     config: dict,
     resume: bool = True,
     teacher: nn.Module | None = None,
-    after_step: Callable[[], None] | None = None,
+    after_step: Callable[[float], None] | None = None,
+    velocity: dict[str, Tensor] | None = None,
     log: metrics.Log | None = None,
     note: str = "",
 ) -> tuple[list[dict], int]:
@@ -117,7 +119,8 @@ def fit(
         another's is refused. An epoch depends on (seed, epoch) and on that state alone, so the
         result is bit for bit the uninterrupted one, on CPU.
     teacher: with recipe.distill, its soft labels are mixed in (Hinton et al. 2015).
-    after_step: called after each optimizer step (to hold masks).
+    after_step: called after each optimizer step (to hold masks), with the share of the run done.
+    velocity: SGD's momentum buffers to begin with, by parameter: see `velocity_of`.
     Returns the history, a dict an epoch, and the index of the best epoch in it (the last one
     where there is no validation split). Raises DivergedError when the loss is no longer finite.
     """
@@ -131,10 +134,15 @@ def fit(
         )
     if world > 1:
         synchronize_batchnorm(model)
-    optimizer = torch.optim.SGD(
-        parameter_groups(model, recipe), lr=recipe.lr, momentum=recipe.momentum, nesterov=True,
-        fused=True,
-    )  # fmt: skip
+    groups = parameter_groups(model, recipe)
+    if recipe.optimizer == "adam":
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+    else:
+        optimizer = torch.optim.SGD(
+            groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True, fused=True
+        )
+    for name, parameter in model.named_parameters() if velocity else ():
+        optimizer.state[parameter]["momentum_buffer"] = velocity[name].to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=_half(device) and recipe.amp)
     average = copy.deepcopy(model) if recipe.ema else None
     history, best, best_state = [], -1, None
@@ -205,6 +213,14 @@ def fit(
     return history, best
 
 
+def velocity_of(state_file: Path, model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
+    """SGD's momentum buffers at the end of the finished run whose state that is, by parameter."""
+    parameters = [p for group in parameter_groups(model, recipe) for p in group["params"]]
+    names = {id(p): name for name, p in model.named_parameters()}
+    state = checkpoint.read(state_file)["optimizer"]["state"]
+    return {names[id(p)]: state[i]["momentum_buffer"] for i, p in enumerate(parameters)}
+
+
 def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, seed, epoch, steps,
                  *, teacher, after_step, note) -> Tensor:  # fmt: skip
     """One epoch; returns [sum of losses, correct answers] of this rank, on the device.
@@ -223,7 +239,7 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
         if not recipe.channels_last:
             x = x.contiguous()
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate(step, steps)
+            group["lr"] = group["rate"] * recipe.learning_rate(step, steps)
         with _autocast(device, recipe.amp):
             logits = forward(x)
             with torch.no_grad():
@@ -234,7 +250,7 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
         scaler.step(optimizer)
         scaler.update()
         if after_step:
-            after_step()
+            after_step((step + 1) / (recipe.epochs * steps))
         if average:
             # Short memory at first (as in TensorFlow's ExponentialMovingAverage), so that the
             # random start is forgotten.
@@ -276,13 +292,15 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """Weights with decay, BN and biases with or without."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    if recipe.decay_norm:
-        return [{"params": params, "weight_decay": recipe.weight_decay}]
+    """Weights with decay, BN and biases with or without; a parameter's `rate` is its own."""
+    groups = {}
+    for p in model.parameters():
+        if p.requires_grad:
+            decay = recipe.weight_decay if recipe.decay_norm or p.ndim > 1 else 0.0
+            groups.setdefault((decay, getattr(p, "rate", 1.0)), []).append(p)
     return [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": params, "weight_decay": decay, "rate": rate}
+        for (decay, rate), params in groups.items()
     ]
 
 
@@ -306,7 +324,20 @@ def _half(device: torch.device) -> bool:
 
 def _autocast(device: torch.device, enabled: bool):
     dtype = torch.float16 if _half(device) else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=enabled)
+    return torch.autocast(device.type, dtype, enabled=enabled and not _slow_bf16(device))
+
+
+def _slow_bf16(device: torch.device) -> bool:
+    """A CPU for which oneDNN has no bf16 kernels but its reference code: 100 times slower than fp32
+    (seen on one with AVX2 alone)."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return device.type == "cpu"
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def progress(note: str):
+    """A function that shows how far a loop over a list is."""
+    return lambda items: tqdm(items, desc=note, leave=False, disable=_quiet() or not is_main())
 
 
 def _quiet() -> bool:

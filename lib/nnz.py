@@ -8,7 +8,7 @@ from lib import data, sparse
 from lib.checkpoint import Checkpoint
 from lib.config import UserError, reason
 from lib.container import FormatError
-from lib.quantizers import float_state, integer_state
+from lib.quantizers import bits_of, float_state, integer_state
 
 
 def encode(source: Checkpoint) -> bytes:
@@ -17,7 +17,6 @@ def encode(source: Checkpoint) -> bytes:
     Raises UserError for weights that are neither fp32 nor on the scheme's grid.
     """
     scheme = source.quantization
-    bits = scheme["weight_bits"] if scheme else 32
     weights, dense = {}, {}
     try:
         for name, tensor in stored_state(source).items():
@@ -30,7 +29,8 @@ def encode(source: Checkpoint) -> bytes:
         "ancestors": source.lineage(),
     }  # fmt: skip
     try:
-        return sparse.encode(_plain(meta), weights, dense, dict.fromkeys(weights, bits))
+        bits = {n: bits_of(n.removesuffix(".weight"), scheme) if scheme else 32 for n in weights}
+        return sparse.encode(_plain(meta), weights, dense, bits)
     except FormatError as error:
         raise UserError(f"{source.file} does not fit into a .nnz file: {error}") from None
 

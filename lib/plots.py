@@ -286,19 +286,54 @@ def layer_sparsity(layers, path, title):
     bottom.bar(x, 100 * left / max(left.sum(), 1), color=colours, width=0.78)
     bottom.hlines(dense, x - 0.45, x + 0.45, color=MUTED, linewidth=1.6)
 
+    _blocks((top, bottom), names, kinds)
+    return _save(figure, path)
+
+
+def _blocks(axes, names, kinds):
+    """The x axis of layers, shared by axes from top to bottom: blocks shaded, named at the end."""
     blocks = ["\nclassifier" if kind == "classifier" else re.sub(r"\D*(\d+).*", r"\1", name)
               for name, kind in zip(names, kinds, strict=True)]
-    starts = [i for i in x if i == 0 or blocks[i] != blocks[i - 1]]
+    starts = [i for i in range(len(names)) if i == 0 or blocks[i] != blocks[i - 1]]
     ends = [*starts[1:], len(names)]
-    for ax in (top, bottom):
+    for ax in axes:
         for start, end in list(zip(starts, ends, strict=True))[::2]:
             ax.axvspan(start - 0.5, end - 0.5, color="#F5F5F5", zorder=0)
-    middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
-    bottom.set_xticks(middles, [blocks[i] for i in starts])
-    bottom.set_xlim(-0.6, len(names) - 0.4)
-    bottom.set_xlabel("block N of features.N")
-    for ax in (top, bottom):
         ax.tick_params(axis="x", length=0)
+    middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
+    axes[-1].set_xticks(middles, [blocks[i] for i in starts])
+    axes[-1].set_xlim(-0.6, len(names) - 0.4)
+    axes[-1].set_xlabel("block N of features.N")
+
+
+def sensitivity(rows, accuracy, path, title):
+    """Points of accuracy that each layer costs when its weights alone have few bits.
+
+    rows: dicts of layer, weight_bits, accuracy, total, nonzeros; accuracy: of the fp32 network.
+    One panel a bit-width, on a scale of its own; below, the non-zero weights that it would spare.
+    """
+    rows = _rows(rows)
+    names = list(dict.fromkeys(row["layer"] for row in rows))
+    kinds = [_kind(name, set(names)) for name in names]
+    colours = [KINDS[kind] for kind in kinds]
+    widths = sorted({row["weight_bits"] for row in rows}, reverse=True)
+    left = {row["layer"]: row["nonzeros"] for row in rows}
+    key = {kind: colour for kind, colour in KINDS.items() if kind in kinds}
+    figure = _figure(title, f"all other layers and all activations in fp32 ({100 * accuracy:.2f}%, "
+                     f"n={rows[0]['total']}); one image is {100 / rows[0]['total']:g} points",
+                     1.5 + 1.7 * len(widths), key)
+    axes = np.atleast_1d(figure.subplots(len(widths) + 1, 1, sharex=True))
+    for ax, bits in zip(axes, widths, strict=False):
+        lost = {r["layer"]: 100 * (accuracy - r["accuracy"]) for r in rows
+                if r["weight_bits"] == bits}
+        _quiet(ax, f"points lost at {bits} bits", "y")
+        ax.bar(range(len(names)), [lost.get(name, math.nan) for name in names], color=colours,
+               width=0.78)
+        ax.axhline(0, color=GREY, linewidth=0.8)
+    _quiet(axes[-1], "non-zero weights (thousands)", "y")
+    spared = [left[name] / 1000 for name in names]
+    axes[-1].bar(range(len(names)), spared, color=colours, width=0.78)
+    _blocks(axes, names, kinds)
     return _save(figure, path)
 
 

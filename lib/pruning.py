@@ -44,7 +44,7 @@ class Mask:
         self.masks = [(weight.detach() != 0).to(weight.dtype) for weight in self.weights]
 
     @torch.no_grad()
-    def apply(self) -> None:
+    def apply(self, _progress: float = 0.0) -> None:
         torch._foreach_mul_(self.weights, self.masks)
         torch._foreach_add_(self.weights, 0.0)  # -0.0 becomes 0.0: a pruned weight's bits are zero
 

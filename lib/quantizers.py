@@ -1,16 +1,43 @@
-"""Quantizers, and how a network carries one.
+"""Quantizers, and how a network carries them.
 
-A scheme is plain data in the checkpoint: {"method", "weight_bits", "act_bits"}; 32 bits is off.
-The scales are buffers in the state dict (`<layer>.weight_scale`); `attach` gives a network the
-buffers and the activation quantizers of a scheme, so that its state then loads strictly.
+A scheme is plain data in the checkpoint; `attach` gives a network what it needs, so that its state
+then loads strictly. 32 bits is off.
+
+    {"method": "reference", "weight_bits", "act_bits"}
+    {"method": "ptq" or "qat", "weight_bits", "act_bits", "weight_scale", "layer_bits"} and perhaps
+        "last_act_bits", of the classifier's input
+
+**reference**: the report's. One step a tensor (`<layer>.weight_scale`), activations dynamic.
+
+**ptq, qat**: what an integer network needs, and nothing is quantized later. Batch norm is folded.
+A weight is a level times its output channel's step (`<layer>.weight_scale`, (out,)); layer_bits has
+the layers that differ from weight_bits. Activations have one static step a tensor (`<place>.step`):
+
+- the image: 8 bits, signed;
+- what leaves a ReLU6: unsigned; clipping to the largest level is the nonlinearity, so that ReLU6
+  itself is gone;
+- a residual stream: signed. A sum of two tensors is no input of a multiplication, and costs little
+  to keep: a stream that is added to has at least 8 bits, as has the addend; where a convolution
+  reads it at fewer, it is quantized again for that (`input`). A stream that is only read has the
+  bits of its reader;
+- the head's maps, which are only averaged: at least 8 bits; their average: unsigned, act_bits.
+
+Weight levels are symmetric and zero is a level, so pruned weights stay zero (Jacob et al. 2018;
+Nagel et al. 2021, "A white paper on neural network quantization", section 2).
 """
+
+import copy
 
 import torch
 from torch import Tensor, nn
 
+from lib.data import MEAN, STD
 from lib.metrics import weight_layers
+from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
 
 BITS = (*range(2, 17), 32)
+# The farthest that a normalized pixel is from 0: the image's step covers it with 127 levels.
+LARGEST_PIXEL = max(max(m, 1 - m) / s for m, s in zip(MEAN, STD, strict=True))
 
 
 def largest(bits: int) -> int:
@@ -25,8 +52,164 @@ def symmetric_scale(x: Tensor, bits: int) -> Tensor:
 
 
 def to_levels(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Integers, as floats: round to nearest even, clipped. Zeros stay zero."""
-    return torch.round(x / scale).clamp_(-largest(bits), largest(bits))
+    """Integers, as floats: round to nearest even, clipped. Zeros stay zero.
+
+    scale: a step for all, or one for each index of the first dimension.
+    """
+    return torch.round(x / per_row(scale, x)).clamp_(-largest(bits), largest(bits))
+
+
+def per_row(scale: Tensor, x: Tensor) -> Tensor:
+    """Shaped to multiply x: (out,) becomes (out, 1, ...), one step for all stays as it is."""
+    return scale.view(-1, *[1] * (x.ndim - 1)) if scale.ndim == 1 else scale
+
+
+def bits_of(layer: str, scheme: dict) -> int:
+    """Of that layer's weights."""
+    return scheme.get("layer_bits", {}).get(layer, scheme["weight_bits"])
+
+
+class FakeQuantize(torch.autograd.Function):
+    """x rounded to a multiple of step between low * step and high * step; any float type.
+
+    step: one for all, or one for each index of the first dimension.
+    Backward: the straight-through estimator for x inside the range, zero outside; for the step the
+    gradient of LSQ (Esser et al. 2020, equation 3).
+    One function, since on a CPU memory is what costs: forward makes two tensors, backward three.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+        step = per_row(step, x)
+        scaled = x * (1 / step)
+        ctx.save_for_backward(scaled)
+        ctx.low, ctx.high, ctx.rows = low, high, step.ndim > 0
+        return torch.round(scaled).clamp_(low, high).mul_(step)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (scaled,) = ctx.saved_tensors
+        inside = torch.ops.aten.hardtanh_backward(grad, scaled, ctx.low, ctx.high)
+        grad_step = None
+        if ctx.needs_input_grad[1]:
+            # Inside: level - scaled; outside: the level. Two sums of products, since the small
+            # difference of their totals would be lost in bf16.
+            levels = torch.round(scaled).clamp_(ctx.low, ctx.high)
+            outside = grad - inside
+            if ctx.rows:
+                products = outside * levels + inside * (levels - scaled)
+                grad_step = products.flatten(1).sum(1)
+            else:
+                grad_step = _dot(outside, levels) + _dot(inside, levels.sub_(scaled))
+        return inside, grad_step, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of products of two tensors of one shape and memory layout, () in float32."""
+    if a.ndim == 4:  # channels last is contiguous in this order
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.dot(a.reshape(-1), b.reshape(-1)).float()
+
+
+class Quantizer(nn.Module):
+    """A tensor of activations on a static grid."""
+
+    def __init__(self, bits: int, signed: bool):
+        super().__init__()
+        self.bits, self.signed = bits, signed
+        self.high = largest(bits) if signed else 2**bits - 1
+        self.low = -self.high if signed else 0
+        self.register_buffer("step", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return FakeQuantize.apply(x, self.step, self.low, self.high)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, signed={self.signed}"
+
+
+def attach(model: MobileNetV2, scheme: dict) -> None:
+    """Give the network what the scheme needs: steps for the state, quantizers for activations."""
+    reference = scheme["method"] == "reference"
+    for name, layer in weight_layers(model).items():
+        device, out = layer.weight.device, layer.weight.shape[0]
+        if bits_of(name, scheme) < 32:
+            scale = torch.ones(() if reference else out, device=device)
+            layer.register_buffer("weight_scale", scale)
+        if reference and scheme["act_bits"] < 32:
+            layer.act_bits = scheme["act_bits"]
+            layer.register_forward_pre_hook(_quantize_input)
+    if not reference and scheme["act_bits"] < 32:
+        bits = scheme["act_bits"]
+        _attach_quantizers(model, bits, scheme.get("last_act_bits", bits))
+        model.to(device)
+
+
+def _attach_quantizers(model: MobileNetV2, bits: int, last_bits: int) -> None:
+    """See the module's text for what has how many bits."""
+    kept = max(bits, 8)  # where it is only added or averaged
+    model.image = Quantizer(8, signed=True)
+    model.image.step.fill_(LARGEST_PIXEL / largest(8))
+    blocks = [m for m in model.features if isinstance(m, InvertedResidual)]
+    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+        added = after is not None and after.residual
+        block.stream = Quantizer(kept if added else bits, signed=True)
+        if block.residual:
+            block.addend = Quantizer(kept, signed=True)
+            if kept > bits:
+                block.input = Quantizer(bits, signed=True)
+    for module in model.modules():
+        if isinstance(module, ConvBNReLU6):
+            module[2] = Quantizer(kept if module is model.features[-1] else bits, signed=False)
+    if last_bits < 32:
+        model.pooled = Quantizer(last_bits, signed=False)
+
+
+@torch.no_grad()
+def fold(model: MobileNetV2) -> MobileNetV2:
+    """A network without batch norms that computes the same in eval mode (Jacob 2018, section 3.2).
+
+    Rows are multiplied, in float64, by gamma / sqrt(var + eps); what that leaves is the bias.
+    """
+    folded = MobileNetV2(copy.deepcopy(model.settings) | {"folded": True})
+    state = model.state_dict()
+    for name, layer in weight_layers(folded).items():
+        weight = state[f"{name}.weight"].double()
+        norm = norm_behind(model, name)
+        if norm is None:
+            layer.bias.copy_(state[f"{name}.bias"])
+        else:
+            factor = norm_factor(norm)
+            weight = weight * per_row(factor, weight)
+            layer.bias.copy_(norm.bias.double() - norm.running_mean.double() * factor)
+        layer.weight.copy_(weight)
+    device = next(model.parameters()).device
+    return folded.to(device, memory_format=torch.channels_last).eval()
+
+
+def norm_behind(model: MobileNetV2, layer: str) -> nn.BatchNorm2d | None:
+    """A convolution's batch norm is its successor in the Sequential; the classifier has none."""
+    parent, index = layer.rsplit(".", 1)
+    found = dict(model.named_modules()).get(f"{parent}.{int(index) + 1}")
+    return found if isinstance(found, nn.BatchNorm2d) else None
+
+
+def norm_factor(norm: nn.BatchNorm2d) -> Tensor:
+    """What batch norm multiplies each channel by, float64 (C,)."""
+    return norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+
+
+def grid_scale(x: Tensor, bits: int) -> Tensor:
+    """One step for a whole tensor: of the coarsest grid that it lies on already, if there is one of
+    at most `bits` bits (so that integers which were dequantized are found again, even where the
+    largest of them has gone); else from its largest magnitude."""
+    scale = symmetric_scale(x, bits)
+    top = largest(bits) * scale
+    for level in range(1, largest(bits) + 1) if bits <= 8 else ():
+        ratio = x * (level / top)
+        if torch.all((ratio - ratio.round()).abs() <= 1e-5 * ratio.abs()):
+            return top / level
+    return scale
 
 
 def _quantize_input(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -34,16 +217,6 @@ def _quantize_input(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     x, bits = inputs[0], layer.act_bits
     scale = symmetric_scale(x, bits)
     return (to_levels(x, scale, bits) * scale,)
-
-
-def attach(model: nn.Module, scheme: dict) -> None:
-    """Give the network what the scheme needs: buffers for the state, hooks for the activations."""
-    for layer in weight_layers(model).values():
-        if scheme["weight_bits"] < 32:
-            layer.register_buffer("weight_scale", torch.ones((), device=layer.weight.device))
-        if scheme["act_bits"] < 32:
-            layer.act_bits = scheme["act_bits"]
-            layer.register_forward_pre_hook(_quantize_input)
 
 
 @torch.no_grad()
@@ -58,10 +231,16 @@ def quantize_reference(model: nn.Module, weight_bits: int, act_bits: int) -> dic
     if weight_bits < 32:
         for layer in weight_layers(model).values():
             layer.weight_scale.copy_(symmetric_scale(layer.weight, weight_bits))
-            levels = to_levels(layer.weight, layer.weight_scale, weight_bits)
-            # + 0.0: small negative weights round to -0.0, which an integer cannot hold.
-            layer.weight.copy_(levels * layer.weight_scale + 0.0)
+            put_on_grid(layer, weight_bits)
     return scheme
+
+
+@torch.no_grad()
+def put_on_grid(layer: nn.Module, bits: int) -> None:
+    """Round the weights of a layer to their levels times its scale."""
+    levels = to_levels(layer.weight, layer.weight_scale, bits)
+    # + 0.0: small negative weights round to -0.0, which an integer cannot hold.
+    layer.weight.copy_(levels * per_row(layer.weight_scale, levels) + 0.0)
 
 
 def integer_state(state: dict[str, Tensor], scheme: dict) -> dict[str, Tensor]:
@@ -69,16 +248,15 @@ def integer_state(state: dict[str, Tensor], scheme: dict) -> dict[str, Tensor]:
 
     Raises ValueError if a weight is not a level times its scale: nothing is rounded silently.
     """
-    if scheme["weight_bits"] == 32:
-        return dict(state)
-    kind = torch.int8 if scheme["weight_bits"] <= 8 else torch.int16
     out = {}
     for name, tensor in state.items():
         scale = state.get(f"{name}_scale")
         if scale is not None:
-            levels = to_levels(tensor, scale, scheme["weight_bits"]).to(kind)
-            if not torch.equal(levels * scale, tensor):
-                raise ValueError(f"{name} does not lie on its {scheme['weight_bits']}-bit grid")
+            bits = bits_of(name.removesuffix(".weight"), scheme)
+            kind = torch.int8 if bits <= 8 else torch.int16
+            levels = to_levels(tensor, scale, bits).to(kind)
+            if not torch.equal(levels * per_row(scale, levels), tensor):
+                raise ValueError(f"{name} does not lie on its {bits}-bit grid")
             tensor = levels
         out[name] = tensor
     return out
@@ -87,6 +265,6 @@ def integer_state(state: dict[str, Tensor], scheme: dict) -> dict[str, Tensor]:
 def float_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `integer_state`."""
     return {
-        name: t * state[f"{name}_scale"] if t.dtype in (torch.int8, torch.int16) else t
+        name: t * per_row(state[f"{name}_scale"], t) if t.dtype in (torch.int8, torch.int16) else t
         for name, t in state.items()
     }

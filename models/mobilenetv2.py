@@ -73,47 +73,59 @@ def settings_of(state: dict[str, Tensor], downsample: int = 4) -> dict:
     return settings
 
 
+def conv_norm(
+    folded: bool, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> list[nn.Module]:
+    """A convolution and its batch norm; folded, the norm is in the convolution's bias and rows."""
+    pad = kernel // 2
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, pad, groups=groups, bias=folded)
+    return [conv, nn.Identity() if folded else nn.BatchNorm2d(outputs)]
+
+
 class ConvBNReLU6(nn.Sequential):
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1):
-        super().__init__(
-            nn.Conv2d(
-                inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False
-            ),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU6(inplace=True),
-        )
+    def __init__(self, *args):
+        super().__init__(*conv_norm(*args), nn.ReLU6(inplace=True))
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expand, 3x3 depthwise, 1x1 linear projection (section 3.3 of the paper)."""
+    """1x1 expand, 3x3 depthwise, 1x1 linear projection (section 3.3 of the paper).
 
-    def __init__(self, inputs, hidden, out, stride, expand, residual):
+    `input`, `addend` and `stream` do nothing until a quantizer takes their place.
+    """
+
+    def __init__(self, folded, inputs, hidden, out, stride, expand, residual):
         super().__init__()
-        layers = [ConvBNReLU6(inputs, hidden, 1)] if expand else []
+        layers = [ConvBNReLU6(folded, inputs, hidden, 1)] if expand else []
         layers += [
-            ConvBNReLU6(hidden, hidden, 3, stride, groups=hidden),
-            nn.Conv2d(hidden, out, 1, bias=False),
-            nn.BatchNorm2d(out),
+            ConvBNReLU6(folded, hidden, hidden, 3, stride, hidden),
+            *conv_norm(folded, hidden, out, 1),
         ]
         self.conv = nn.Sequential(*layers)
         self.residual = residual
+        self.input, self.addend, self.stream = nn.Identity(), nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.residual else self.conv(x)
+        y = self.addend(self.conv(self.input(x)))
+        return self.stream(x + y if self.residual else y)
 
 
 class MobileNetV2(nn.Module):
-    """Images (N, 3, H, W), normalized floats, to logits (N, classes)."""
+    """Images (N, 3, H, W), normalized floats, to logits (N, classes).
+
+    settings["folded"] (default: no) leaves the batch norms out. `image` and `pooled` are places for
+    quantizers.
+    """
 
     def __init__(self, settings: dict):
         super().__init__()
         self.settings = settings
-        channels = settings["stem"]
-        features = [ConvBNReLU6(3, channels, 3, settings["stem_stride"])]
+        channels, folded = settings["stem"], settings.get("folded", False)
+        self.image, self.pooled = nn.Identity(), nn.Identity()
+        features = [ConvBNReLU6(folded, 3, channels, 3, settings["stem_stride"])]
         for block in settings["blocks"]:
-            features.append(InvertedResidual(channels, **block))
+            features.append(InvertedResidual(folded, channels, **block))
             channels = block["out"]
-        features.append(ConvBNReLU6(channels, settings["head"], 1))
+        features.append(ConvBNReLU6(folded, channels, settings["head"], 1))
         self.features = nn.Sequential(*features)
         self.classifier = nn.Sequential(
             nn.Dropout(settings["dropout"]), nn.Linear(settings["head"], settings["classes"])
@@ -121,15 +133,17 @@ class MobileNetV2(nn.Module):
         self.apply(_initialize)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.features(x)
+        x = self.features(self.image(x))
         x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
-        return self.classifier(torch.flatten(x, 1))
+        return self.classifier(self.pooled(torch.flatten(x, 1)))
 
 
 def _initialize(module: nn.Module) -> None:
     """He et al. 2015, fan-out; the classifier small. The same draws as torchvision's."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, 0, 0.01)
         nn.init.zeros_(module.bias)

@@ -17,7 +17,7 @@ import quantize
 import sparse_compress
 import to_int8
 import train
-from lib import checkpoint, config
+from lib import checkpoint, config, data, engine, measure, ptq
 from models.mobilenetv2 import MobileNetV2, standard
 
 ROOT = Path(__file__).parent.parent
@@ -41,18 +41,17 @@ def run(monkeypatch, capfd):
 
 
 @pytest.fixture(scope="module")
-def chain(tiny, tmp_path_factory):
+def chain(tiny, small, tmp_path_factory):
     """A run's folder with every file of the chain but the baseline, of a random network."""
     folder = tmp_path_factory.mktemp("chain")
-    torch.manual_seed(0)
-    model = MobileNetV2(standard(0.1, 8))
+    model = small(0)
     cfg = train.Settings()
     checkpoint.save(
         folder / "checkpoints/pruned.pth", "pruned", model, cfg, None, metrics={},
         data={"source": "cifar10", "val_size": 50},
     )  # fmt: skip
     common = [f"--data={tiny}", f"--run-dir={folder}"]
-    quantize.main([*common, "--weight-bits=4"])
+    quantize.main([*common, "--weight-bits=4", "--calibration=32"])
     to_int8.main(common)
     sparse_compress.main(common)
     return folder
@@ -107,6 +106,21 @@ def test_defaults_are_the_chain_and_a_missing_parent_is_one_line(run, tmp_path, 
     ("quantize", ["--act-bits=1"], "invalid choice: 1"),
     ("quantize", ["--weight-bits=8.5"], "invalid int value"),
     ("quantize", ["--method=magic"], "invalid choice: 'magic'"),
+    ("quantize", ["--weight-scale=row"], "invalid choice: 'row'"),
+    ("quantize", ["--first-last-bits=1"], "invalid choice: 1"),
+    ("quantize", ["--weight-scale=tensor", "--method=qat"], "tensor is for --method ptq"),
+    ("quantize", ["--weight-scale=tensor", "--method=reference"], "tensor is for --method ptq"),
+    ("quantize", ["--method=reference", "--first-last-bits=8"], "not for --method reference"),
+    ("quantize", ["--method=reference", "--layer-bits=x"], "not for --method reference"),
+    ("quantize", ["--calibration=0"], "--calibration must be 1 to 50000 images"),
+    ("quantize", ["--calibration=50001"], "--calibration must be 1 to 50000 images"),
+    ("quantize", ["--epochs=0"], "--epochs and --batch-size must be at least 1"),
+    ("quantize", ["--batch-size=0"], "--epochs and --batch-size must be at least 1"),
+    ("quantize", ["--distill=1.5"], "--distill must be in [0, 1]"),
+    ("quantize", ["--dampen=1"], "--dampen and --ema in [0, 1)"),
+    ("quantize", ["--ema=-0.1"], "--dampen and --ema in [0, 1)"),
+    ("quantize", ["--temperature=0"], "--lr and --temperature must be over 0"),
+    ("quantize", ["--lr=nan"], "--lr and --temperature must be over 0"),
     ("train", ["--epochs"], "expected one argument"),
     ("train", ["--epochs=0"], "--epochs and --batch-size must be at least 1"),
     ("train", ["--batch-size=-128"], "--epochs and --batch-size must be at least 1"),
@@ -217,6 +231,12 @@ def test_eval_json_is_an_object_a_file(run, chain, tiny):
     # From the quantizer on it is one network in three files.
     for key in ("correct", "loss", "weights", "nonzeros", "macs"):
         assert len({row[key] for row in rows[1:]}) == 1
+    # Against the nearest ancestor: for the last two the same network.
+    assert "change" not in rows[0] and rows[1]["change"]["from"] == "pruned"
+    assert rows[2]["change"] == {"from": "quantized", "gained": 0, "lost": 0}
+    assert rows[3]["change"] == {"from": "int8", "gained": 0, "lost": 0}
+    gained, lost = (rows[1]["change"][key] for key in ("gained", "lost"))
+    assert rows[1]["correct"] == rows[0]["correct"] + gained - lost
     assert [a["stage"] for a in rows[-1]["ancestors"]] == ["pruned", "quantized", "int8"]
     assert rows[-1]["ancestors"][-1]["sha256"] == rows[2]["sha256"]
 
@@ -228,9 +248,31 @@ def test_eval_table_and_splits(run, chain, tiny):
                         (["--split=val", "--val-size=20"], "of 20 val images"),
                         (["--split=train", "--layers"], "of 270 train images")]:  # fmt: skip
         code, out, _ = run("eval", file, f"--data={tiny}", f"--run-dir={chain}", *flags)
-        assert code == 0 and text in out and "W4A8 reference" in out
+        assert code == 0 and text in out and "W4A8 ptq" in out
+        assert "change" not in out  # no ancestor was evaluated beside it
         assert "pruned > quantized > int8" in out
         assert ("features.0.0" in out) == ("--layers" in flags)
+
+
+def test_eval_tells_the_change_from_the_nearest_ancestor_given(run, chain, tiny, tmp_path):
+    paths = [chain / f"checkpoints/{n}" for n in ("pruned.pth", "int8.pth")]
+    code, out, _ = run("eval", *paths, f"--data={tiny}", f"--run-dir={tmp_path}")
+    test = data.load(tiny).test
+    right = [engine.evaluate(checkpoint.load(p).build(), test).predictions == test.labels
+             for p in paths]  # fmt: skip
+    c = measure.change(*right)
+    assert code == 0 and out.count("  change ") == 1
+    assert f"  change     {c['gained']} images gained, {c['lost']} lost against pruned\n" in out
+    # The child before its parent: nothing to compare with yet.
+    code, out, _ = run("eval", *paths[::-1], f"--data={tiny}", f"--run-dir={tmp_path}")
+    assert code == 0 and "change" not in out
+
+
+def test_change_counts_both_ways():
+    before, after = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 1, 0]]).bool()
+    assert measure.change(before, after) == {"gained": 1, "lost": 1}
+    assert measure.change(before, before) == {"gained": 0, "lost": 0}
+    assert measure.change(~before, before) == {"gained": 3, "lost": 2}
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
@@ -267,7 +309,10 @@ def test_chain_is_recorded_and_smaller_at_each_step(chain):
         assert child.ancestors[-1]["sha256"] == parent.sha256
         assert child.data["val_size"] == 50
     assert sources[2].bytes < sources[0].bytes and sources[3].bytes < sources[0].bytes
-    assert sources[2].metrics == sources[1].metrics and sources[1].metrics["val_total"] == 50
+    assert sources[2].metrics.items() <= sources[1].metrics.items()
+    assert set(sources[1].metrics) == {"val_correct", "val_total", "gained", "lost"}
+    assert sources[2].metrics["val_total"] == 50
+    assert sources[1].quantization == sources[3].quantization == ptq.scheme(4, 8)
 
 
 def test_decompressing_gives_the_same_tensors(run, chain, tmp_path):
@@ -293,6 +338,42 @@ def test_parents_that_do_not_fit(run, chain, tiny, tmp_path, stage, flags, what)
     assert files(tmp_path) == []
 
 
+@pytest.mark.parametrize(("text", "what"), [
+    (None, "No such file"),
+    ("", "Expecting value"),
+    ('{"features.0.0": 8', "delimiter"),
+    ("[8, 4]", "not an object of layer names and bits"),
+    ('{"features.0": 8}', "no layer 'features.0'; the first is features.0.0"),
+    ('{"features.0.0.weight": 8}', "no layer 'features.0.0.weight'"),
+    ('{"classifier.1": 1}', "classifier.1 at 1 bits: 2 to 16, or 32 for off"),
+    ('{"classifier.1": 17}', "classifier.1 at 17 bits"),
+    ('{"classifier.1": "8"}', "classifier.1 at '8' bits"),
+    ('{"classifier.1": 8.0}', "classifier.1 at 8.0 bits"),
+    ('{"classifier.1": true}', "classifier.1 at True bits"),
+    ('{"classifier.1": [8]}', "classifier.1 at [8] bits"),
+])  # fmt: skip
+def test_bits_by_layer_that_cannot_be(run, chain, tiny, tmp_path, text, what):
+    path = tmp_path / "bits.json"
+    if text is not None:
+        path.write_text(text)
+    code, out, err = run("quantize", f"--parent={chain}/checkpoints/pruned.pth", f"--data={tiny}",
+                         f"--run-dir={tmp_path}/run", f"--layer-bits={path}")  # fmt: skip
+    assert (code, out) == (1, "") and one_line("quantize", err)
+    assert f"--layer-bits {path}: " in err and what in err
+    assert files(tmp_path) == (["bits.json"] if text is not None else [])
+
+
+def test_bits_by_layer_come_after_those_of_first_and_last(small, tmp_path):
+    path = tmp_path / "bits.json"
+    path.write_text('{"classifier.1": 32, "features.2.conv.2": 6}')
+    cfg = quantize.Settings(weight_bits=4, act_bits=5, first_last_bits=8, layer_bits=str(path))
+    own = {"features.0.0": 8, "classifier.1": 32, "features.2.conv.2": 6}
+    assert quantize.scheme_of(cfg, small(0)) == ptq.scheme(4, 5, last_act_bits=8, layer_bits=own)
+    assert quantize.scheme_of(quantize.Settings(), small(0)) == ptq.scheme(8, 8)
+    scheme = quantize.scheme_of(quantize.Settings(method="reference"), small(0))
+    assert scheme == {"method": "reference", "weight_bits": 8, "act_bits": 8}
+
+
 def test_decompressing_to_nowhere_is_wrong_usage(run, chain):
     code, _, err = run("sparse_compress", f"--decompress={chain}/checkpoints/compressed.nnz")
     assert code == 2 and "--decompress needs --out" in err
@@ -309,8 +390,9 @@ def test_a_full_disk_leaves_no_half_of_a_file(run, chain, tiny, tmp_path, monkey
         out.write_bytes(old)
     parent = {"quantize": "pruned.pth", "to_int8": "quantized.pth", "sparse_compress": "int8.pth"}
     monkeypatch.setattr("os.fsync", full)
+    quick = ["--method=reference"] if stage == "quantize" else []
     code, _, err = run(stage, f"--parent={chain}/checkpoints/{parent[stage]}", f"--out={out}",
-                       f"--data={tiny}", f"--run-dir={tmp_path}")  # fmt: skip
+                       f"--data={tiny}", f"--run-dir={tmp_path}", *quick)  # fmt: skip
     assert code == 1 and one_line(stage, err) and "No space left" in err
     assert files(tmp_path) == (["out"] if old else [])
     assert not old or out.read_bytes() == old
@@ -318,8 +400,8 @@ def test_a_full_disk_leaves_no_half_of_a_file(run, chain, tiny, tmp_path, monkey
 
 def test_no_validation_split_is_no_obstacle(run, chain, tiny, tmp_path):
     code, out, err = run("quantize", f"--parent={chain}/checkpoints/pruned.pth", f"--data={tiny}",
-                         f"--run-dir={tmp_path}", "--val-size=0")  # fmt: skip
-    assert (code, err) == (0, "") and "W8A8" in out
+                         f"--run-dir={tmp_path}", "--val-size=0", "--calibration=16")  # fmt: skip
+    assert (code, err) == (0, "") and "ptq W8A8" in out
     code, out, err = run("to_int8", f"--data={tiny}", f"--run-dir={tmp_path}")
     assert (code, err) == (0, "")
     assert checkpoint.load(tmp_path / "checkpoints/int8.pth").metrics == {}

@@ -14,8 +14,9 @@ from lib import checkpoint
 MAKE = [
     f"PYTHON={sys.executable}",
     "TRAIN_FLAGS=--epochs 1 --batch-size 32 --width 0.1 --downsample 8",
-    "PRUNE_FLAGS=--rounds 1 --target 0.5 --epochs 1 --batch-size 32 --max-drop 100",
-    "SWEEP_FLAGS=--weight-bits 8,2 --act-bits 8",
+    "PRUNE_FLAGS=--rounds 1 --target 0.8 --epochs 1 --batch-size 32 --max-drop 100",
+    "QUANTIZE_FLAGS=--calibration 32",
+    "SWEEP_FLAGS=--weight-bits 8,2 --act-bits 8 --method reference",
 ]
 
 

@@ -1,17 +1,24 @@
-"""lib/quantizers.py: what the report's quantizer promises of every tensor, and integers of it."""
+"""lib/quantizers.py: what quantizers promise of every tensor, and networks that carry them."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from lib import checkpoint, metrics, quantizers
+import quantize
+from lib import checkpoint, metrics, ptq, quantizers
 from lib.quantizers import (
     BITS,
+    FakeQuantize,
+    Quantizer,
     float_state,
+    fold,
+    grid_scale,
     integer_state,
     largest,
+    per_row,
     quantize_reference,
     symmetric_scale,
     to_levels,
@@ -72,6 +79,107 @@ def test_values_out_of_range_are_clipped(bits):
 def test_halves_round_to_even():
     x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5])
     assert to_levels(x, torch.tensor(1.0), 8).tolist() == [0, 2, 2, 0, -2]
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (5, 7)])
+def test_a_step_a_row_is_each_row_on_its_own(shape):
+    x, steps = torch.randn(shape), torch.rand(shape[0]) / 5 + 0.01
+    rows = torch.stack([to_levels(row, step, 4) for row, step in zip(x, steps, strict=True)])
+    assert torch.equal(to_levels(x, steps, 4), rows)
+    assert per_row(steps, x).shape == (5, *[1] * (len(shape) - 1))
+    assert per_row(steps[0], x).shape == ()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_grid_is_found_again(bits):
+    """Also where its largest levels have gone; where there is no grid, from the largest."""
+    step = torch.tensor(0.0123)
+    levels = torch.randint(-largest(bits), largest(bits) + 1, (6, 5, 3, 3)).float()
+    levels[0, 0, 0, 0], levels[0, 0, 0, 1] = largest(bits), 1  # no common factor
+    assert grid_scale(levels * step, bits) == pytest.approx(step.item(), rel=1e-6)
+    if bits > 2:
+        levels[levels.abs() > 0.7 * largest(bits)] = 0
+        x = levels * step
+        found = grid_scale(x, bits)
+        assert found == pytest.approx(step.item(), rel=1e-6) and found > symmetric_scale(x, bits)
+        assert torch.equal(to_levels(x, found, bits), levels)
+    x = torch.randn(40, 7)
+    assert grid_scale(x, bits) == symmetric_scale(x, bits)
+    assert torch.equal(to_levels(torch.zeros(3, 3), grid_scale(torch.zeros(3, 3), bits), bits),
+                       torch.zeros(3, 3))  # fmt: skip
+
+
+# ---- FakeQuantize --------------------------------------------------------------------------------
+
+
+class _Round(torch.autograd.Function):
+    """The straight-through estimator, alone."""
+
+    @staticmethod
+    def forward(_, x):
+        return x.round()
+
+    @staticmethod
+    def backward(_, grad):
+        return grad
+
+
+def composed(x, step, low, high):
+    """As the papers write it: autograd gives LSQ's gradient for the step by itself."""
+    step = per_row(step, x)
+    return _Round.apply((x / step).clamp(low, high)) * step
+
+
+@pytest.mark.parametrize(("low", "high"), [(-7, 7), (0, 15), (-1, 1), (0, 255)])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("shape", [(6, 4, 5, 5), (6, 9), (6, 1, 3, 3)])
+def test_fused_is_composed(low, high, rows, shape):
+    size = (6,) if rows else ()
+    step = (torch.rand(size) + 0.5) * 1.5 / high  # some values are clipped
+    x = torch.randn(shape)
+    if len(shape) == 4:
+        x = x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        x[0] = 0
+    results, weight = [], torch.randn(shape)
+    for function in (FakeQuantize.apply, composed):
+        a, b = x.clone().requires_grad_(), step.clone().requires_grad_()
+        y = function(a, b, low, high)
+        (y * weight).sum().backward()
+        results.append((y.detach(), a.grad, b.grad))
+    for fused, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fused, slow, rtol=1e-4, atol=1e-5)
+    assert results[0][2].shape == step.shape and (results[0][1] == 0).any()
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_in_bf16_it_is_within_a_level(rows):
+    step = torch.rand(6 if rows else ()) / 50 + 0.01
+    x = torch.randn(6, 8, 4, 4).to(torch.bfloat16, memory_format=torch.channels_last)
+    weight = torch.randn(x.shape)
+    results = []
+    for y in (x, x.float()):
+        a, b = y.clone().requires_grad_(), step.clone().requires_grad_()
+        out = FakeQuantize.apply(a, b, -127, 127)
+        (out.float() * weight).sum().backward()
+        assert a.grad.dtype == y.dtype and b.grad.dtype == torch.float32
+        results.append((out.detach().float(), b.grad))
+    # A level, and what bf16's 8 bits round the product by: a quarter of one at 64 to 127 levels.
+    levels = (results[0][0] - results[1][0]).abs() / per_row(step, x)
+    assert levels.max() <= 1.3 and levels.mean() < 0.25
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0.05, atol=1.0)
+
+
+def test_a_quantizer_is_a_grid():
+    x = torch.linspace(-3, 3, 10_001)
+    for signed, levels in ((True, range(-7, 8)), (False, range(16))):
+        quantizer = Quantizer(4, signed)
+        quantizer.step.fill_(0.125)
+        y = quantizer(x)
+        assert torch.unique(y / 0.125).tolist() == [*levels]
+        inside = (x > quantizer.low * 0.125) & (x < quantizer.high * 0.125)
+        assert (y - x)[inside].abs().max() <= 0.0626
+        assert torch.equal(quantizer(y), y)
 
 
 # ---- networks ------------------------------------------------------------------------------------
@@ -183,6 +291,122 @@ def test_attach_makes_room_for_exactly_the_schemes_state(weight_bits, act_bits):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(fresh(x), model(x))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_folding_keeps_the_function(small, pixels, seed):
+    model = small(seed)
+    with torch.no_grad():  # statistics that are far from these images'
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.add_(torch.randn_like(module.bias) * module.running_var.sqrt())
+                module.running_var.mul_(torch.rand_like(module.bias) * 2 + 0.3)
+    before = copy.deepcopy(model.state_dict())
+    folded = fold(model)
+    with torch.no_grad():
+        expected = model(pixels)
+        assert (folded(pixels) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert folded.settings == model.settings | {"folded": True} and "folded" not in model.settings
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert metrics.macs(folded) == metrics.macs(model)
+    for name, layer in metrics.weight_layers(model).items():
+        assert not folded.get_submodule(name).weight[layer.weight == 0].any()
+
+
+def random_steps(model: nn.Module, scheme: dict) -> None:
+    """A state for every place that `attach` has made."""
+    with torch.no_grad():
+        for name, layer in metrics.weight_layers(model).items():
+            if hasattr(layer, "weight_scale"):
+                bits = quantizers.bits_of(name, scheme)
+                top = layer.weight.flatten(1).abs().amax(1)
+                layer.weight_scale.copy_(torch.where(top > 0, top, 1) / largest(bits))
+                quantizers.put_on_grid(layer, bits)
+        for module in model.modules():
+            if isinstance(module, Quantizer) and module is not model.image:
+                module.step.copy_((6 + torch.rand(())) / module.high)
+
+
+SCHEMES = {
+    "W8A8": ptq.scheme(8, 8), "W4A6 qat": ptq.scheme(4, 6, method="qat"),
+    "W2A32": ptq.scheme(2, 32), "W32A4": ptq.scheme(32, 4), "W16A12": ptq.scheme(16, 12),
+    "W32A32": ptq.scheme(32, 32),
+    "mixed": ptq.scheme(4, 4, last_act_bits=8, layer_bits={
+        "features.0.0": 8, "features.3.conv.1.0": 32, "features.4.conv.2": 10, "classifier.1": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_a_scheme_comes_back_from_a_file(small, pixels, tmp_path, kind):
+    scheme, model = SCHEMES[kind], fold(small(0))
+    quantizers.attach(model, scheme)
+    random_steps(model, scheme)
+    cfg = quantize.Settings()
+    common = dict(metrics={}, data={}, quantization=scheme)  # noqa: C408
+    saved = checkpoint.save(tmp_path / "x.pth", "quantized", model, cfg, None, **common)
+    integers = integer_state(model.state_dict(), scheme)
+    small_file = checkpoint.save(
+        tmp_path / "y.pth", "int8", model, cfg, None, state=integers, **common
+    )
+    assert identical(float_state(integers), model.state_dict())
+    for name in metrics.weight_layers(model):
+        bits = quantizers.bits_of(name, scheme)
+        kinds = {True: torch.int8, bits > 8: torch.int16, bits == 32: torch.float32}
+        assert integers[f"{name}.weight"].dtype == kinds[True]
+        assert (f"{name}.weight_scale" in integers) == (bits < 32)
+    with torch.no_grad():
+        expected = model(pixels)
+        for found in (saved, small_file):
+            assert found.quantization == scheme
+            assert identical(found.build().state_dict(), model.state_dict())
+            assert torch.equal(found.build()(pixels), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 12])
+def test_where_activations_have_how_many_bits(small, bits):
+    """In a network whose third and fifth block are residual."""
+    model = fold(small(0))
+    scheme = ptq.scheme(8, bits, last_act_bits=6)
+    quantizers.attach(model, scheme)
+    kept = max(bits, 8)
+    image = model.image
+    assert (image.bits, image.signed, image.low, image.high) == (8, True, -127, 127)
+    blocks = model.features[1:-1]
+    assert [b.residual for b in blocks] == [False, False, True, False, True, False]
+    assert [b.stream.bits for b in blocks] == [bits, kept, bits, kept, bits, bits]
+    for block in blocks:
+        assert block.stream.signed and block.stream.low == -block.stream.high
+        assert isinstance(block.addend, Quantizer) == block.residual
+        assert isinstance(block.input, Quantizer) == (block.residual and bits < 8)
+        if block.residual:
+            assert block.addend.bits == kept and block.addend.signed
+        if block.residual and bits < 8:
+            assert block.input.bits == bits and block.input.signed
+    unsigned = [m for m in model.modules() if isinstance(m, Quantizer) and not m.signed]
+    assert [q.bits for q in unsigned] == [6, *[bits] * (len(unsigned) - 2), kept]
+    assert all(q.low == 0 and q.high == 2**q.bits - 1 for q in unsigned)
+    assert not any(isinstance(m, nn.ReLU6) for m in model.modules())  # clipping is the nonlinearity
+
+
+def test_the_last_activations_can_be_off(small):
+    model = fold(small(0))
+    quantizers.attach(model, ptq.scheme(4, 4, last_act_bits=32))
+    assert not isinstance(model.pooled, Quantizer)
+
+
+@pytest.mark.parametrize("bits", [3, 8, 12])
+def test_a_row_off_its_grid_is_refused(small, bits):
+    scheme = ptq.scheme(4, 32, layer_bits={"features.2.conv.0.0": bits})
+    model = fold(small(0))
+    quantizers.attach(model, scheme)
+    random_steps(model, scheme)
+    with torch.no_grad():
+        layer = model.features[2].conv[0][0]
+        row = int(layer.weight.flatten(1).abs().amax(1).argmax())
+        layer.weight[row] += layer.weight_scale[row] / 3
+    with pytest.raises(ValueError, match=f"0.0.weight does not lie on its {bits}-bit grid"):
+        integer_state(model.state_dict(), scheme)
 
 
 # ---- the reference -------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """sweep.py: cells are real files, measured once, and shared between processes."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -9,20 +10,24 @@ import pytest
 import torch
 
 import sweep
-from lib import checkpoint, data, engine, quantizers
-from models.mobilenetv2 import MobileNetV2, standard
+from lib import checkpoint, data, engine, measure, ptq, quantizers
+from lib.compaction import compact
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory):
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("parent") / "plain.pth"
-    torch.save(MobileNetV2(standard(0.1, 8)).state_dict(), path)
+def parent(small, tmp_path_factory):
+    return saved(small(1), tmp_path_factory.mktemp("parent") / "small.pth")
+
+
+def saved(model, path):
+    cfg = sweep.Settings()
+    checkpoint.save(path, "baseline", model, cfg, None, metrics={}, data={"source": "cifar10"})
     return path
 
 
-def flags(tiny, parent, folder):
-    return [f"--data={tiny}", f"--parent={parent}", f"--run-dir={folder}", "--split=test"]
+def flags(tiny, parent, folder, method="reference"):
+    return [f"--data={tiny}", f"--parent={parent}", f"--run-dir={folder}", "--split=test",
+            f"--method={method}", "--calibration=16"]  # fmt: skip
 
 
 def rows(folder):
@@ -43,16 +48,18 @@ def test_cells_are_measured_from_files_and_only_once(tiny, parent, tmp_path, mon
         assert int(row["total"]) == 100
         model = checkpoint.load(parent).build()
         quantizers.quantize_reference(model, int(row["weight_bits"]), int(row["act_bits"]))
-        expected = engine.evaluate(model, data.load(tiny).test)
-        assert expected.correct == int(row["correct"])
+        test = data.load(tiny).test
+        expected = engine.evaluate(model, test).predictions == test.labels
+        known = engine.evaluate(checkpoint.load(parent).build(), test).predictions == test.labels
+        assert int(expected.sum()) == int(row["correct"])
+        change = {key: int(row[key]) for key in ("gained", "lost")}
+        assert change == measure.change(known, expected)
     for chart in ("heatmap", "parallel"):
         assert (tmp_path / f"plots/sweep_{chart}.png").stat().st_size > 0
 
     measured = []
     original = sweep.cell
-    monkeypatch.setattr(
-        sweep, "cell", lambda *args: measured.append(args[4:]) or original(*args)
-    )
+    monkeypatch.setattr(sweep, "cell", lambda *args: measured.append(args[5:]) or original(*args))
     (tmp_path / "checkpoints/sweep/w2a4.nnz").unlink()
     sweep.main([*flags(tiny, parent, tmp_path), "--weight-bits=8,2,3", "--act-bits=32,4"])
     assert measured == [(2, 4), (3, 32), (3, 4)]
@@ -73,12 +80,40 @@ def test_a_cell_that_is_not_what_was_measured_is_measured_again(tiny, parent, tm
     assert [a["stage"] for a in found.ancestors] == ["baseline", "quantized"]
 
 
-def test_another_parent_is_measured_anew(tiny, parent, tmp_path):
+def test_cells_of_ptq_are_by_default_and_of_their_calibration(tiny, parent, tmp_path):
+    assert sweep.Settings().method == "ptq"
+    grid = ["--weight-bits=3", "--act-bits=4"]
+    sweep.main([*flags(tiny, parent, tmp_path, "ptq"), *grid])
+    (first,) = rows(tmp_path)
+    found = checkpoint.load(tmp_path / "checkpoints/sweep/w3a4.nnz")
+    assert found.quantization == ptq.scheme(3, 4) and found.settings["folded"]
+    images = ptq.calibration(data.load(tiny).train, 16, 47)
+    smaller, _ = compact(checkpoint.load(parent).build())
+    expected, _ = ptq.quantize(smaller, images, found.quantization)
+    assert all(torch.equal(v, expected.state_dict()[k])
+               for k, v in found.build().state_dict().items())  # fmt: skip
+    sweep.main([*flags(tiny, parent, tmp_path, "ptq"), *grid])
+    assert rows(tmp_path) == [first]
+    sweep.main([*flags(tiny, parent, tmp_path, "ptq"), *grid, "--calibration=8"])
+    assert rows(tmp_path)[0]["sha256"] != first["sha256"]
+
+
+def test_a_cell_of_an_older_version_is_measured_again(tiny, parent, tmp_path):
+    grid = ["--weight-bits=8", "--act-bits=32"]
+    sweep.main([*flags(tiny, parent, tmp_path), *grid])
+    record = tmp_path / "checkpoints/sweep/w8a32.json"
+    row = json.loads(record.read_text())
+    record.write_text(json.dumps({k: v for k, v in row.items() if k not in ("gained", "lost")}))
+    sweep.main([*flags(tiny, parent, tmp_path), *grid])
+    again = json.loads(record.read_text())
+    assert again | {"seconds": 0} == row | {"seconds": 0}
+
+
+def test_another_parent_is_measured_anew(tiny, small, parent, tmp_path):
     grid = ["--weight-bits=8", "--act-bits=32"]
     sweep.main([*flags(tiny, parent, tmp_path), *grid])
     first = rows(tmp_path)
-    other = tmp_path / "other.pth"
-    torch.save(MobileNetV2(standard(0.1, 8)).state_dict(), other)
+    other = saved(small(2), tmp_path / "other.pth")
     sweep.main([*flags(tiny, other, tmp_path), *grid])
     assert rows(tmp_path)[0]["parent_sha256"] != first[0]["parent_sha256"]
 
@@ -99,7 +134,8 @@ def test_two_processes_share_the_cells_and_wandb_runs_offline(tiny, parent, tmp_
 
 
 @pytest.mark.parametrize(
-    "bad", ["--weight-bits=1", "--act-bits=64", "--weight-bits=", "--act-bits=x"]
+    "bad", ["--weight-bits=1", "--act-bits=64", "--weight-bits=", "--act-bits=x", "--method=qat",
+            "--calibration=0"]
 )
 def test_impossible_bits_are_wrong_usage(tiny, parent, tmp_path, bad):
     with pytest.raises(SystemExit) as error:

@@ -1,0 +1,100 @@
+"""A forward pass of a pruned network as it is against its compacted form, in one run.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/compaction.py --parent FILE [--data PATH]
+
+fp32, channels last, eval mode, one process. Turns alternate, after one of each to warm up, so that
+a neighbour on the machine disturbs both alike; medians count. Printed too: MACs and weights of
+both, the largest difference of any logit over the largest logit, and how many of the test images
+get the same first class from both. Without data the images are random.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor, nn
+
+from lib import checkpoint, config, data, metrics
+from lib.compaction import compact
+from lib.config import UserError, flag
+
+
+@dataclass
+class Settings:
+    parent: str | None = flag(None, "the pruned network; needed")
+    data: str | None = flag(None, "as for train.py; default: random images")
+    images: int = flag(1000, "images whose logits are compared")
+    batch: list[int] = flag([1, 128], "batch sizes to time")
+    steps: int = flag(15, "turns of each side, after one to warm up")
+    device: str = flag("auto", "auto, cpu, cuda ...")
+
+    def __post_init__(self):
+        if not self.parent:
+            raise ValueError("--parent is needed")
+        if self.steps < 1 or self.images < 1 or not self.batch or min(self.batch) < 1:
+            raise ValueError("--steps, --images and --batch must be at least 1")
+
+
+@torch.inference_mode()
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(Settings, __doc__, argv)
+    device = config.device(cfg.device)
+    source = checkpoint.load(cfg.parent)
+    if source.quantization:
+        raise UserError(f"{source.file} is quantized: compaction is of fp32 networks")
+    dense = source.build(device)
+    small, _ = compact(dense)
+    x = images(cfg, device)
+
+    print(f"{'':24s} {'dense':>12s} {'compacted':>12s} {'ratio':>7s}")
+    for name, count in (("MACs an image", metrics.macs), ("weights", weights)):
+        a, b = count(dense), count(small)
+        print(f"{name:24s} {a:12,} {b:12,} {a / b:6.1f}x")
+    for size in cfg.batch:
+        batch = x[torch.arange(size) % len(x)].to(memory_format=torch.channels_last)
+        rows = [(turn(dense, batch), turn(small, batch)) for _ in range(cfg.steps + 1)][1:]
+        a, b = (statistics.median(side) for side in zip(*rows, strict=True))
+        ratios = sorted(one / other for one, other in rows)
+        print(
+            f"{f'ms a pass, batch {size}':24s} {1e3 * a:12.2f} {1e3 * b:12.2f} {a / b:6.1f}x  "
+            f"(turn by turn {ratios[0]:.1f} to {ratios[-1]:.1f})"
+        )
+    expected, found = logits(dense, x), logits(small, x)
+    difference = (expected - found).abs().max() / expected.abs().max()
+    same = int((expected.argmax(1) == found.argmax(1)).sum())
+    print(
+        f"logits within {difference:.1e} of the largest; the same first class for {same} of "
+        f"{len(x)} {'test' if cfg.data else 'random'} images"
+    )
+    print(f"({cfg.steps} turns, {torch.get_num_threads()} threads, {device}, fp32)")
+
+
+def turn(model: nn.Module, x: Tensor) -> float:
+    start = time.perf_counter()
+    model(x).sum().item()  # waits for the device
+    return time.perf_counter() - start
+
+
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([model(part) for part in x.split(128)])
+
+
+def weights(model: nn.Module) -> int:
+    return sum(count for _, count, _ in metrics.layer_counts(model))
+
+
+def images(cfg: Settings, device) -> Tensor:
+    if cfg.data:
+        return data.normalize(data.load(cfg.data, device=device).test.images[: cfg.images])
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (cfg.images, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return data.normalize(pixels.to(device))
+
+
+if __name__ == "__main__":
+    config.run(main)

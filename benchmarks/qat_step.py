@@ -1,0 +1,119 @@
+"""A step of quantization-aware training against a plain training step of the same network.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/qat_step.py --parent FILE [--data PATH] [--steps 5]
+
+Both train the compacted network on the same batches with lib.engine's own epoch, without
+augmentation. Plain: batch norm, SGD, as prune.py's rounds. QAT: batch norm folded, every weight and
+activation through a learned fake-quantizer (W4A4 unless told otherwise), AdamW, masks held, as
+quantize.py --method qat. The fp32 teacher's forward pass is in both sides or in neither: both
+ratios are printed. Turns of the four alternate, after one of each to warm up, so that a neighbour
+on the machine disturbs all alike; medians count. Without data the images are random.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import autoaugment
+from benchmarks.train_step import images
+from lib import checkpoint, config, data, engine, pruning, ptq, qat
+from lib.compaction import compact
+from lib.config import flag
+
+BATCH = 128
+
+
+@dataclass
+class Settings:
+    parent: str | None = flag(None, "an fp32 network, pruned or not; needed")
+    data: str | None = flag(None, "as for train.py; default: random images")
+    weight_bits: int = flag(4, "of the QAT side")
+    act_bits: int = flag(4, "of the QAT side")
+    steps: int = flag(5, "turns of each side, after one to warm up")
+    turn: int = flag(1, "steps a turn")
+    amp: bool = flag(True, "bf16 autocast, as the stages do (where the processor has it)")
+    device: str = flag("auto", "auto, cpu, cuda ...")
+
+    def __post_init__(self):
+        if not self.parent:
+            raise ValueError("--parent is needed")
+        if self.steps < 1 or self.turn < 1:
+            raise ValueError("--steps and --turn must be at least 1")
+
+
+class Side:
+    """A network, how it is trained, and the next images that it sees."""
+
+    def __init__(self, cfg: Settings, model, optimizer: str, teacher, split: data.Split):
+        self.model, self.teacher, self.split = model, teacher, split
+        self.recipe = engine.Recipe(
+            epochs=1, batch_size=BATCH, lr=1e-4, schedule="constant", optimizer=optimizer,
+            amp=cfg.amp, distill=0.5 if teacher else 0.0, decay_norm=optimizer == "sgd",
+        )  # fmt: skip
+        groups = engine.parameter_groups(model, self.recipe)
+        if optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(
+                groups, lr=self.recipe.lr, momentum=0.9, nesterov=True, fused=True
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=self.recipe.lr, fused=True)
+        self.mask, self.count, self.turns = pruning.Mask(model), cfg.turn, 0
+        self.scaler = torch.amp.GradScaler(split.images.device.type, enabled=False)
+
+    def turn(self) -> float:
+        """Seconds a step."""
+        size = self.count * BATCH
+        first = self.turns * size % (len(self.split) - size + 1)
+        part = slice(first, first + size)
+        part = data.Split(self.split.images[part], self.split.labels[part])
+        self.turns += 1
+        start = time.perf_counter()
+        engine.train_epoch(
+            self.model, part, self.recipe, autoaugment.augmentation("none"), self.optimizer,
+            self.scaler, None, seed=47, epoch=self.turns, steps=self.count,
+            teacher=self.teacher, after_step=self.mask.apply, note="",
+        ).tolist()  # fmt: skip
+        return (time.perf_counter() - start) / self.count
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(Settings, __doc__, argv)
+    device = config.device(cfg.device)
+    split = images(cfg, device)
+    teacher, _ = compact(checkpoint.load(cfg.parent).build(device))
+    scheme = ptq.scheme(cfg.weight_bits, cfg.act_bits, method="qat")
+    sample = ptq.calibration(split, 128, 47)  # its quality is no matter here
+
+    def sides(teacher_of):
+        plain, _ = compact(teacher)
+        quantized, latent = ptq.quantize(teacher, sample, scheme)
+        qat.begin(quantized, scheme, latent)
+        return (Side(cfg, plain, "sgd", teacher_of, split),
+                Side(cfg, quantized, "adam", teacher_of, split))  # fmt: skip
+
+    pairs = {"without a teacher": sides(None), "teacher in both": sides(teacher)}
+    found = {name: [] for name in pairs}
+    for number in range(cfg.steps + 1):
+        for name, pair in pairs.items():
+            times = [side.turn() for side in pair]
+            if number:
+                found[name].append(times)
+    print(f"{'seconds a step':20s} {'plain':>8s} {'QAT':>8s} {'ratio':>7s}")
+    for name, rows in found.items():
+        a, b = (statistics.median(side) for side in zip(*rows, strict=True))
+        ratios = sorted(quantized / plain for plain, quantized in rows)
+        print(f"{name:20s} {a:8.3f} {b:8.3f} {b / a:6.2f}x  "
+              f"(turn by turn {ratios[0]:.2f} to {ratios[-1]:.2f})")  # fmt: skip
+    print(f"(W{cfg.weight_bits}A{cfg.act_bits}, batch {BATCH}, {cfg.steps} turns of {cfg.turn} "
+          f"steps, {torch.get_num_threads()} threads, {device}, "
+          f"{'amp' if cfg.amp else 'fp32'})")  # fmt: skip
+
+
+if __name__ == "__main__":
+    config.run(main)

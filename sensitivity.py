@@ -1,0 +1,108 @@
+"""Measure what each layer loses when its weights alone are at few bits: where to spend them.
+
+    python sensitivity.py --weight-bits 4,2
+
+in:  checkpoints/pruned.pth, or any fp32 network (dead channels are removed first, exactly)
+out: logs/sensitivity.csv: a row a layer and bit-width, images gained and lost against the parent;
+     plots/sensitivity.png; logs/sensitivity.jsonl: the same rows as they come (an interrupted run
+     continues from them)
+
+A layer is quantized as quantize.py does (reconstruction on calibration images); all others and all
+activations stay fp32. The table is what --layer-bits of quantize.py wants to be written from.
+"""
+
+import copy
+import csv
+import dataclasses
+import io
+
+import torch
+
+from lib import checkpoint, config, engine, measure, metrics, plots, ptq, quantizers
+from lib.compaction import compact
+from lib.config import UserError, flag
+
+COLUMNS = ("layer", "weight_bits", "weights", "nonzeros", "split", "correct", "total", "accuracy",
+           "loss", "gained", "lost")  # fmt: skip
+
+
+@dataclasses.dataclass
+class Settings(config.Common):
+    parent: str | None = flag(None, "fp32 network; default: checkpoints/pruned.pth")
+    out: str | None = flag(None, "CSV; default: logs/sensitivity.csv")
+    weight_bits: list[int] = flag([4, 2], "bit-widths to try, each 2 to 16")
+    calibration: int = flag(1024, "training images to fit on, without their labels")
+    split: str = flag("val", "images to evaluate on", choices=("val", "train"))
+    resume: bool = flag(True, "continue an interrupted run of the same settings")
+
+    def __post_init__(self):
+        if not self.weight_bits or not all(2 <= b <= 16 for b in self.weight_bits):
+            raise ValueError("--weight-bits needs numbers from 2 to 16")
+        if self.calibration < 1:
+            raise ValueError("--calibration must be at least 1 image")
+
+
+@torch.no_grad()
+def main(argv=None):
+    cfg = config.parse(Settings, __doc__, argv)
+    device = config.device(cfg.device)
+    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"))
+    if parent.quantization:
+        raise UserError(f"{parent.file} is quantized already: start from an fp32 network")
+    images = parent.images(cfg.data, cfg.val_size, device)
+    split = getattr(images, cfg.split)
+    if not len(split):
+        raise UserError("there is no validation split (--val-size 0)")
+    model, _ = compact(parent.build(device))
+    fp32 = quantizers.fold(model)
+    labels = split.labels.cpu()
+    before = engine.evaluate(fp32, split)
+
+    identity = config.identity(cfg) | {"parent": parent.sha256, "data": images.provenance()}
+    log = metrics.Log(cfg.path(None, "logs/sensitivity.jsonl"), identity, cfg.wandb)
+    past = metrics.read_log(log.path) if cfg.resume else []
+    rows = past[1:] if past and past[0] == identity else []
+    log.begin([identity, *rows])
+    done = {(row["layer"], row["weight_bits"]) for row in rows}
+    sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
+    counts = {name: (weights, n) for name, weights, n in metrics.layer_counts(fp32)}
+    for bits in dict.fromkeys(cfg.weight_bits):
+        todo = [name for name in counts if (name, bits) not in done]
+        if not todo:
+            continue
+        alone = ptq.layers_alone(model, sample, bits, engine.progress(f"{bits} bits: fit"))
+        for name in engine.progress(f"{bits} bits: evaluate")(todo):
+            changed = copy.deepcopy(fp32)
+            changed.get_submodule(name).load_state_dict(alone[name])
+            after = engine.evaluate(changed, split)
+            moved = measure.change(before.predictions == labels, after.predictions == labels)
+            weights, nonzeros = counts[name]
+            row = {
+                "layer": name, "weight_bits": bits, "weights": weights, "nonzeros": nonzeros,
+                "split": cfg.split, "correct": after.correct, "total": after.total,
+                "accuracy": after.accuracy, "loss": after.loss, **moved,
+            }  # fmt: skip
+            log(row)
+            rows.append(row)
+    order = list(counts)
+    rows.sort(key=lambda row: (order.index(row["layer"]), -row["weight_bits"]))
+    out = cfg.path(cfg.out, "logs/sensitivity.csv")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with checkpoint.atomic(out) as file:
+        file.write(text.getvalue().encode())
+    title = f"Each layer's weights alone at few bits: {parent.file.name}, {cfg.split}"
+    plots.sensitivity(rows, before.accuracy, cfg.path(None, "plots/sensitivity.png"), title)
+    worst = min(rows, key=lambda row: row["correct"])
+    log.close({"worst": worst["layer"]})
+    print(
+        f"{out}: {len(rows)} rows; parent {before}; the most is lost by {worst['layer']} at "
+        f"{worst['weight_bits']} bits: {worst['accuracy']:.2%} (+{worst['gained']} "
+        f"-{worst['lost']})"
+    )
+
+
+if __name__ == "__main__":
+    config.run(main)

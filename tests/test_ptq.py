@@ -1,0 +1,323 @@
+"""lib/ptq.py: what is kept exactly, what is on its grid, and what each step of it improves."""
+
+import copy
+import functools
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib import data, ptq, quantizers
+from lib.compaction import compact, take
+from lib.metrics import weight_layers
+from lib.quantizers import Quantizer, integer_state, largest
+
+
+@pytest.fixture(scope="module")
+def quantized(small, pixels):
+    """(parent, its quantized network, latent weights, scheme), each made once."""
+
+    @functools.cache
+    def make(weight_bits: int, act_bits: int, seed: int = 0):
+        model = small(seed)
+        scheme = ptq.scheme(weight_bits, act_bits)
+        return model, *ptq.quantize(model, pixels, scheme), scheme
+
+    return make
+
+
+@torch.no_grad()
+def distance(model: nn.Module, parent: nn.Module, images) -> float:
+    """The root mean square of the logits' errors, over what the logits tell of the images."""
+    expected = parent(images)
+    error = (model(images) - expected).square().mean().sqrt()
+    return float(error / expected.std(0).square().mean().sqrt())
+
+
+# ---- the whole -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(2, 32), (3, 4), (8, 8), (16, 16)])
+def test_zeros_stay_zero_and_all_weights_are_levels(quantized, weight_bits, act_bits):
+    parent, model, latent, scheme = quantized(weight_bits, act_bits)
+    levels = integer_state(model.state_dict(), scheme)  # raises where a weight is off its grid
+    for name, layer in weight_layers(parent).items():
+        zero = layer.weight == 0
+        found = levels[f"{name}.weight"]
+        assert found.dtype == (torch.int8 if weight_bits <= 8 else torch.int16)
+        assert zero.any() and not found[zero].any() and found.abs().max() <= largest(weight_bits)
+        assert torch.equal(latent[name] == 0, zero)
+        scale = model.get_submodule(name).weight_scale
+        assert scale.shape == (len(layer.weight),) and (scale > 0).all()
+        assert found[~zero].any()
+    floats = [t for t in model.state_dict().values() if t.is_floating_point()]
+    assert all(t.isfinite().all() for t in floats)
+
+
+def test_off_is_exactly_the_folded_network(quantized):
+    parent, model, latent, _ = quantized(32, 32)
+    folded = quantizers.fold(parent)
+    assert list(model.state_dict()) == list(folded.state_dict())
+    assert all(torch.equal(v, folded.state_dict()[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(w, folded.get_submodule(k).weight) for k, w in latent.items())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_bits_are_nearly_fp32_on_the_image_as_it_enters(quantized, pixels, seed):
+    """Equalization is in this: it must not change the function."""
+    parent, model, _, _ = quantized(16, 16, seed)
+    exact = copy.deepcopy(parent)
+    exact.image = model.image
+    assert distance(model, exact, pixels) < 0.03
+
+
+def test_more_bits_are_nearer(quantized, pixels):
+    for pairs in ([(b, 32) for b in (2, 4, 6, 8)], [(32, b) for b in (2, 4, 6, 8)]):
+        errors = []
+        for weight_bits, act_bits in pairs:
+            parent, model, _, _ = quantized(weight_bits, act_bits)
+            errors.append(distance(model, parent, pixels))
+        assert errors == sorted(errors, reverse=True) and errors[-1] < 0.15 * errors[0]
+
+
+def test_same_seed_same_result_and_the_parent_stays(small, pixels):
+    model = small(0)
+    before = copy.deepcopy(model.state_dict())
+    (a, first), (b, second) = (ptq.quantize(model, pixels, ptq.scheme(4, 4)) for _ in range(2))
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_calibration_depends_on_the_seed_alone():
+    split = data.Split(torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8), torch.zeros(50))
+    a, b, other = (ptq.calibration(split, 20, seed) for seed in (1, 1, 2))
+    assert a.shape == (20, 3, 32, 32) and torch.equal(a, b) and not torch.equal(a, other)
+    assert ptq.calibration(split, 99, 1).shape[0] == 50  # all there are
+
+
+def test_bits_of_a_layer_are_honoured(small, pixels):
+    own = {"features.0.0": 8, "features.3.conv.1.0": 32, "features.4.conv.2": 2, "classifier.1": 16}
+    scheme = ptq.scheme(4, 4, layer_bits=own, last_act_bits=8)
+    model, _ = ptq.quantize(small(0), pixels, scheme)
+    levels = integer_state(model.state_dict(), scheme)
+    for name in weight_layers(model):
+        bits = own.get(name, 4)
+        weight = levels[f"{name}.weight"]
+        assert (f"{name}.weight_scale" in levels) == (bits < 32)
+        if bits == 32:
+            assert weight.dtype == torch.float32
+        else:
+            assert largest(bits) // 2 < weight.abs().max() <= largest(bits)
+    assert model.pooled.bits == 8 and model.features[1].conv[0][2].bits == 4
+
+
+def test_the_images_step_covers_every_pixel(quantized):
+    image = quantized(4, 4)[1].image
+    extremes = torch.stack([torch.full((3, 32, 32), v, dtype=torch.uint8) for v in (0, 255)])
+    levels = data.normalize(extremes) / image.step
+    assert levels.abs().max() == pytest.approx(127) and image.bits == 8
+    assert (image(data.normalize(extremes)) / image.step - levels).abs().max() <= 0.501
+
+
+# ---- its parts -----------------------------------------------------------------------------------
+
+
+def problem(columns: int, bits: int, rows: int = 40) -> ptq._Rows:
+    """Rows of correlated inputs, about a fifth of the weights pruned."""
+    x = torch.randn(200, columns) @ torch.randn(columns, columns)
+    weight = torch.randn(1, rows, columns) * (torch.rand(1, rows, columns) < 0.8)
+    gram = (x.T @ x / 200)[None]
+    return ptq._Rows(weight, weight != 0, gram, weight @ gram, bits)
+
+
+def errors(fit: ptq._Rows) -> torch.Tensor:
+    return fit.error(fit.weight).flatten()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_no_move_of_the_descent_makes_it_worse(bits):
+    fit = problem(12, bits)
+    mask, full = fit.mask.clone(), fit.error(fit.weight).abs().flatten()
+    fit.choose_steps()
+    last = errors(fit)
+    for _ in range(4):
+        for move in (lambda: fit.descend(1), fit.refit_steps, lambda: fit.descend(2)):
+            move()
+            assert (errors(fit) <= last + 1e-4 * full).all()
+            last = errors(fit)
+            assert not fit.weight[~mask].any()
+            levels = fit.weight / fit.step
+            assert (levels - levels.round()).abs().max() < 1e-4 * largest(bits)
+            assert levels.abs().max() < largest(bits) + 1e-3
+
+
+@pytest.mark.parametrize("columns", [3, 4])
+def test_descent_against_every_choice_there_is(columns):
+    fit = problem(columns, 2)
+    fit.choose_steps()
+    rounded, step, mask = errors(fit), fit.step, fit.mask
+    fit.descend(20)
+    choices = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=columns)))
+    every = choices[:, None, None] * step * mask  # (choices, 1, rows, columns)
+    least = torch.stack([fit.error(w).flatten() for w in every]).amin(0)
+    found, scale = errors(fit), least.abs()
+    assert (found >= least - 1e-4 * scale).all() and (found <= rounded + 1e-4 * scale).all()
+    assert (found <= least + 1e-4 * scale).float().mean() > 0.8  # mostly the best of all
+    assert found.mean() < rounded.mean()
+    # Where it ended, no single weight can do better.
+    for j, level in itertools.product(range(columns), (-1.0, 0.0, 1.0)):
+        moved = fit.weight.clone()
+        moved[:, :, j] = level * (step * mask)[:, :, j]
+        assert (fit.error(moved).flatten() >= found - 1e-4 * scale).all()
+
+
+def test_a_refitted_step_is_the_best_for_its_levels():
+    fit = problem(8, 3)
+    fit.choose_steps()
+    fit.refit_steps()
+    found = errors(fit)
+    for factor in (0.9, 0.99, 1.01, 1.1):
+        assert (fit.error(fit.weight * factor).flatten() >= found - 1e-4 * found.abs()).all()
+
+
+LAYERS = {
+    "full": nn.Conv2d(3, 8, 3, 2, 1), "depthwise": nn.Conv2d(12, 12, 3, 2, 1, groups=12),
+    "1x1": nn.Conv2d(12, 10, 1), "linear": nn.Linear(12, 10),
+}  # fmt: skip
+
+
+def inputs_of(layer: nn.Module) -> torch.Tensor:
+    if isinstance(layer, nn.Linear):
+        return torch.randn(200, 12) @ torch.randn(12, 12)
+    x = torch.rand(8, layer.in_channels, 9, 9).to(memory_format=torch.channels_last)
+    return F.avg_pool2d(x, 3, 1, 1)  # neighbours resemble each other
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@torch.no_grad()
+def test_a_layer_is_the_product_of_its_rows(kind):
+    layer = copy.deepcopy(LAYERS[kind])
+    x = inputs_of(layer)
+    z = layer(x)
+    inputs, outputs = ptq._rows(layer, x, z)
+    groups, _, columns = inputs.shape
+    weight = layer.weight.reshape(groups, -1, columns)
+    product = inputs @ weight.transpose(1, 2) + layer.bias.view(groups, 1, -1)
+    torch.testing.assert_close(product, outputs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("kind", LAYERS)
+@torch.no_grad()
+def test_reconstruction_beats_the_best_rounding(kind, bits):
+    layer = copy.deepcopy(LAYERS[kind])
+    layer.register_buffer("weight_scale", torch.ones(len(layer.weight)))
+    x = inputs_of(layer)
+    z, weight = layer(x), layer.weight.clone()
+
+    def error() -> torch.Tensor:
+        wrong = (layer(x) - z).movedim(1, -1).flatten(0, -2)
+        return (wrong - wrong.mean(0)).square().mean(0)  # the mean is the bias's
+
+    best, top = torch.full((len(weight),), torch.inf), weight.flatten(1).abs().amax(1)
+    for share in torch.linspace(0.3, 1, 50):  # rounding to nearest, each row with its best step
+        layer.weight.copy_(weight)
+        layer.weight_scale.copy_(top * share / largest(bits))
+        quantizers.put_on_grid(layer, bits)
+        best = torch.minimum(best, error())
+    layer.weight.copy_(weight)
+    ptq._reconstruct(layer, x, z, bits)
+    assert error().sum() < best.sum()
+    assert (error() <= best * 1.1 + 1e-8).float().mean() > 0.8
+
+
+@torch.no_grad()
+def test_biases_leave_no_error_on_average(small, quantized, pixels):
+    parent, model, _, _ = quantized(3, 32)
+    folded = quantizers.fold(parent)
+    seen = {}
+    for net in (folded, model):
+        for layer in weight_layers(net).values():
+            layer.register_forward_hook(lambda m, _, y: seen.__setitem__(m, y.clone()))
+        net(pixels)
+    for name, layer in weight_layers(folded).items():
+        a, b = (seen[m].movedim(1, -1).flatten(0, -2) for m in (layer, model.get_submodule(name)))
+        assert (a - b).abs().mean() > 1e-3 and (a - b).mean(0).abs().max() < 1e-4
+        layer._forward_hooks.clear(), model.get_submodule(name)._forward_hooks.clear()
+    # With activations the layers have units of their own, but the logits have none.
+    parent, model, _, _ = quantized(4, 4)
+    assert (model(pixels) - parent(pixels)).mean(0).abs().max() < 1e-4
+
+
+def test_equalization_helps_channels_of_unlike_ranges(small, pixels, monkeypatch):
+    model = small(1)
+    with torch.no_grad():
+        for block in model.features[2:-1]:  # expand's channels from 1 to a fiftieth
+            norm, hidden = block.conv[0][1], block.conv[0][1].num_features
+            factor = torch.logspace(0, -1.7, hidden)[torch.randperm(hidden)]
+            norm.weight.mul_(factor)
+            norm.bias.mul_(factor)
+            block.conv[1][0].weight.div_(factor.view(-1, 1, 1, 1))
+    with_it, _ = ptq.quantize(model, pixels, ptq.scheme(32, 6))
+    monkeypatch.setattr(ptq._Walk, "equalize", lambda *_: None)
+    without, _ = ptq.quantize(model, pixels, ptq.scheme(32, 6))
+    assert distance(with_it, model, pixels) < 0.8 * distance(without, model, pixels)
+
+
+@pytest.mark.parametrize("channels", [7, 20, 64, 96])
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_clip_sees_all_channels(channels, signed):
+    """Whatever their number has in common with the stride of the sample."""
+    x = torch.rand(512, channels, 8, 8) - 0.5 * signed
+    x[:, 1::2] *= 10
+    quantizer = Quantizer(4, signed)
+    clip = ptq._best_step(x, x, None, quantizer) * quantizer.high
+    assert 0.7 * x.abs().max() < clip < 1.1 * x.abs().max()
+
+
+# ---- one step a tensor ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act_bits", [8, 32])
+def test_integers_of_a_dequantized_network_are_kept(small, pixels, act_bits):
+    model = small(2)
+    with torch.no_grad():  # the largest weights are in channels that compaction removes
+        project = model.features[3].conv[2].weight
+        project[:, 5] = 0
+        model.features[3].conv[0][0].weight[5] *= 3
+        model.features[3].conv[1][0].weight[5] *= 3
+    scheme = quantizers.quantize_reference(model, 8, 32)
+    before = integer_state(model.state_dict(), scheme)
+    for layer in weight_layers(model).values():
+        del layer.weight_scale  # plain fp32 weights, which happen to lie on a grid
+    smaller, kept = compact(model)
+    assert smaller.settings != model.settings
+    scheme = ptq.scheme(8, act_bits, weight_scale="tensor")
+    found, latent = ptq.quantize(smaller, pixels, scheme)
+    after = integer_state(found.state_dict(), scheme)
+    lost = 0
+    for name in weight_layers(found):
+        key = f"{name}.weight"
+        expected = take(before[key], kept[key])
+        assert torch.equal(after[key], expected), name
+        lost += int(expected.abs().max() < before[key].abs().max())
+        assert torch.allclose(latent[name], found.get_submodule(name).weight, rtol=1e-5, atol=0)
+    assert lost >= 2
+    assert distance(found, model, pixels) < (0.2 if act_bits == 8 else 1e-4)
+
+
+@torch.no_grad()
+def test_one_step_a_tensor_is_one_before_folding(small, pixels):
+    model = small(3)
+    scheme = ptq.scheme(4, 32, weight_scale="tensor")
+    found, _ = ptq.quantize(model, pixels, scheme)
+    for name, layer in weight_layers(found).items():
+        norm = quantizers.norm_behind(model, name)
+        factor = torch.ones(len(layer.weight)) if norm is None else quantizers.norm_factor(norm)
+        steps = layer.weight_scale / factor
+        assert torch.allclose(steps, steps[0], rtol=1e-5)
+        weight = model.get_submodule(name).weight
+        assert steps[0] == pytest.approx(float(quantizers.symmetric_scale(weight, 4)), rel=1e-5)

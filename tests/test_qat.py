@@ -1,0 +1,256 @@
+"""lib/qat.py and quantize.py --method qat: from a quantized network to a better one of its kind."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import quantize
+from lib import checkpoint, pruning, ptq, qat, quantizers
+from lib.metrics import Log, weight_layers
+from lib.quantizers import Quantizer, largest, per_row
+
+MIXED = ptq.scheme(3, 4, method="qat", last_act_bits=8,
+                   layer_bits={"features.0.0": 8, "features.4.conv.2": 32})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quantized(small, pixels):
+    """(scheme, network, latent weights) of ptq; the network a copy each time."""
+    made = {}
+
+    def make(scheme: dict):
+        key = json.dumps(scheme)
+        if key not in made:
+            made[key] = ptq.quantize(small(0), pixels, scheme)
+        return scheme, copy.deepcopy(made[key][0]), made[key][1]
+
+    return make
+
+
+def begun(quantized, scheme=MIXED):
+    scheme, model, latent = quantized(scheme)
+    qat.begin(model, scheme, latent)
+    return model
+
+
+def steps(model, images, count: int, lr: float, after=lambda: None) -> list[float]:
+    """Losses of so many steps on ten classes that follow from the images."""
+    labels = images.mean((2, 3)).argmax(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    losses = []
+    for _ in range(count):
+        loss = F.cross_entropy(model.train()(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        after()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def trained_layers(model) -> list:
+    return [m for m in weight_layers(model).values() if type(m) in qat.PLAIN]
+
+
+# ---- begin and finish ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weight_bits", [2, 4, 8])
+def test_training_begins_with_the_network_that_ptq_made(quantized, pixels, weight_bits):
+    scheme, model, latent = quantized(ptq.scheme(weight_bits, 32))
+    weights = {n: layer.weight.clone() for n, layer in weight_layers(model).items()}
+    before = model(pixels)
+    qat.begin(model, scheme, latent)
+    assert (model(pixels) - before).abs().max() <= 1e-6 * before.abs().max()
+    moved = 0
+    for name, layer in weight_layers(model).items():
+        step = per_row(layer.log_step.exp(), layer.weight)
+        levels = quantizers.to_levels(layer.weight, step, weight_bits)
+        torch.testing.assert_close(levels * step, weights[name], rtol=1e-6, atol=0)
+        assert torch.equal(layer.weight == 0, latent[name] == 0)  # so that masks know the pruned
+        # No farther from where it was before rounding than its level is.
+        now, then = (layer.weight - latent[name]).abs(), (weights[name] - latent[name]).abs()
+        assert (now <= then + 1e-6 * step).all()
+        moved += int((now < then).sum())
+    assert moved > 100
+
+
+@torch.no_grad()
+def test_steps_are_kept_and_learned_but_for_the_images(quantized):
+    scheme, model, latent = quantized(MIXED)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    qat.begin(model, scheme, latent)
+    after = model.state_dict()
+    learned = {n for n in after if n.endswith("log_step")}
+    assert {n for n, _ in model.named_parameters()} >= learned and "image.step" in after
+    for name in learned:
+        owner = name.removesuffix("log_step")
+        old = before.get(f"{owner}step", before.get(f"{owner}weight_scale"))
+        torch.testing.assert_close(after[name].exp(), old, rtol=2e-6, atol=0)
+    places = sum(isinstance(m, Quantizer) for m in model.modules()) - 1
+    assert len(learned) == places + len(weight_layers(model)) - 1  # one layer is at 32 bits
+
+
+def test_finished_is_what_a_file_makes_of_its_state(quantized, pixels, tmp_path):
+    model = begun(quantized)
+    mask = pruning.Mask(model)
+    steps(model, pixels, 5, 1e-2, mask.apply)
+    with torch.no_grad():
+        expected = model(pixels)
+        qat.finish(model)
+        assert torch.equal(model(pixels), expected)
+    saved = checkpoint.save(
+        tmp_path / "x.pth", "quantized", model, quantize.Settings(), None, metrics={}, data={},
+        quantization=MIXED,
+    )  # fmt: skip
+    with torch.no_grad():
+        assert torch.equal(saved.build()(pixels), expected)
+    levels = quantizers.integer_state(model.state_dict(), MIXED)
+    assert levels["features.4.conv.2.weight"].dtype == torch.float32
+    kept = [levels[f"{n}.weight"] for n in weight_layers(model)]
+    assert all(not w[m == 0].any() for w, m in zip(kept, mask.masks, strict=True))
+    assert not any(torch.signbit(w[w == 0]).any() for w in kept if w.is_floating_point())
+
+
+def test_a_copy_can_be_trained_and_finished(quantized, pixels):
+    """As the averaged weights (--ema) are."""
+    model = begun(quantized)
+    other = copy.deepcopy(model)
+    steps(model, pixels, 2, 1e-2)
+    with torch.no_grad():
+        other.load_state_dict(model.state_dict())
+        expected = model(pixels)
+        assert torch.equal(other(pixels), expected)
+        qat.finish(other)
+        assert torch.equal(other(pixels), expected)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def test_every_weight_and_step_learns(quantized, pixels):
+    model = begun(quantized)
+    F.cross_entropy(model(pixels), torch.arange(64) % 10).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if name.endswith("log_step") and not (parameter.ndim and not owner.weight.any()):
+            assert parameter.grad.any(), name
+
+
+def test_training_lowers_the_loss_and_holds_the_zeros(quantized, pixels):
+    model = begun(quantized, ptq.scheme(2, 4, method="qat"))
+    zeros = [layer.weight == 0 for layer in weight_layers(model).values()]
+    assert sum(int(z.sum()) for z in zeros) > 500
+    losses = steps(model, pixels, 25, 1e-2, pruning.Mask(model).apply)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    for layer, zero in zip(weight_layers(model).values(), zeros, strict=True):
+        assert not layer.weight[zero].any()
+
+
+@torch.no_grad()
+def test_dampening_goes_towards_the_level_and_never_across(quantized):
+    model = begun(quantized)
+    layers = trained_layers(model)
+    for layer in layers:  # anywhere, beyond the range as well
+        step = per_row(layer.log_step.exp(), layer.weight)
+        far = (torch.rand_like(layer.weight) - 0.5) * 3 * largest(layer.weight_bits) * step
+        layer.weight.copy_(torch.where(layer.weight == 0, 0, far))
+    before = [layer.weight.clone() for layer in layers]
+    plain = model.features[4].conv[2].weight.clone()
+    for share in (0.0, 0.3, 0.9):
+        for layer, weight in zip(layers, before, strict=True):
+            layer.weight.copy_(weight)
+        qat.dampen(model, share)
+        for layer, weight in zip(layers, before, strict=True):
+            step = per_row(layer.log_step.exp(), layer.weight)
+            high = largest(layer.weight_bits)
+            level = quantizers.to_levels(weight, step, layer.weight_bits)
+            inside = (weight / step).abs() <= high
+            assert torch.equal(layer.weight[~inside], weight[~inside])
+            assert not layer.weight[weight == 0].any()
+            a, b = (level - weight / step)[inside], (level - layer.weight / step)[inside]
+            torch.testing.assert_close(b, (1 - share) * a, rtol=1e-4, atol=1e-5 * high)
+    assert torch.equal(model.features[4].conv[2].weight, plain)  # 32 bits: no levels
+
+
+# ---- quantize.py ---------------------------------------------------------------------------------
+
+FLAGS = ["--method=qat", "--epochs=2", "--batch-size=32", "--calibration=32", "--weight-bits=3",
+         "--act-bits=4", "--lr=1e-2", "--dampen=0.01", "--ema=0.9", "--val-size=50"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parent(small, tmp_path_factory):
+    path = tmp_path_factory.mktemp("parent") / "pruned.pth"
+    source = {"source": "cifar10", "val_size": 50}
+    checkpoint.save(
+        path, "pruned", small(0), quantize.Settings(), None, metrics={}, data=source
+    )
+    return path
+
+
+def run(tiny, parent, folder, *flags):
+    quantize.main([*FLAGS, f"--data={tiny}", f"--parent={parent}", f"--run-dir={folder}", *flags])
+    lines = [json.loads(x) for x in (folder / "logs/quantize.jsonl").read_text().splitlines()]
+    return checkpoint.load(folder / "checkpoints/quantized.pth"), lines
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, parent, tmp_path_factory):
+    return run(tiny, parent, tmp_path_factory.mktemp("whole"))
+
+
+def test_stage_trains_and_saves_a_network_on_its_grid(whole, parent):
+    saved, lines = whole
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert lines[1]["train_loss"] < lines[0]["train_loss"]
+    assert saved.quantization == ptq.scheme(3, 4, method="qat")
+    assert saved.settings["folded"] and saved.ancestors[-1]["stage"] == "pruned"
+    quantizers.integer_state(saved.state, saved.quantization)
+    assert set(saved.metrics) == {"val_correct", "val_total", "gained", "lost"}
+    folder = saved.file.parent.parent
+    assert (folder / "plots/quantize.png").is_file()
+    assert [p.name for p in saved.file.parent.iterdir()] == ["quantized.pth"]
+
+
+@pytest.mark.parametrize("dies_in", ["the second epoch", "the end"])
+def test_resumed_equals_uninterrupted(tiny, parent, whole, tmp_path, monkeypatch, dies_in):
+    expected, lines = whole
+
+    def dying(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if dies_in == "the end":
+            patch.setattr(checkpoint, "save", dying)
+        else:
+            patch.setattr(Log, "__call__", dying)  # the state of epoch 1 is written
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, parent, tmp_path)
+    out = tmp_path / "checkpoints/quantized.pth"
+    assert not out.exists() and out.with_name("quantized.pth.resume").exists()
+    resumed, again = run(tiny, parent, tmp_path)
+    assert list(resumed.state) == list(expected.state)
+    assert all(torch.equal(expected.state[k], resumed.state[k]) for k in expected.state)
+    timeless = [[{k: v for k, v in x.items() if k != "seconds"} for x in y] for y in (again, lines)]
+    assert timeless[0] == timeless[1]
+    assert not out.with_name("quantized.pth.resume").exists()
+
+
+def test_other_bits_of_a_layer_are_another_run(tiny, parent, tmp_path, monkeypatch):
+    """Though the file that says so has the same name."""
+    bits = tmp_path / "bits.json"
+    bits.write_text('{"features.3.conv.1.0": 8}')
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "__call__", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tiny, parent, tmp_path, f"--layer-bits={bits}")
+    bits.write_text('{"features.3.conv.1.0": 2}')
+    with pytest.raises(checkpoint.UserError, match="is the state of another run"):
+        run(tiny, parent, tmp_path, f"--layer-bits={bits}")
