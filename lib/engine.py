@@ -168,47 +168,50 @@ def fit(
     if recipe.compile:
         forward = torch.compile(forward)
 
-    for epoch in range(len(history), recipe.epochs):
-        start = time.monotonic()
-        torch.manual_seed(seed * 1_000_003 + epoch + rank * 999_983)  # dropout: its own a rank
-        try:
+    saved = len(history)
+    try:
+        for epoch in range(len(history), recipe.epochs):
+            start = time.monotonic()
+            torch.manual_seed(seed * 1_000_003 + epoch + rank * 999_983)  # dropout: its own a rank
             totals = train_epoch(
                 forward, images.train, recipe, augment, optimizer, scaler, average, seed, epoch,
                 steps, teacher=teacher, after_step=after_step,
                 note=f"{note}epoch {epoch + 1}/{recipe.epochs}",
             )  # fmt: skip
-        except KeyboardInterrupt:
-            saved = f"{state_file} holds {note}epoch {epoch}" if epoch else f"{note}epoch 0"
-            raise KeyboardInterrupt(f"{saved}; continue with --resume") from None
-        if world > 1:
-            dist.all_reduce(totals)
-        loss, correct = (totals / (steps * recipe.batch_size)).tolist()
-        if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} at epoch {epoch + 1}: lower --lr, or --no-amp")
-        line = {
-            "epoch": epoch + 1, "train_loss": loss, "train_accuracy": correct,
-            "lr": recipe.learning_rate((epoch + 1) * steps - 1, steps),
-        }  # fmt: skip
-        final = average or model
-        if len(images.val):
-            result = evaluate(final, images.val, recipe.amp)
-            line |= {"val_loss": result.loss, "val_accuracy": agreed(result.accuracy, device),
-                     "val_total": result.total}  # fmt: skip
-        line["seconds"] = round(time.monotonic() - start, 1)
-        history.append(line)
-        if best < 0 or line.get("val_accuracy", 1) > history[best].get("val_accuracy", 0):
-            best = epoch
-            best_state = {k: v.cpu().clone() for k, v in final.state_dict().items()}
-        if rank == 0:
-            checkpoint.write(state_file, {
-                "config": config, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "average": average.state_dict() if average else None,
-                "history": history, "best": best, "best_state": best_state,
-            })  # fmt: skip
-        if log:
-            log(line)
-        say(_summary(line, f"{note}epoch {epoch + 1}/{recipe.epochs}"))
+            if world > 1:
+                dist.all_reduce(totals)
+            loss, correct = (totals / (steps * recipe.batch_size)).tolist()
+            if not math.isfinite(loss):
+                where = f"at epoch {epoch + 1}"
+                raise DivergedError(f"the loss is {loss} {where}: lower --lr, or --no-amp")
+            line = {
+                "epoch": epoch + 1, "train_loss": loss, "train_accuracy": correct,
+                "lr": recipe.learning_rate((epoch + 1) * steps - 1, steps),
+            }  # fmt: skip
+            final = average or model
+            if len(images.val):
+                result = evaluate(final, images.val, recipe.amp)
+                line |= {"val_loss": result.loss, "val_accuracy": agreed(result.accuracy, device),
+                         "val_total": result.total}  # fmt: skip
+            line["seconds"] = round(time.monotonic() - start, 1)
+            history.append(line)
+            if best < 0 or line.get("val_accuracy", 1) > history[best].get("val_accuracy", 0):
+                best = epoch
+                best_state = {k: v.cpu().clone() for k, v in final.state_dict().items()}
+            if rank == 0:
+                checkpoint.write(state_file, {
+                    "config": config, "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                    "average": average.state_dict() if average else None,
+                    "history": history, "best": best, "best_state": best_state,
+                })  # fmt: skip
+            saved = epoch + 1
+            if log:
+                log(line)
+            say(_summary(line, f"{note}epoch {epoch + 1}/{recipe.epochs}"))
+    except KeyboardInterrupt:
+        held = f"{state_file} holds {note}epoch {saved}" if saved else f"{note}epoch 0"
+        raise KeyboardInterrupt(f"{held}; continue with --resume") from None
     model.load_state_dict(best_state)
     return history, best
 
