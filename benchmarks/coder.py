@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from lib import coder, config
+from lib import coder, config, packed
 from lib.config import UserError, flag
 
 NNCODEC = "nncodec==2.1.3"
@@ -84,21 +84,8 @@ def reference(folder: str):
             raise UserError(f"{name}: pruned.pth and int8.pth are not of one network")
         levels.append(level.flatten(1).numpy().astype(np.int32))
         weights.append(layer.weight.detach().flatten(1).numpy())
-    return levels, weights, *structure(small.settings["blocks"])
-
-
-def structure(blocks):
-    """Kinds and links: hidden channels of a block, and the stream that its stage shares."""
-    kinds, links, stream = [coder.STEM], [(("hidden", 0), None)], "images"
-    for i, block in enumerate(blocks):
-        hidden, after = ("hidden", i), stream if block["residual"] else ("stream", i)
-        if block["expand"]:
-            kinds.append(coder.EXPAND)
-            links.append((hidden, stream))
-        kinds += [coder.DEPTHWISE, coder.PROJECT]
-        links += [(hidden, None), (after, hidden)]
-        stream = after
-    return [*kinds, coder.HEAD, coder.CLASSIFIER], [*links, ("head", stream), (None, "head")]
+    network = packed.layers(small.settings)
+    return levels, weights, [x.kind for x in network], [x.links for x in network]
 
 
 def requantized(weights, bits):

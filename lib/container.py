@@ -12,7 +12,10 @@ import zlib
 MAGIC = b"\x89NNZ\r\n\x1a\n"  # a byte that is not ASCII, both line ends: text-mode copies show
 HEADER = struct.Struct("<8sHBBII")  # magic, version, section count, reserved, file length, CRC-32
 ENTRY = struct.Struct("<4sII")  # tag, payload length, CRC-32 of tag and payload
-VERSIONS = {1: ("META", "SVAL", "SIDX", "DENS", "HASH")}  # version -> its sections, in file order
+VERSIONS = {  # version -> its sections, in file order
+    1: ("META", "SVAL", "SIDX", "DENS", "HASH"),
+    2: ("NETW", "CODE", "SIDE"),
+}
 MAX_LENGTH = (1 << 32) - 1  # bytes of a file, and of the decoded tensors: lengths are 32-bit
 LIMIT = 1 << 30  # bytes, the default of what a caller accepts, of the same two
 
@@ -67,8 +70,10 @@ def pack(sections: dict[str, bytes]) -> bytes:
     return b"".join([head, crc.to_bytes(4, "little"), table, *payloads])
 
 
-def unpack(data: bytes, limit: int = LIMIT) -> dict[str, memoryview]:
-    """The payloads by tag, as views of `data`; nothing is copied.
+def unpack(
+    data: bytes, limit: int = LIMIT, version: int | None = None
+) -> dict[str, memoryview]:
+    """The payloads by tag, as views of `data`; nothing is copied. version: the only one accepted.
 
     Raises a FormatError for anything but a whole, undamaged file of at most `limit` bytes.
     """
@@ -77,17 +82,17 @@ def unpack(data: bytes, limit: int = LIMIT) -> dict[str, memoryview]:
         raise NotNNZ("not a .nnz file: foreign magic")
     if len(data) < HEADER.size:
         raise Truncated(f"truncated: {len(data)} bytes, less than a header")
-    _, version, count, reserved, length, crc = HEADER.unpack_from(data)
-    if version not in VERSIONS:
-        known = ", ".join(map(str, VERSIONS))
-        raise UnsupportedVersion(f"version {version}; this reader knows {known}")
+    _, found, count, reserved, length, crc = HEADER.unpack_from(data)
+    known = VERSIONS if version is None else (version,)
+    if found not in known:
+        raise UnsupportedVersion(f"version {found}; this reader knows {', '.join(map(str, known))}")
     if length > limit:
         raise LimitExceeded(f"declares {length} bytes, over the limit of {limit}")
     if len(data) < length:
         raise Truncated(f"truncated: {len(data)} bytes of {length}")
     if len(data) > length:
         raise Malformed(f"{len(data) - length} bytes after the declared end")
-    tags = VERSIONS[version]
+    tags = VERSIONS[found]
     if reserved or count != len(tags):
         raise Malformed(f"header: {count} sections, reserved {reserved}, not {len(tags)} and 0")
     start = HEADER.size + count * ENTRY.size
@@ -97,9 +102,9 @@ def unpack(data: bytes, limit: int = LIMIT) -> dict[str, memoryview]:
         raise ChecksumMismatch("header or section table is damaged (CRC-32)")
 
     table = list(ENTRY.iter_unpack(data[HEADER.size : start]))
-    found = [tag for tag, _, _ in table]
-    if found != [tag.encode() for tag in tags]:
-        raise Malformed(f"version {version} has the sections {' '.join(tags)}, found {found}")
+    named = [tag for tag, _, _ in table]
+    if named != [tag.encode() for tag in tags]:
+        raise Malformed(f"version {found} has the sections {' '.join(tags)}, found {named}")
     if start + sum(size for _, size, _ in table) != length:
         raise Malformed("section lengths do not add up to the file length")
     sections = {}

@@ -100,7 +100,7 @@ def encode(
         "meta": meta,
         "sparse": rows,
     }
-    text = _canonical(directory)
+    text = canonical(directory)
     if _parse(text, MAX_LENGTH)[0] != meta:
         raise Malformed("meta does not survive JSON: use string keys, and lists for tuples")
     return pack(
@@ -123,7 +123,7 @@ def decode(
     than `limit` bytes: that is known, and checked, before any of them is allocated.
     """
     limit = min(limit, MAX_LENGTH)
-    payloads = unpack(data, limit)
+    payloads = unpack(data, limit, version=1)
     text = _inflate(payloads["META"], min(limit, META_LIMIT))
     meta, sparse_entries, dense_entries = _parse(text, limit)
     raw = {tag: np.frombuffer(payloads[tag], np.uint8) for tag in ("SVAL", "SIDX", "DENS")}
@@ -174,8 +174,21 @@ def _digest(text, arrays):
     return sha.digest()
 
 
-def _canonical(value):
+def canonical(value) -> bytes:
+    """JSON as section 3.1 of FORMAT.md has it."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def parse_canonical(text: bytes, section: str):
+    """The content of canonical JSON; Malformed for any other text."""
+    try:
+        content = json.loads(text)
+        again = canonical(content)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"section {section} is not legal JSON: {error}") from None
+    if again != text:  # also catches duplicate keys
+        raise Malformed(f"section {section} is not canonical JSON")
+    return content
 
 
 def _inflate(payload, limit):
@@ -195,14 +208,7 @@ def _parse(text, limit):
     """(meta, sparse entries, dense entries) of the directory's JSON, all of it checked."""
     if len(text) > META_LIMIT:
         raise LimitExceeded(f"metadata of {len(text)} bytes, over the limit of {META_LIMIT}")
-    try:
-        content = json.loads(text)
-        canonical = _canonical(content)
-    except (ValueError, RecursionError) as error:
-        raise Malformed(f"section META is not legal JSON: {error}") from None
-    if canonical != text:  # also catches duplicate keys
-        raise Malformed("section META is not canonical JSON")
-    match content:
+    match parse_canonical(text, "META"):
         case {"dense": list(dense), "meta": dict(meta), "sparse": list(sparse), **rest} if not rest:
             pass
         case _:

@@ -1,0 +1,116 @@
+"""Float vectors as short integers, without loss (FORMAT.md, section 4.4): scales, biases, steps.
+
+A vector becomes integers in one of two forms, whichever is shorter: the numbers' own bits without
+the mantissa's trailing zeros, or multiples of a power of two. So numbers that were rounded, to few
+mantissa bits or to a grid, take few bits, and any others come back just as well. Knows no torch.
+"""
+
+import numpy as np
+
+from lib import coder
+from lib.container import Malformed
+
+# A vector's form: 1 to 24 is 1 + the mantissa bits of its floats; -1 to -277 is -150 - e, of
+# multiples of 2^e.
+LONGEST_CUT = 17  # low bits that are stored as they are: 32 - 17 bits the coder can hold
+
+
+def pack(vectors: list[np.ndarray], compiled: bool | None = None) -> bytes:
+    """The bytes of float32 vectors of any values: two lengths, the coder's stream, low bits."""
+    forms, cuts, high, low = [], [], [], []
+    for vector in vectors:
+        form, numbers = _shortest(np.asarray(vector, "<f4"))
+        cut = _cut(numbers)
+        forms.append(form)
+        cuts.append(cut)
+        high.append(numbers >> cut)
+        low.append(_bits(numbers, cut))
+    stream = coder.encode_values([forms, cuts, *high], compiled=compiled)
+    tail = np.packbits(np.concatenate(low), bitorder="little").tobytes()
+    return varint(len(stream)) + varint(len(tail)) + stream + tail
+
+
+def unpack(
+    stream: bytes, tail: bytes, sizes: list[int], compiled: bool | None = None
+) -> list[np.ndarray]:
+    """The vectors, float32, of these sizes, from what follows the lengths. Raises Malformed."""
+    try:
+        found = coder.decode_values(stream, [len(sizes)] * 2 + sizes, compiled=compiled)
+    except coder.CoderError as error:
+        raise Malformed(f"section SIDE: {error}") from None
+    forms, cuts, *high = found
+    if ((cuts < 0) | (cuts > LONGEST_CUT)).any():
+        raise Malformed("section SIDE: an illegal number of low bits")
+    bits = np.unpackbits(np.frombuffer(tail, np.uint8), bitorder="little")
+    needed = int(cuts @ np.array(sizes, np.int64)) if sizes else 0
+    if len(tail) != (needed + 7) // 8 or bits[needed:].any():
+        raise Malformed("section SIDE: not as many low bits as the vectors need")
+    vectors, at = [], 0
+    for form, cut, numbers in zip(forms.tolist(), cuts.tolist(), high, strict=True):
+        end = at + cut * len(numbers)
+        low = bits[at:end].reshape(len(numbers), cut) @ (1 << np.arange(cut, dtype=np.int64))
+        vectors.append(_floats(form, (numbers.astype(np.int64) << cut) + low))
+        at = end
+    return vectors
+
+
+def varint(number: int) -> bytes:
+    """Seven bits a byte, the lowest first; the top bit says that more follow."""
+    out = []
+    while number >> 7:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def _shortest(vector):
+    """(form, integers, int64)."""
+    bits = vector.view("<u4").astype(np.int64)
+    sign, size = bits >> 31, bits & 0x7FFFFFFF
+    mantissa = 23 - _trailing_zeros(size, 23)
+    floats = size >> 23 - mantissa
+    floats = np.where(sign, ~floats, floats)  # -0.0 is -1: nothing is lost
+    form = 1 + mantissa
+    if np.isfinite(vector).all() and not (sign & (size == 0)).any() and size.any():
+        exponent = np.maximum(size >> 23, 1) - 150
+        whole = size & 0x7FFFFF | (size >> 23 > 0).astype(np.int64) << 23
+        exponent = min(int(e) + _trailing_zeros(w, 23)
+                       for e, w in zip(exponent, whole, strict=True) if w)  # fmt: skip
+        grid = np.ldexp(vector.astype(np.float64), -exponent)
+        if np.abs(grid).max() <= coder.LARGEST and np.ptp(grid) <= np.ptp(floats):
+            return -150 - exponent, grid.astype(np.int64)
+    return form, floats
+
+
+def _trailing_zeros(numbers, most):
+    union = int(np.bitwise_or.reduce(np.atleast_1d(numbers), initial=0))
+    return min((union & -union).bit_length() - 1, most) if union else most
+
+
+def _cut(numbers):
+    cut = 0
+    while len(numbers) and max(int(numbers.max()) >> cut, -(int(numbers.min()) >> cut)) > (
+        coder.LARGEST
+    ):
+        cut += 1
+    return cut
+
+
+def _bits(numbers, cut):
+    return (numbers[:, None] >> np.arange(cut) & 1).astype(np.uint8).reshape(-1)
+
+
+def _floats(form, numbers):
+    if 1 <= form <= 24:
+        size = np.where(numbers < 0, ~numbers, numbers)
+        if size.size and int(size.max()) >> 7 + form:
+            raise Malformed("section SIDE: a number is too large for its form")
+        return (size << 24 - form | (numbers < 0).astype(np.int64) << 31).astype("<u4").view("<f4")
+    if not -277 <= form <= -1:
+        raise Malformed("section SIDE: an illegal form")
+    exact = np.ldexp(numbers.astype(np.float64), -150 - form)
+    with np.errstate(over="ignore"):
+        vector = exact.astype("<f4")
+    if not (vector == exact).all() or not np.isfinite(vector).all():
+        raise Malformed("section SIDE: a number that is no float32")
+    return vector
