@@ -4,7 +4,7 @@
     python sparse_compress.py --decompress X.nnz --out Y.pth   and back to a checkpoint
 
 in:  checkpoints/int8.pth (any checkpoint will do: its weights keep the bits that they have)
-out: checkpoints/compressed.nnz, in the format of FORMAT.md; logs/compress.jsonl
+out: checkpoints/compressed.nnz, in the version of FORMAT.md that fits it; logs/compress.jsonl
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, config, metrics, nnz, sparse
+from lib import checkpoint, config, metrics, nnz
 from lib.config import UserError, flag
 
 
@@ -47,9 +47,11 @@ def compress(cfg) -> None:
         file.write(raw)
     if out.read_bytes() != raw:
         raise UserError(f"{out} does not hold what was written to it")
-    metrics.log_stage(cfg, "compress", {"bytes": len(raw), **sparse.sections(raw)})
-    parts = ", ".join(f"{kind} {size:,}" for kind, size in sparse.sections(raw).items())
-    print(f"{out}: {len(raw):,} bytes ({parts}); parent {parent.bytes:,}; decoded, identical")
+    version, parts = nnz.version(raw), nnz.sections(raw)
+    metrics.log_stage(cfg, "compress", {"bytes": len(raw), "version": version, **parts})
+    text = ", ".join(f"{kind} {size:,}" for kind, size in parts.items())
+    print(f"{out}: {len(raw):,} bytes, version {version} ({text}); parent {parent.bytes:,}; "
+          "decoded, identical")  # fmt: skip
 
 
 def decompress(cfg) -> None:

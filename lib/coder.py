@@ -252,6 +252,8 @@ class _Stream:
                 kind, smallest, width, *given, *kept,
             )  # fmt: skip
             if self.decoding:
+                if self.state[AT] > self.state[END] + 5:  # see _tail: no use to go on
+                    raise CoderError("the input ends before its content does")
                 layer[where] = np.reshape(flat, levels.shape)
             else:
                 self.written += bytes(data[: self.state[AT]])

@@ -25,7 +25,7 @@ WIDTH, DPI = 9.0, 160  # inches; 1440 pixels, for screens that show more than 90
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, RED, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 INK, MUTED, GREY, PALE = "#222222", "#666666", "#999999", "#A9CCE3"
-PARTS = (BLUE, ORANGE, SKY, GREEN, PINK, YELLOW, RED, GREY)
+PARTS = (BLUE, ORANGE, SKY, GREEN, PINK, YELLOW, RED, GREY, PALE, "#7A2E00", "#B7D7A8", MUTED)
 KINDS = {"stem": BLACK, "expand": BLUE, "depthwise": RED, "project": SKY,
          "head": ORANGE, "classifier": GREEN, "other": GREY}
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#FFFFFF", "#F9C78B", RED, "#7A2E00"])

@@ -113,8 +113,15 @@ def test_foreign_files(data):
 
 
 def test_future_version_is_named_before_its_checksum():
-    refuse(seal(rows(), version=2), UnsupportedVersion)
+    refuse(seal(rows(), version=3), UnsupportedVersion)
     refuse(seal(rows(), version=0), UnsupportedVersion)
+
+
+def test_a_reader_of_one_version_refuses_the_other():
+    assert unpack(pack(SMALL), version=1) == SMALL
+    refuse(pack(SMALL), UnsupportedVersion, version=2)
+    refuse(pack(dict.fromkeys(container.VERSIONS[2], b"")), UnsupportedVersion, version=1)
+    refuse(seal(rows(), version=2), Malformed)  # the sections of the other
 
 
 @pytest.mark.parametrize(
@@ -162,6 +169,6 @@ def test_pack_refuses_lengths_over_32_bits(monkeypatch):
 def test_decoder_needs_no_torch_and_the_frame_no_numpy():
     code = (
         "import sys, lib.container; assert 'numpy' not in sys.modules;"
-        "import lib.sparse; assert 'torch' not in sys.modules"
+        "import lib.sparse, lib.packed; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,7 +14,7 @@ import report
 import sparse_compress
 import to_int8
 import train
-from lib import checkpoint, memory, metrics, plots, quantizers
+from lib import checkpoint, container, memory, metrics, plots, quantizers
 from lib.config import UserError
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -76,9 +76,12 @@ def test_report_of_a_chain(run, tiny, capsys, monkeypatch):
     baseline, quantized, int8, nnz = rows
     weights = baseline["weights"]
     assert [row["weight_bytes"] for row in rows[:3]] == [4 * weights, 4 * weights, weights]
-    layers = metrics.layer_counts(checkpoint.load(run / "checkpoints/int8.pth").build())
-    assert nnz["parts"][memory.WEIGHTS] == sum((4 * n + 7) // 8 for _, _, n in layers)
-    assert nnz["weight_bytes"] == nnz["parts"][memory.WEIGHTS] + nnz["parts"][memory.INDICES]
+    assert list(nnz["parts"]) == [
+        *(f"weights: {part}" for part in ("liveness", "significance", "signs", "magnitudes")),
+        "scales", "biases", "activation steps", "metadata", "frame",
+    ]  # fmt: skip
+    code = container.unpack((run / "checkpoints/compressed.nnz").read_bytes(), version=2)["CODE"]
+    assert nnz["weight_bytes"] == len(code)
     assert nnz["ratios"]["model"] == baseline["bytes"] / nnz["bytes"]
     assert nnz["ratios"]["weights"] == 4 * weights / nnz["weight_bytes"]
     assert nnz["ratios"]["activations"] == pytest.approx(32 / 6, rel=1e-4)  # whole bytes
@@ -106,6 +109,16 @@ def test_report_of_one_file_on_validation(run, tiny, capsys, monkeypatch):
 def test_nothing_to_report(tmp_path):
     with pytest.raises(UserError, match="no files of the chain"):
         report.main([f"--run-dir={tmp_path}"])
+
+
+def test_version_1_is_values_and_indices(chain, tmp_path):
+    parent = f"--parent={chain}/checkpoints/baseline.pth"
+    sparse_compress.main([f"--run-dir={tmp_path}", parent])
+    source = checkpoint.load(tmp_path / "checkpoints/compressed.nnz")
+    parts = memory.parts(source)
+    assert sum(parts.values()) == source.bytes
+    assert parts[memory.WEIGHTS] == 4 * sum(n for *_, n in metrics.layer_counts(source.build()))
+    assert parts[memory.INDICES] and parts[memory.REST]
 
 
 def test_shared_tensors_are_counted_as_stored(tmp_path):

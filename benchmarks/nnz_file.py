@@ -1,0 +1,170 @@
+"""A whole .nnz file of version 2: seconds of encode and decode; and what damage does to one.
+
+    python benchmarks/nnz_file.py checkpoints/compressed.nnz [--turns 3]
+    python benchmarks/nnz_file.py --fuzz 100000
+
+Seconds are CPU seconds, of plain Python and (if it is installed) numba, in alternating turns after
+one to compile or load; medians count. The decoded tensors are compared with the encoded ones.
+
+--fuzz N: decodes N damaged copies of small made-up files. Half have random bytes changed, cut out
+or put in; in half, what is changed is a section's payload, and the CRCs are made right again, so
+that the parsers and the coder get to see it. Each must end in one of the named errors or, where the
+damage does not matter (the same text, deflated otherwise), in the same network. Prints how often
+each error came; anything else is a traceback.
+"""
+
+import collections
+import random
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from lib import coder, config, container, packed
+from lib.config import UserError, flag
+
+
+@dataclass
+class Settings:
+    files: list[str] = config.files("a .nnz file of version 2")
+    turns: int = flag(3, "of each side")
+    fuzz: int = flag(0, "only: so many damaged files")
+
+
+def made_up(seed: int = 0, bits: int = 4, act_bits: int = 8, coarse: bool = False):
+    """(meta, tensors) of a network of a few hundred weights, for lib/packed.py.
+
+    coarse: scales of 3 mantissa bits, biases on a grid of 1/8 and dead rows of scale 1.
+    """
+    draw = np.random.default_rng(seed)
+    blocks, channels = [], 3
+    for expand, residual in ((False, False), (True, True), (True, False)):
+        out = channels if residual else int(draw.integers(2, 6))
+        blocks.append({"hidden": int(draw.integers(3, 9)) if expand else channels, "out": out,
+                       "stride": 1, "expand": expand, "residual": residual})  # fmt: skip
+        channels = out
+    settings = {"stem": 3, "head": 7, "blocks": blocks, "classes": 4, "dropout": 0.2,
+                "folded": True, "stem_stride": 2}  # fmt: skip
+    scheme = {"method": "qat", "weight_bits": bits, "act_bits": act_bits, "layer_bits": {},
+              "weight_scale": "channel"}  # fmt: skip
+    network = packed.layers(settings)
+    tensors = {}
+    for name, (kind, shape) in packed.tensors_of(network, settings, scheme).items():
+        if kind == "float32":
+            value = draw.normal(size=shape)
+            if coarse and "bias" in name:
+                value = np.round(value * 8) / 8 + 0.0
+            elif coarse:
+                fraction, exponent = np.frexp(value)
+                value = np.ldexp(np.round(fraction * 16) / 16, exponent)
+            tensors[name] = np.asarray(value, np.float32)
+        else:
+            top = 2 ** (packed.bits_of(name.removesuffix(".weight"), scheme) - 1) - 1
+            levels = np.clip(np.round(draw.laplace(0, top / 3, shape)), -top, top)
+            levels[draw.random(shape) < 0.4] = 0
+            levels[draw.random(len(levels)) < 0.2] = 0
+            tensors[name] = levels.astype(kind)
+    for layer in network:
+        dead = ~tensors[f"{layer.name}.weight"].reshape(layer.matrix).any(1)
+        if coarse:
+            tensors[f"{layer.name}.weight_scale"][dead] = 1
+    ancestor = {"bytes": None, "metrics": {}, "sha256": None, "weights": None}
+    meta = {
+        "settings": settings, "quantization": scheme, "seed": 47, "mean": [0.5, 0.25, 0.1],
+        "std": [0.1, 0.2, 1.0], "data": {"classes": ["a", "b", "c", "d"], "val_size": 30},
+        "ancestors": [ancestor | {"stage": "pruned", "weights": 5000},
+                      ancestor | {"stage": "quantized", "sha256": "0123456789abcdef" * 4}],
+    }  # fmt: skip
+    return meta, tensors
+
+
+def sealed(payloads) -> bytes:
+    """A file of these payloads, with every CRC right."""
+    return container.pack({tag: bytes(payload) for tag, payload in payloads.items()})
+
+
+def fuzz(count: int, seed: int = 0) -> collections.Counter:
+    """How often each error came."""
+    draw, found = random.Random(seed), collections.Counter()
+    cases = (4, 8, True), (8, 6, False), (2, 32, True), (12, 16, False)
+    networks = [made_up(i, *case) for i, case in enumerate(cases)]
+    files = [packed.encode(*network) for network in networks]
+    for _ in range(count):
+        at = draw.randrange(len(files))
+        if draw.random() < 0.5:
+            raw = damaged(files[at], draw)
+        else:
+            payloads = dict(container.unpack(files[at]))
+            tag = draw.choice(list(payloads))
+            payloads[tag] = damaged(bytes(payloads[tag]), draw)
+            raw = sealed(payloads)
+        try:
+            meta, tensors = packed.decode(raw)
+        except container.FormatError as error:
+            assert type(error) is not container.FormatError and "\n" not in str(error)
+            found[type(error).__name__] += 1
+        else:
+            assert meta == networks[at][0]
+            for name, value in networks[at][1].items():
+                assert value.tobytes() == tensors[name].tobytes(), name
+            found["the same network"] += 1
+    return found
+
+
+def damaged(raw: bytes, draw: random.Random) -> bytes:
+    raw = bytearray(raw)
+    for _ in range(draw.randint(1, 3)):
+        at, size = draw.randrange(len(raw) + 1), draw.choice((0, 1, 1, 2, 4, 30))
+        new = draw.choice((size, size, draw.randrange(6)))
+        fill = draw.choice((None, None, 0, 255))
+        raw[at : at + size] = draw.randbytes(new) if fill is None else bytes([fill]) * new
+    if draw.random() < 0.3 and raw:
+        raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+    return bytes(raw)
+
+
+def times(path: str, turns: int) -> None:
+    raw = Path(path).read_bytes()
+    meta, tensors = packed.decode(raw)
+    sides = {"plain Python": False} | ({"numba": True} if coder.numba else {})
+    rows = {name: [] for name in sides}
+    if coder.numba:  # compile, or load
+        packed.decode(packed.encode(*made_up(), compiled=True), compiled=True)
+    for _ in range(turns):
+        for name, compiled in sides.items():
+            start = time.process_time()
+            again = packed.encode(meta, tensors, compiled=compiled)
+            middle = time.process_time()
+            _, found = packed.decode(again, compiled=compiled)
+            rows[name].append((middle - start, time.process_time() - middle))
+            assert again == raw and all(np.array_equal(found[k], v) for k, v in tensors.items())
+    print(f"{path}: {len(raw):,} bytes; CPU seconds, medians of {turns} alternating turns")
+    first = None
+    for name, pairs in rows.items():
+        row = [statistics.median(column) for column in zip(*pairs, strict=True)]
+        first = first or row
+        ratio = ", ".join(f"{a / b:.3f}" for a, b in zip(row, first, strict=True))
+        print(f"{name:14s} encode {row[0]:.3f}, decode {row[1]:.3f}; ratio to the first: {ratio}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(Settings, __doc__, argv)
+    if cfg.fuzz:
+        for name, count in fuzz(cfg.fuzz).most_common():
+            print(f"{count:9,d}  {name}")
+        return
+    if len(cfg.files) != 1:
+        raise UserError("name one .nnz file")
+    try:
+        times(cfg.files[0], cfg.turns)
+    except (OSError, container.FormatError) as error:
+        raise UserError(f"{cfg.files[0]}: {config.reason(error)}") from None
+
+
+if __name__ == "__main__":
+    config.run(main)
