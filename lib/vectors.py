@@ -17,7 +17,7 @@ LONGEST_CUT = 17  # low bits that are stored as they are: 32 - 17 bits the coder
 
 def pack(vectors: list[np.ndarray], compiled: bool | None = None) -> bytes:
     """The bytes of float32 vectors of any values: two lengths, the coder's stream, low bits."""
-    forms, cuts, high, low = [], [], [], []
+    forms, cuts, high, low = [], [], [], [np.zeros(0, np.uint8)]
     for vector in vectors:
         form, numbers = _shortest(np.asarray(vector, "<f4"))
         cut = _cut(numbers)
@@ -25,7 +25,8 @@ def pack(vectors: list[np.ndarray], compiled: bool | None = None) -> bytes:
         cuts.append(cut)
         high.append(numbers >> cut)
         low.append(_bits(numbers, cut))
-    stream = coder.encode_values([forms, cuts, *high], compiled=compiled)
+    heads = np.array([forms, cuts], np.int64)
+    stream = coder.encode_values([*heads, *high], compiled=compiled)
     tail = np.packbits(np.concatenate(low), bitorder="little").tobytes()
     return varint(len(stream)) + varint(len(tail)) + stream + tail
 
@@ -77,9 +78,14 @@ def _shortest(vector):
         exponent = min(int(e) + _trailing_zeros(w, 23)
                        for e, w in zip(exponent, whole, strict=True) if w)  # fmt: skip
         grid = np.ldexp(vector.astype(np.float64), -exponent)
-        if np.abs(grid).max() <= coder.LARGEST and np.ptp(grid) <= np.ptp(floats):
+        if np.abs(grid).max() <= coder.LARGEST and _span(grid) <= _span(floats):
             return -150 - exponent, grid.astype(np.int64)
     return form, floats
+
+
+def _span(numbers):
+    """How far magnitudes differ: zeros and signs are cheap."""
+    return np.ptp(np.abs(numbers[numbers != 0]))
 
 
 def _trailing_zeros(numbers, most):

@@ -1,0 +1,483 @@
+"""Version 2 of the .nnz file: bit-for-bit round trips, pinned files, a decoder written from
+FORMAT.md alone beside the fast one, and refusals by name of all that is damaged, foreign or too large.
+
+The coder and the vectors themselves: tests/test_coder.py, tests/test_vectors.py. More damage than
+fits here: benchmarks/nnz_file.py --fuzz.
+"""
+
+import copy
+import hashlib
+import json
+import random
+import re
+import struct
+import subprocess
+import sys
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_coder import slow_decode as slow_levels
+
+from benchmarks.nnz_file import damaged, fuzz, made_up, sealed
+from lib import coder, container, packed, sparse, vectors
+from lib.container import (
+    ChecksumMismatch,
+    FormatError,
+    LimitExceeded,
+    Malformed,
+    NotNNZ,
+    Truncated,
+    UnsupportedVersion,
+)
+
+FOLDER = Path(__file__).parent
+FORMAT = (FOLDER.parent / "FORMAT.md").read_text()
+GOLDEN = sorted((FOLDER / "golden").glob("*.nnz"))
+
+
+def check_round_trip(meta, tensors):
+    raw = packed.encode(meta, tensors)
+    found, decoded = packed.decode(raw)
+    assert found == meta
+    assert list(decoded) == list(tensors)
+    for name, value in tensors.items():
+        assert decoded[name].dtype == value.dtype and decoded[name].shape == value.shape, name
+        assert decoded[name].tobytes() == value.tobytes(), name
+        assert decoded[name].flags.writeable
+    sizes = packed.sections(raw)
+    assert list(sizes) == [*coder.PARTS, "scales", "biases", "steps", "metadata", "frame"]
+    assert sum(sizes.values()) == len(raw) and min(sizes.values()) >= 0
+    return raw, sizes
+
+
+# ---- what comes back -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 9, 12, 16])
+def test_every_width_comes_back(bits):
+    check_round_trip(*made_up(bits, bits, act_bits=(4, 8, 32)[bits % 3], coarse=bits % 2 == 0))
+
+
+def test_coarse_scales_and_biases_pay():
+    _, fine = check_round_trip(*made_up(1))
+    _, coarse = check_round_trip(*made_up(1, coarse=True))
+    assert coarse["scales"] < fine["scales"] / 2 and coarse["biases"] < fine["biases"] / 2
+    assert coarse["magnitudes"] == fine["magnitudes"] and coarse["steps"] < fine["steps"]
+
+
+def test_layer_bits_and_any_further_keys_come_back():
+    meta, tensors = made_up(2, 8)
+    scheme = meta["quantization"]
+    scheme["layer_bits"] = {"features.0.0": 12, "classifier.1": 2}
+    scheme |= {"last_act_bits": 12, "rate": 0.25, "note": ["é", None]}
+    meta["data"] |= {"source": "cifar10", "more": {"a": 1}}
+    meta["settings"]["width"] = 1.5
+    tensors["features.0.0.weight"] = tensors["features.0.0.weight"].astype(np.int16) * 16
+    tensors["classifier.1.weight"] = np.sign(tensors["classifier.1.weight"])
+    check_round_trip(meta, tensors)
+
+
+def test_any_float_comes_back():
+    meta, tensors = made_up(3)
+    tensors["features.0.0.bias"] = np.array([np.nan, -0.0, -np.inf], np.float32)
+    tensors["features.0.0.weight_scale"] = np.array([-1e-40, 3e38, -0.5], np.float32)
+    tensors["image.step"] = np.array(-0.0, np.float32)
+    check_round_trip(meta, tensors)
+
+
+def test_networks_without_a_live_weight_or_known_ancestor():
+    meta, tensors = made_up(4)
+    for name, value in tensors.items():
+        if name.endswith(".weight"):
+            value[:] = 0
+    meta["ancestors"][1]["sha256"] = None
+    meta["seed"] = None
+    _, sizes = check_round_trip(meta, tensors)
+    assert sum(sizes[part] for part in coder.PARTS) < 3
+
+
+def test_only_scales_of_dead_rows_that_are_1_are_left_out():
+    meta, tensors = made_up(5, coarse=True)
+    assert packed.unpack(packed.encode(meta, tensors))["SIDE"][0] == packed.DEAD
+    name = "features.0.0"
+    tensors[f"{name}.weight"][1] = 0
+    tensors[f"{name}.weight_scale"][1] = 1.5
+    raw, _ = check_round_trip(meta, tensors)
+    assert packed.unpack(raw)["SIDE"][0] == 0
+
+
+def test_the_usual_network_takes_few_bytes_beside_its_tensors():
+    found = json.loads(packed.DICTIONARY)
+    assert packed._check_description(found) is None
+    stream = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=packed.DICTIONARY)
+    assert len(stream.compress(packed.DICTIONARY) + stream.flush()) < 30
+
+
+def test_numba_writes_the_same_file():
+    if coder.numba is None:
+        pytest.skip("numba is not installed")
+    network = made_up(6, 8)
+    raw = packed.encode(*network, compiled=True)
+    assert raw == packed.encode(*network, compiled=False)
+    assert packed.sections(raw, compiled=True) == packed.sections(raw, compiled=False)
+
+
+@pytest.mark.parametrize("change", [
+    lambda m, t: t.pop("classifier.1.bias"),
+    lambda m, t: t.update(extra=np.zeros(3, np.float32)),
+    lambda m, t: t.update({"classifier.1.bias": np.zeros(5, np.float32)}),
+    lambda m, t: t.update({"classifier.1.bias": np.zeros(4)}),
+    lambda m, t: t["classifier.1.weight"].__setitem__((0, 0), 8),
+    lambda m, t: t["classifier.1.weight"].__setitem__((0, 0), -8),
+    lambda m, t: m["quantization"].update(weight_bits=32),
+    lambda m, t: m["quantization"].update(layer_bits={"classifier.1": 32}),
+    lambda m, t: m["quantization"].update(method="reference"),
+    lambda m, t: m["quantization"].pop("act_bits"),
+    lambda m, t: m["settings"].update(folded=False),
+    lambda m, t: m["settings"].update(head=70000),
+    lambda m, t: m["settings"].update(blocks=[]),
+    lambda m, t: m["settings"].pop("stem"),
+    lambda m, t: m["settings"]["blocks"][1].update(out=9),  # residual, but of other channels
+    lambda m, t: m["settings"]["blocks"][0].update(hidden=9),  # none, but of other channels
+    lambda m, t: m["settings"]["blocks"][0].update(kernel=5),
+    lambda m, t: m.update(data={1: 2}),
+    lambda m, t: m.update(seed="47"),
+])  # fmt: skip
+def test_what_the_version_cannot_hold_is_refused(change):
+    meta, tensors = made_up(7)
+    change(meta, tensors)
+    with pytest.raises(Malformed):
+        packed.encode(meta, tensors)
+
+
+# ---- the bytes themselves ------------------------------------------------------------------------
+
+
+def slow_decode(raw):
+    """Written from FORMAT.md alone: ({name: elements as integers, floats as their bits}, JSON)."""
+    head = struct.unpack_from("<8sHBBII", raw)
+    assert head[:5] == (b"\x89NNZ\r\n\x1a\n", 2, 3, 0, len(raw))
+    assert zlib.crc32(raw[:16] + raw[20:56]) == head[5]
+    payloads, at = [], 56
+    for i, tag in enumerate((b"NETW", b"CODE", b"SIDE")):
+        found, size, crc = struct.unpack_from("<4sII", raw, 20 + 12 * i)
+        payloads.append(raw[at : at + size])
+        assert found == tag and zlib.crc32(tag + payloads[-1]) == crc
+        at += size
+    assert at == len(raw)
+    network, code, side = payloads
+
+    dictionary = re.search(r"zdict.*?```json\n(.*?)\n```", FORMAT, re.S)[1].encode()
+    assert hashlib.sha256(dictionary).hexdigest() in FORMAT
+    stream = zlib.decompressobj(-15, zdict=dictionary)
+    text = stream.decompress(network)
+    rest = stream.unused_data
+    widths_and_parent, content = rest[:-32], rest[-32:]
+    numbers = iter(rest[:-64])
+
+    def varint(data):
+        byte = next(data)
+        return byte % 128 + (128 * varint(data) if byte >= 128 else 0)
+
+    about = json.loads(text)
+    settings, scheme = about["settings"], about["quantization"]
+    layers, steps = [], ["image.step", "features.0.2.step"]  # layers: name, shape, kind, groups
+    channels, stream = varint(numbers), "S0"
+    layers.append(("features.0.0", (channels, 3, 3, 3), 0, (stream, None)))
+    for i, block in enumerate(settings["blocks"], 1):
+        place, expand, residual = f"features.{i}.", block["expand"], block["residual"]
+        hidden = varint(numbers) if expand else channels
+        out = channels if residual else varint(numbers)
+        inner = f"H{i}" if expand else stream
+        after = stream if residual else f"S{i}"
+        if expand:
+            layers.append((f"{place}conv.0.0", (hidden, channels, 1, 1), 1, (inner, stream)))
+        e = int(expand)
+        layers.append((f"{place}conv.{e}.0", (hidden, 1, 3, 3), 2, (inner, None)))
+        layers.append((f"{place}conv.{e + 1}", (out, hidden, 1, 1), 3, (after, inner)))
+        steps += [f"{place}input.step"] * (residual and scheme["act_bits"] < 8)
+        steps += [f"{place}conv.0.2.step"] + [f"{place}conv.1.2.step"] * expand
+        steps += [f"{place}addend.step"] * residual + [f"{place}stream.step"]
+        channels, stream = out, after
+    n, head, classes = len(settings["blocks"]), varint(numbers), settings["classes"]
+    layers.append((f"features.{n + 1}.0", (head, channels, 1, 1), 4, ("T", stream)))
+    layers.append(("classifier.1", (classes, head), 5, (None, "T")))
+    steps += [f"features.{n + 1}.2.step", "pooled.step"]
+    steps = steps if scheme["act_bits"] != 32 else []
+    assert next(numbers, None) is None
+
+    shapes = [(shape[0], int(np.prod(shape[1:]))) for _, shape, _, _ in layers]
+    levels = slow_levels(code, shapes, [x[2] for x in layers], [x[3] for x in layers])
+    alive = [[any(row) or not side[0] & 1 for row in layer] for layer in levels]
+    vectors_of = {}
+    groups = ("weight_scale", [sum(x) for x in alive]), ("bias", [len(x) for x in alive])
+    data = iter(side[1:])
+    for part, sizes in (*groups, ("step", [len(steps)])):
+        lengths = varint(data), varint(data)
+        stream, tail = (bytes(next(data) for _ in range(size)) for size in lengths)
+        counts = [len(sizes), len(sizes), *sizes]
+        shapes, none = [(count, 1) for count in counts], [(None, None)] * len(counts)
+        found = slow_levels(stream, shapes, [6] * len(counts), none)
+        forms, cuts, *rows = [[row[0] for row in column] for column in found]
+        bits, vectors_of[part] = int.from_bytes(tail, "little"), []
+        for form, cut, row in zip(forms, cuts, rows, strict=True):
+            values = []
+            for number in row:
+                number = number * 2**cut + bits % 2**cut
+                bits //= 2**cut
+                if form > 0:
+                    sign, size = (1, -1 - number) if number < 0 else (0, number)
+                    values.append(sign * 2**31 + size * 2 ** (24 - form))
+                else:
+                    value = struct.pack("<f", number * 2.0 ** (-150 - form))
+                    values.append(int.from_bytes(value, "little"))
+            vectors_of[part].append(values)
+        assert bits == 0
+    assert next(data, None) is None
+
+    tensors, sha = {}, hashlib.sha256(text + widths_and_parent)
+    for i, (name, *_) in enumerate(layers):
+        stored = iter(vectors_of["weight_scale"][i])
+        tensors[f"{name}.weight"] = sum(levels[i], [])
+        tensors[f"{name}.weight_scale"] = [next(stored) if x else 0x3F800000 for x in alive[i]]
+        tensors[f"{name}.bias"] = vectors_of["bias"][i]
+    tensors |= {name: [x] for name, x in zip(steps, vectors_of["step"][0], strict=True)}
+    for name, values in tensors.items():
+        kind = "h" if name.endswith(".weight") else "I"
+        sha.update(struct.pack(f"<{len(values)}{kind}", *values))
+    assert sha.digest() == content
+    return tensors, about
+
+
+def check_slow_decoder(raw):
+    slow, about = slow_decode(raw)
+    meta, tensors = packed.decode(raw)
+    assert list(slow) == list(tensors)
+    for name, value in tensors.items():
+        flat = value.reshape(-1)
+        assert slow[name] == (flat.view("<u4") if flat.dtype == np.float32 else flat).tolist(), name
+    assert about["quantization"] == meta["quantization"]
+    again = packed.encode(meta, tensors)
+    old, new = container.unpack(raw), container.unpack(again)
+    assert new["CODE"] == old["CODE"] and new["SIDE"] == old["SIDE"]
+    if "ng" not in zlib.ZLIB_RUNTIME_VERSION:  # zlib-ng deflates differently, which is legal
+        assert again == raw
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+def test_a_decoder_written_from_the_text_agrees_on_the_pinned_files(path):
+    check_slow_decoder(path.read_bytes())
+
+
+def test_the_pinned_files_are_there():
+    assert [path.name for path in GOLDEN] == ["w12a16.nnz", "w2a32.nnz", "w4a8.nnz", "w8a6.nnz"]
+
+
+def test_example_of_the_text():
+    text = FORMAT[FORMAT.index("## 9.") : FORMAT.index("## 10.")]
+    raw = bytes.fromhex(re.search(r"```hex\n(.*?)```", text, re.S)[1])
+    check_slow_decoder(raw)
+    meta, tensors = packed.decode(raw)
+    assert tensors["classifier.1.weight"].tolist() == [[-5, 0], [2, 0]]
+    assert tensors["classifier.1.weight_scale"].tolist() == [0.25, 0.3125]
+    assert meta["ancestors"][1]["sha256"] == "ab" * 32
+    description = re.search(r"```json\n(.*?)\n```", text, re.S)[1].encode()
+    found, _ = packed._inflate(container.unpack(raw)["NETW"], 1000)
+    assert found == description and len(found) == 389
+    for row in re.findall(r"^\| (\d+)-(\d+) \|.*\| `([0-9A-F ]+)( \.\.\.)?` \|$", text, re.M):
+        first, last, shown = int(row[0]), int(row[1]), bytes.fromhex(row[2])
+        assert raw[first : last + 1][: len(shown)] == shown
+        assert row[3] or len(shown) == last + 1 - first
+
+
+def test_the_dictionary_is_that_of_the_text():
+    text = re.search(r"zdict.*?```json\n(.*?)\n```", FORMAT, re.S)[1].encode()
+    assert text == packed.DICTIONARY and f"{len(text):,} bytes" in FORMAT
+
+
+# ---- what must be refused ------------------------------------------------------------------------
+
+
+def refuse(raw, error=FormatError, **limit):
+    with pytest.raises(error) as caught:
+        packed.decode(raw, **limit)
+    assert type(caught.value) is not FormatError
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.fixture(scope="module")
+def small():
+    return packed.encode(*made_up(0, 4, 8, coarse=True))
+
+
+def test_every_truncation(small):
+    for size in range(len(small)):
+        refuse(small[:size], Truncated)
+    refuse(small + b"\0", Malformed)
+
+
+def test_every_bit_flip(small):
+    for bit in range(8 * len(small)):
+        flipped = bytearray(small)
+        flipped[bit // 8] ^= 1 << bit % 8
+        refuse(bytes(flipped))
+
+
+def test_random_damage():
+    found = fuzz(150, seed=1)
+    assert sum(found.values()) == 150 and found["Malformed"] > found["the same network"]
+
+
+def test_every_byte_of_a_sealed_section_counts(small):
+    """With the CRCs made right again, the parsers, the coder or the SHA-256 refuse."""
+    draw = random.Random(2)
+    payloads = dict(container.unpack(small))
+    for tag, payload in payloads.items():
+        for _ in range(25):
+            changed = damaged(bytes(payload), draw)
+            if changed == payload:
+                continue
+            raw = sealed(payloads | {tag: changed})
+            try:
+                found = packed.decode(raw)
+            except FormatError as error:
+                assert type(error) is not FormatError
+            else:  # deflated otherwise, but the same
+                assert tag == "NETW" and found[0] == packed.decode(small)[0]
+
+
+@pytest.mark.parametrize("raw", [
+    b"PK\3\4" + bytes(100), b"\x80\x02ctorch\n", b"", b"\x89PNG\r\n\x1a\n" + bytes(40),
+])  # fmt: skip
+def test_foreign_files(raw):
+    refuse(raw, (NotNNZ, Truncated))
+
+
+def test_version_1_is_another_module_s():
+    refuse(sparse.encode({}, {}, {}, {}), UnsupportedVersion)
+    with pytest.raises(UnsupportedVersion):
+        sparse.decode(packed.encode(*made_up()))
+
+
+def described(change, widths=None, text=None, tail=b""):
+    """A file of a description that may be illegal, sealed, with the right SHA-256 of no tensors."""
+    found = json.loads(packed.DICTIONARY)
+    change(found)
+    text = sparse.canonical(found) if text is None else text
+    stream = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=packed.DICTIONARY)
+    numbers = b"".join(map(vectors.varint, [1] * 25)) if widths is None else widths
+    payload = stream.compress(text) + stream.flush() + numbers + bytes(64) + tail
+    return sealed({"NETW": payload, "CODE": b"\1", "SIDE": b"\0" * 7})
+
+
+@pytest.mark.parametrize("change", [
+    lambda d: d.pop("seed"), lambda d: d.update(more=1), lambda d: d.update(seed=1.5),
+    lambda d: d.update(settings=5), lambda d: d.update(quantization=[]),
+    lambda d: d.update(data=[]), lambda d: d.update(mean="0"), lambda d: d.update(std=[1]),
+    lambda d: d.update(ancestors=[]), lambda d: d.update(ancestors=[1]),
+    lambda d: d.update(parent=4), lambda d: d.update(parent=-1), lambda d: d.update(parent=True),
+    lambda d: d.update(weights=-1), lambda d: d.update(weights=1 << 32),
+    lambda d: d["settings"].update(blocks={}), lambda d: d["settings"].update(blocks=[1]),
+    lambda d: d["settings"].update(blocks=d["settings"]["blocks"] * 20),
+    lambda d: d["settings"].update(stem=8), lambda d: d["settings"].update(classes=0),
+    lambda d: d["settings"].update(folded=1),
+    lambda d: d["settings"]["blocks"][3].update(expand=1),
+    lambda d: d["settings"]["blocks"][3].update(stride=0),
+    lambda d: d["quantization"].update(weight_bits=17),
+    lambda d: d["quantization"].update(act_bits=1),
+    lambda d: d["quantization"].update(last_act_bits=None),
+    lambda d: d["quantization"].update(layer_bits={"x": "8"}),
+    lambda d: d["quantization"].update(method=["ptq"]),
+])  # fmt: skip
+def test_illegal_descriptions(change):
+    refuse(described(change), Malformed)
+
+
+@pytest.mark.parametrize(("options", "error"), [
+    ({"widths": b""}, Malformed),
+    ({"widths": b"\x80\0" + b"\1" * 24}, Malformed),  # longer than it needs
+    ({"widths": b"\0" + b"\1" * 24}, Malformed),
+    ({"widths": b"\x80\x80\4" + b"\1" * 24}, Malformed),  # 65,536
+    ({"widths": b"\xff" * 26}, Malformed),
+    ({"widths": b"\xff\xff\3" * 25}, LimitExceeded),
+    ({"tail": b"\0"}, Malformed),
+    ({"text": b"{}"}, Malformed),
+    ({"text": b" " + packed.DICTIONARY}, Malformed),
+    ({"text": b"\xff"}, Malformed),
+    ({"text": b"[" * 5000}, Malformed),
+    ({"text": b'"' + b"a" * packed.TEXT_LIMIT}, LimitExceeded),
+])  # fmt: skip
+def test_illegal_sections(options, error):
+    refuse(described(lambda d: None, **options), error)
+
+
+def test_huge_sizes_are_refused_before_anything_is_allocated():
+    tracemalloc.start()
+    try:
+        refuse(described(lambda d: None, widths=b"\xff\xff\3" * 25), LimitExceeded)
+        many = vectors.varint(2000) * 25  # within what a long section may hold: not of one byte
+        refuse(described(lambda d: None, widths=many), LimitExceeded)
+        bomb = zlib.compressobj(9, zlib.DEFLATED, -15)
+        stream = b"".join(bomb.compress(b" " * (1 << 20)) for _ in range(64)) + bomb.flush()
+        refuse(sealed({"NETW": stream, "CODE": b"", "SIDE": b""}), LimitExceeded)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4e6
+
+
+def test_limit(small):
+    packed.decode(small, limit=1 << 14)
+    refuse(small, LimitExceeded, limit=len(small) - 1)
+    refuse(small, LimitExceeded, limit=len(small) + 1)  # the file is not, its tensors are
+
+
+def side(flags=0, groups=None, **changed):
+    """A file of the small network with another SIDE, and its own SHA-256."""
+    meta, tensors = made_up(0, 4, 8, coarse=True)
+    payloads = dict(container.unpack(packed.encode(meta, tensors)))
+    return sealed(payloads | {"SIDE": bytes([flags]) + (groups or bytes(payloads["SIDE"][1:]))})
+
+
+def test_illegal_sides(small):
+    body = bytes(container.unpack(small)["SIDE"][1:])
+    refuse(side(2, body), Malformed)  # a reserved flag
+    refuse(side(0, body), Malformed)  # scales for all rows, but only those of some
+    refuse(side(1, body + b"\0"), Malformed)
+    refuse(side(1, body[:-1]), Malformed)
+    refuse(side(1, b"\xff\xff\xff\xff\x0f" + body), Malformed)
+    refuse(side(1, b"\xff\xff\xff\xff\x1f" + body), Malformed)  # over 32 bits
+
+
+def test_levels_outside_their_bits(small):
+    meta, tensors = made_up(0, 4, 8, coarse=True)
+    network = packed.layers(meta["settings"])
+    matrices = [tensors[f"{x.name}.weight"].reshape(x.matrix).copy() for x in network]
+    matrices[-1][0, 0] = 8
+    code = coder.encode(matrices, [x.kind for x in network], [x.links for x in network])
+    refuse(sealed(dict(container.unpack(small)) | {"CODE": code}), Malformed)
+
+
+def test_other_tensors_than_were_hashed(small):
+    meta, tensors = made_up(0, 4, 8, coarse=True)
+    other = copy.deepcopy(tensors)
+    other["classifier.1.bias"][0] += 0.125
+    raw = packed.encode(meta, other)
+    mixed = dict(container.unpack(small)) | {"SIDE": container.unpack(raw)["SIDE"]}
+    refuse(sealed(mixed), ChecksumMismatch)
+    other = made_up(0, 4, 8, coarse=True)[0]
+    other["ancestors"][1]["sha256"] = "ff" * 32
+    head = bytearray(container.unpack(small)["NETW"])
+    head[-64:-32] = b"\xff" * 32  # the parent is hashed, too
+    refuse(sealed(dict(container.unpack(small)) | {"NETW": head}), ChecksumMismatch)
+
+
+def test_the_command_line_of_the_benchmark(tmp_path, small):
+    (tmp_path / "x.nnz").write_bytes(small)
+    command = [sys.executable, "benchmarks/nnz_file.py", tmp_path / "x.nnz", "--turns=1"]
+    run = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert f"{len(small):,} bytes" in run.stdout and "plain Python" in run.stdout
