@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import train
-from lib import checkpoint, data, metrics, nnz, quantizers, sparse
+from lib import checkpoint, data, metrics, nnz, ptq, quantizers, sparse
 from lib.config import UserError
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -103,6 +103,72 @@ def test_tells_how_to_use_it(tmp_path):
     assert meta["data"]["classes"] == list(data.CLASSES)
     assert set(bits.values()) == {4} and len(weights) == 53
     assert "features.0.1.running_var" in dense and "features.0.0.weight_scale" in dense
+
+
+# ---- version 2 -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folded(small, pixels, tmp_path_factory):
+    """A function of a scheme: the checkpoint of a network quantized by ptq."""
+    folder, made = tmp_path_factory.mktemp("folded"), {}
+
+    def make(weight_bits, act_bits, **more):
+        key = f"{weight_bits}-{act_bits}-{sorted(more)}"
+        if key not in made:
+            scheme = ptq.scheme(weight_bits, act_bits, **more)
+            model, _ = ptq.quantize(small(1), pixels[:16], scheme)
+            parent = checkpoint.save(folder / "parent.pth", "pruned", small(1), train.Settings(),
+                                     None, metrics={}, data={})  # fmt: skip
+            made[key] = checkpoint.save(
+                folder / f"{key}.pth", "quantized", model, train.Settings(), parent, metrics={},
+                data={"source": "cifar10", "val_size": 30}, quantization=scheme,
+            )  # fmt: skip
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize(("bits", "act_bits", "more"), [
+    (8, 8, {"weight_scale": "tensor"}), (4, 6, {}), (12, 32, {}),
+    (2, 4, {"layer_bits": {"features.0.0": 8, "classifier.1": 8}, "last_act_bits": 8}),
+])  # fmt: skip
+def test_a_folded_network_comes_back_from_version_2(tmp_path, folded, bits, act_bits, more):
+    parent = folded(bits, act_bits, **more)
+    raw = nnz.encode(parent)
+    assert nnz.version(raw) == 2 and sum(nnz.sections(raw).values()) == len(raw)
+    (tmp_path / "x.nnz").write_bytes(raw)
+    found = checkpoint.load(tmp_path / "x.nnz")
+    assert identical(found.state, nnz.stored_state(parent))
+    assert torch.equal(logits(found), logits(parent))
+    assert found.settings == parent.settings and found.quantization == parent.quantization
+    assert found.data == {"classes": list(data.CLASSES)} | parent.data
+    assert (found.stage, found.seed, found.val_size(None)) == ("compressed", 47, 30)
+    assert [a["stage"] for a in found.ancestors] == ["pruned", "quantized"]
+    assert [a["sha256"] for a in found.ancestors] == [None, parent.sha256]
+    assert found.original_weights == parent.original_weights
+    # From the file itself, too.
+    assert identical(nnz.decode(nnz.encode(found)).state, found.state)
+
+
+@pytest.mark.parametrize(("bits", "act_bits", "more"), [
+    (32, 8, {}), (8, 8, {"layer_bits": {"classifier.1": 32}}),
+])  # fmt: skip
+def test_what_is_not_quantized_throughout_is_of_version_1(folded, bits, act_bits, more):
+    parent = folded(bits, act_bits, **more)
+    raw = nnz.encode(parent)
+    assert nnz.version(raw) == 1
+    assert identical(nnz.decode(raw).state, nnz.stored_state(parent))
+
+
+def test_damage_to_version_2_is_one_line(tmp_path, folded):
+    raw, rng = nnz.encode(folded(4, 6)), random.Random(0)
+    for _ in range(20):
+        flipped = bytearray(raw)
+        flipped[rng.randrange(4, len(raw))] ^= 1 << rng.randrange(8)
+        refused(tmp_path / "x.nnz", flipped)
+        refused(tmp_path / "x.nnz", raw[: rng.randrange(4, len(raw))])
+    refused(tmp_path / "x.nnz", raw + b"\0", "after the declared end")
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """Version 2 of the .nnz file: bit-for-bit round trips, pinned files, a decoder written from
-FORMAT.md alone beside the fast one, and refusals by name of all that is damaged, foreign or too large.
+FORMAT.md alone, and refusals by name of all that is damaged, foreign or too large.
 
 The coder and the vectors themselves: tests/test_coder.py, tests/test_vectors.py. More damage than
 fits here: benchmarks/nnz_file.py --fuzz.
