@@ -22,7 +22,7 @@ import pytest
 from test_coder import slow_decode as slow_levels
 
 from benchmarks.nnz_file import damaged, fuzz, made_up, sealed
-from lib import coder, container, packed, sparse, vectors
+from lib import coder, container, description, packed, sparse, vectors
 from lib.container import (
     ChecksumMismatch,
     FormatError,
@@ -110,10 +110,10 @@ def test_only_scales_of_dead_rows_that_are_1_are_left_out():
 
 
 def test_the_usual_network_takes_few_bytes_beside_its_tensors():
-    found = json.loads(packed.DICTIONARY)
-    assert packed._check_description(found) is None
-    stream = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=packed.DICTIONARY)
-    assert len(stream.compress(packed.DICTIONARY) + stream.flush()) < 30
+    found = json.loads(description.DICTIONARY)
+    assert description.check(found) is None
+    stream = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=description.DICTIONARY)
+    assert len(stream.compress(description.DICTIONARY) + stream.flush()) < 30
 
 
 def test_numba_writes_the_same_file():
@@ -284,9 +284,9 @@ def test_example_of_the_text():
     assert tensors["classifier.1.weight"].tolist() == [[-5, 0], [2, 0]]
     assert tensors["classifier.1.weight_scale"].tolist() == [0.25, 0.3125]
     assert meta["ancestors"][1]["sha256"] == "ab" * 32
-    description = re.search(r"```json\n(.*?)\n```", text, re.S)[1].encode()
-    found, _ = packed._inflate(container.unpack(raw)["NETW"], 1000)
-    assert found == description and len(found) == 389
+    written = re.search(r"```json\n(.*?)\n```", text, re.S)[1].encode()
+    found, _ = description.inflate(container.unpack(raw)["NETW"], 1000)
+    assert found == written and len(found) == 389
     for row in re.findall(r"^\| (\d+)-(\d+) \|.*\| `([0-9A-F ]+)( \.\.\.)?` \|$", text, re.M):
         first, last, shown = int(row[0]), int(row[1]), bytes.fromhex(row[2])
         assert raw[first : last + 1][: len(shown)] == shown
@@ -295,7 +295,7 @@ def test_example_of_the_text():
 
 def test_the_dictionary_is_that_of_the_text():
     text = re.search(r"zdict.*?```json\n(.*?)\n```", FORMAT, re.S)[1].encode()
-    assert text == packed.DICTIONARY and f"{len(text):,} bytes" in FORMAT
+    assert text == description.DICTIONARY and f"{len(text):,} bytes" in FORMAT
 
 
 # ---- what must be refused ------------------------------------------------------------------------
@@ -364,10 +364,10 @@ def test_version_1_is_another_module_s():
 
 def described(change, widths=None, text=None, tail=b""):
     """A file of a description that may be illegal, sealed, with the right SHA-256 of no tensors."""
-    found = json.loads(packed.DICTIONARY)
+    found = json.loads(description.DICTIONARY)
     change(found)
     text = sparse.canonical(found) if text is None else text
-    stream = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=packed.DICTIONARY)
+    stream = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=description.DICTIONARY)
     numbers = b"".join(map(vectors.varint, [1] * 25)) if widths is None else widths
     payload = stream.compress(text) + stream.flush() + numbers + bytes(64) + tail
     return sealed({"NETW": payload, "CODE": b"\1", "SIDE": b"\0" * 7})
@@ -405,10 +405,10 @@ def test_illegal_descriptions(change):
     ({"widths": b"\xff\xff\3" * 25}, LimitExceeded),
     ({"tail": b"\0"}, Malformed),
     ({"text": b"{}"}, Malformed),
-    ({"text": b" " + packed.DICTIONARY}, Malformed),
+    ({"text": b" " + description.DICTIONARY}, Malformed),
     ({"text": b"\xff"}, Malformed),
     ({"text": b"[" * 5000}, Malformed),
-    ({"text": b'"' + b"a" * packed.TEXT_LIMIT}, LimitExceeded),
+    ({"text": b'"' + b"a" * description.TEXT_LIMIT}, LimitExceeded),
 ])  # fmt: skip
 def test_illegal_sections(options, error):
     refuse(described(lambda d: None, **options), error)
