@@ -42,7 +42,7 @@ class _Graph:
     def constant(self, name: str, array) -> str:
         if torch.is_tensor(array):
             array = array.detach().cpu().numpy()
-        self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        self.constants[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
         return name
 
     def __call__(self, kind: str, inputs: list[str], name: str, **attributes) -> str:
