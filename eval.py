@@ -1,7 +1,11 @@
 """Evaluate any file of any stage: accuracy, bytes on disk, weights, non-zeros, MACs.
 
     python eval.py checkpoints/pruned.pth checkpoints/compressed.nnz
+    python eval.py checkpoints/int8.onnx                       through onnxruntime
     python eval.py ../somewhere/plain_state_dict.pth --split val --json
+
+A file that holds integers (int8.pth, .nnz) runs as integers where its scheme is made for that (ptq,
+qat, at 8 bits or fewer: lib/integer.py), an .onnx through onnxruntime, all others as floats.
 
 in:  files of ours, or plain torchvision MobileNetV2 state dicts; none named: those of the chain
 out: a table (or a JSON line a file) on the standard output; logs/eval.jsonl;
@@ -11,7 +15,7 @@ out: a table (or a JSON line a file) on the standard output; logs/eval.jsonl;
 import dataclasses
 import json
 
-from lib import checkpoint, config, measure, metrics, plots
+from lib import checkpoint, config, measure, metrics, plots, runtime
 from lib.config import UserError, flag
 
 
@@ -30,7 +34,7 @@ def main(argv=None):
                           if p.exists()]  # fmt: skip
     if not files:
         raise UserError(f"no files: none named, and none in {cfg.path(None, 'checkpoints')}")
-    sources = [checkpoint.load(f) for f in files]  # all of them, before any long work
+    sources = [runtime.load(f) for f in files]  # all of them, before any long work
     log = metrics.Log(cfg.path(None, "logs/eval.jsonl"), vars(cfg), cfg.wandb)
     log.begin([])
     images, known = None, {}
@@ -71,6 +75,7 @@ def table(f: dict, layers: bool) -> str:
         f"95% interval {low:.2%} to {high:.2%})",
         *change(f),
         f"  size       {f['bytes']:,} bytes, {bits}",
+        f"  ran as     {f['arithmetic']}",
         f"  weights    {f['weights']:,} in conv and linear layers, {f['live_weights']:,} in live "
         f"channels, {f['nonzeros']:,} non-zero (sparsity {f['sparsity']:.2%})",
         f"  MACs       {f['macs']:,} an image",

@@ -2,6 +2,7 @@
 
     python sparse_compress.py                                  checkpoints/int8.pth to .nnz
     python sparse_compress.py --decompress X.nnz --out Y.pth   and back to a checkpoint
+    python sparse_compress.py --decompress X.nnz --onnx Y.onnx or to integers for onnxruntime
 
 in:  checkpoints/int8.pth (any checkpoint will do: its weights keep the bits that they have)
 out: checkpoints/compressed.nnz, in the version of FORMAT.md that fits it; logs/compress.jsonl
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, config, metrics, nnz
+from lib import checkpoint, config, metrics, nnz, runtime
 from lib.config import UserError, flag
 
 
@@ -21,10 +22,13 @@ class Settings(config.Common):
     parent: str | None = flag(None, "network to compress; default: checkpoints/int8.pth")
     decompress: str | None = flag(None, "a .nnz file to turn back into a checkpoint")
     out: str | None = flag(None, "output file; default: checkpoints/compressed.nnz")
+    onnx: str | None = flag(None, "with --decompress: an .onnx file to write")
 
     def __post_init__(self):
-        if self.decompress and not self.out:
-            raise ValueError("--decompress needs --out FILE.pth")
+        if self.decompress and not (self.out or self.onnx):
+            raise ValueError("--decompress needs --out FILE.pth or --onnx FILE.onnx")
+        if self.onnx and not (self.decompress and self.onnx.endswith(".onnx")):
+            raise ValueError("--onnx FILE.onnx goes with --decompress FILE.nnz")
 
 
 def main(argv=None):
@@ -58,11 +62,15 @@ def decompress(cfg) -> None:
     source = checkpoint.load(cfg.decompress)
     if source.stage != "compressed":
         raise UserError(f"{cfg.decompress} is not a .nnz file")
-    saved = checkpoint.save(
-        Path(cfg.out), source.ancestors[-1]["stage"], source.build(), cfg, source, metrics={},
-        data=source.data, quantization=source.quantization, state=source.state,
-    )  # fmt: skip
-    print(f"{cfg.out}: {saved.bytes:,} bytes from {source.bytes:,}")
+    if cfg.onnx:
+        saved = runtime.export(source, Path(cfg.onnx))
+        print(f"{cfg.onnx}: {saved.bytes:,} bytes from {source.bytes:,}")
+    if cfg.out:
+        saved = checkpoint.save(
+            Path(cfg.out), source.ancestors[-1]["stage"], source.build(), cfg, source, metrics={},
+            data=source.data, quantization=source.quantization, state=source.state,
+        )  # fmt: skip
+        print(f"{cfg.out}: {saved.bytes:,} bytes from {source.bytes:,}")
 
 
 if __name__ == "__main__":

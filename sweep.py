@@ -122,7 +122,9 @@ def cell(path: Path, cfg, parent, images, known, weight_bits: int, act_bits: int
     )
     with checkpoint.atomic(path) as file:
         file.write(raw)
-    figures, _ = measure.file(checkpoint.load(path), split, cfg.split, dict(known))
+    # As floats: one arithmetic for all cells, of which those over 8 bits have no integers.
+    source = checkpoint.load(path)
+    figures, _ = measure.file(source, split, cfg.split, dict(known), integers=False)
     row = {
         "weight_bits": weight_bits, "act_bits": act_bits, "method": cfg.method,
         "calibration": cfg.calibration, "seed": cfg.seed,

@@ -4,13 +4,19 @@
 
 in:  checkpoints/quantized.pth, weights at 8 bits or fewer
 out: checkpoints/int8.pth: int8 weights with their scales, the rest as it was; logs/int8.jsonl
+     checkpoints/int8.onnx, where methods ptq or qat quantized the activations to 8 bits: the same
+     network in integers alone (lib/integer.py), for onnxruntime, uint8 images in
+
+How often the float network, the integer network and onnxruntime agree is counted on the first
+1,000 validation images.
 """
 
 import dataclasses
+from itertools import combinations
 
 import torch
 
-from lib import checkpoint, config, engine, metrics, quantizers
+from lib import checkpoint, config, data, engine, metrics, quantizers, runtime
 from lib.config import UserError, flag
 
 
@@ -18,6 +24,10 @@ from lib.config import UserError, flag
 class Settings(config.Common):
     parent: str | None = flag(None, "quantized network; default: checkpoints/quantized.pth")
     out: str | None = flag(None, "output file; default: checkpoints/int8.pth")
+
+    def __post_init__(self):
+        if self.out and self.out.endswith(".onnx"):
+            raise ValueError("--out names the .pth; the .onnx is written beside it")
 
 
 def main(argv=None):
@@ -52,8 +62,33 @@ def main(argv=None):
     if not same:
         out.unlink()
         raise UserError(f"{out} was not the same network as {parent.file}: it is deleted")
-    metrics.log_stage(cfg, "int8", {"bytes": saved.bytes, **figures})
     print(f"{out}: {saved.bytes:,} bytes (parent {parent.bytes:,}), val {expected}, checked")
+    figures |= export(saved, out.with_suffix(".onnx"), images.val)
+    metrics.log_stage(cfg, "int8", {"bytes": saved.bytes, **figures})
+
+
+def export(saved, path, split) -> dict:
+    """Write the .onnx, or say why there is none; how often the three arithmetics agree."""
+    if why := runtime.why_no_onnx(saved.quantization):
+        path.unlink(missing_ok=True)  # of another network
+        print(f"no {path.name}: {why}")
+        return {}
+    onnx = runtime.export(saved, path)
+    figures, text = {"onnx_bytes": onnx.bytes}, ""
+    if len(split):
+        first = data.Split(split.images[:1000], split.labels[:1000])
+        float_network = runtime.network(saved, split.images.device, integers=False)
+        answers = {
+            network.arithmetic: engine.count(network, first).predictions
+            for network in (float_network, runtime.network(saved), runtime.network(onnx))
+        }
+        agree = {
+            f"{a}, {b}": int((answers[a] == answers[b]).sum()) for a, b in combinations(answers, 2)
+        }
+        figures |= {"agree": agree, "agree_total": len(first)}
+        text = f"; same answers of {len(first)}: " + "; ".join(f"{k} {n}" for k, n in agree.items())
+    print(f"{path}: {onnx.bytes:,} bytes{text}")
+    return figures
 
 
 if __name__ == "__main__":

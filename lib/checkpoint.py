@@ -104,6 +104,8 @@ def load(path: Path | str) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist: {_how_to_make(path.name)}")
+    if path.suffix == ".onnx":
+        raise UserError(f"{path} is for eval.py and predict.py: give the .pth that it was made of")
     raw = path.read_bytes()
     if raw[:4] == b"\x89NNZ":
         from lib import nnz  # which imports this module

@@ -22,7 +22,8 @@ import torch
 
 # What --help calls a flag's value, where the flag's own name would not say it better.
 METAVARS = {
-    "parent": "FILE", "out": "FILE", "decompress": "FILE", "data": "PATH", "run_dir": "DIR",
+    "parent": "FILE", "out": "FILE", "decompress": "FILE", "onnx": "FILE", "data": "PATH",
+    "run_dir": "DIR",
 }  # fmt: skip
 
 

@@ -84,12 +84,20 @@ class Evaluation:
 def evaluate(model: nn.Module, split: data.Split, amp: bool = False, note: str = "") -> Evaluation:
     """Count correct answers over a whole split, in its order, in fp32 unless amp."""
     model.eval()
-    logits = []
+
+    def network(images: Tensor) -> Tensor:
+        with _autocast(split.images.device, amp):
+            return model(data.normalize(images)).float()
+
+    return count(network, split, note)
+
+
+@torch.inference_mode()
+def count(network: Callable, split: data.Split, note: str = "") -> Evaluation:
+    """The same of any function from uint8 images to logits."""
     starts = range(0, len(split), EVAL_BATCH)
-    with _autocast(split.images.device, amp):
-        for a in tqdm(starts, desc=note or "evaluate", leave=False, disable=_quiet()):
-            logits.append(model(data.normalize(split.images[a : a + EVAL_BATCH])).float())
-    logits = torch.cat(logits)
+    shown = tqdm(starts, desc=note or "evaluate", leave=False, disable=_quiet())
+    logits = torch.cat([network(split.images[a : a + EVAL_BATCH]) for a in shown])
     predictions = logits.argmax(1)
     correct = int((predictions == split.labels).sum())
     loss = float(F.cross_entropy(logits, split.labels))

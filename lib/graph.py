@@ -3,10 +3,12 @@
 Standard operators of opset 17 alone, weights inside, any number of images, the same bytes for the
 same network. The integer graph is lib.integer's, with what ONNX says otherwise:
 
-- Activations are uint8: unsigned levels as they are, signed ones with zero point 128. So are
-  weights (4-bit levels too are held in 8), also with zero point 128: int8 weights against uint8
-  activations, the usual choice, saturate in 16 bits on processors with AVX2 and without VNNI
-  (vpmaddubsw adds two products), where onnxruntime's kernels for two uint8 are exact.
+- Activations are uint8: unsigned levels as they are, signed ones with zero point 128.
+- Weights are in 8 bits, at fewer bits too: int8 where that is exact everywhere, else uint8 with
+  zero point 128. Processors with AVX2 and without VNNI multiply uint8 by int8 in pairs whose sum
+  saturates at 16 bits (vpmaddubsw); onnxruntime's kernels for two uint8 are exact, and slower. A
+  depthwise layer has no pairs, and levels of up to 7 bits cannot saturate: see `_pairs_fit`.
+- Channels are padded with zeros to a multiple of 16, so that vectors have no remainders.
 - Requantization: QLinearConv multiplies by the ratio of scales in floating point and rounds halves
   to even. A level differs from lib.integer's where a product is within 2^-23 of a half.
 - Signed levels end at -128, not at -127.
@@ -21,6 +23,7 @@ import json
 import numpy as np
 import onnx
 import torch
+import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -29,7 +32,8 @@ from lib.integer import Grid, IntegerNetwork, Layer
 from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
 
 OPSET, IR = 17, 8  # of 2022: old enough for any runtime in use
-ZERO = 128  # the zero point of weights and of signed activations
+ZERO = 128  # the zero point of signed levels in uint8
+MULTIPLE = 16  # of channels
 FORMAT, META = "mobilenetv2-cifar10/onnx/1", "mobilenetv2-cifar10"  # value of `format`; its key
 
 
@@ -78,7 +82,8 @@ def fp32(model: MobileNetV2, meta: dict) -> onnx.ModelProto:
     def conv(layer: nn.Conv2d, x: str, name: str) -> str:
         inputs = [x, g.constant(f"{name}.weight", layer.weight.contiguous()),
                   g.constant(f"{name}.bias", layer.bias)]  # fmt: skip
-        return g("Conv", inputs, name, **_geometry(layer.stride[0], layer.padding[0], layer))
+        geometry = _geometry(layer.stride[0], layer.padding[0], layer.weight)
+        return g("Conv", inputs, name, group=layer.groups, **geometry)
 
     def activated(module: ConvBNReLU6, x: str, name: str) -> str:
         return g("Clip", [conv(module[0], x, f"{name}.0"), *clip], f"{name}.relu6")
@@ -105,43 +110,47 @@ def fp32(model: MobileNetV2, meta: dict) -> onnx.ModelProto:
     return g.model(TensorProto.FLOAT, model.settings["classes"], meta)
 
 
-def _geometry(stride: int, padding: int, layer) -> dict:
-    return {
-        "kernel_shape": list(layer.weight.shape[2:]), "strides": [stride] * 2,
-        "pads": [padding] * 4, "group": layer.groups,
-    }  # fmt: skip
+def _geometry(stride: int, padding: int, kernel: torch.Tensor) -> dict:
+    size = list(kernel.shape[2:])
+    return {"kernel_shape": size, "strides": [stride] * 2, "pads": [padding] * 4}
 
 
 # ---- integers ------------------------------------------------------------------------------------
 
 
-def int8(network: IntegerNetwork, meta: dict, signed_weights: bool = False) -> onnx.ModelProto:
+def int8(network: IntegerNetwork, meta: dict) -> onnx.ModelProto:
     """The integer network; its input is uint8, as images come.
 
-    signed_weights: int8 instead of uint8, for comparison.
+    A padded channel has no weights and no bias: its level is 0.
     """
     g = _Graph()
-    zero, kind = (0, np.int8) if signed_weights else (ZERO, np.uint8)
-    g.constant("weight.zero", kind(zero))
     for name, point in (("unsigned.zero", 0), ("signed.zero", ZERO)):
         g.constant(name, np.uint8(point))
+    g.constant("int8.zero", np.int8(0))
 
     def of(name: str, grid: Grid) -> list[str]:
         """Scale and zero point of a tensor."""
         step = g.constant(f"{name}.step", np.float32(grid.step))
         return [step, "signed.zero" if grid.signed else "unsigned.zero"]
 
-    def weight(layer: Layer) -> str:
-        levels = (layer.weight.to(torch.int16) + zero).numpy().astype(kind)
-        return g.constant(f"{layer.name}.weight", levels)
-
     def conv(layer: Layer, x: str) -> str:
-        scale = (layer.scale / layer.reads.step).float()
-        inputs = [x, *of(x, layer.reads), weight(layer),
-                  g.constant(f"{layer.name}.weight_scale", scale), "weight.zero",
-                  *of(layer.name, layer.writes), g.constant(f"{layer.name}.bias", layer.bias)]
-        geometry = _geometry(layer.stride, layer.padding, layer)
-        return g("QLinearConv", inputs, layer.name, **geometry)
+        kernel, more = layer.weight, -len(layer.weight) % MULTIPLE
+        columns = -kernel.shape[1] % MULTIPLE if layer.groups == 1 and x != "image" else 0
+        kernel = F.pad(kernel, (0, 0, 0, 0, 0, columns, 0, more))
+        scale = F.pad((layer.scale / layer.reads.step).float(), (0, more), value=1.0)
+        signed = layer.groups > 1 or _pairs_fit(kernel)
+        inputs = [x, *of(x, layer.reads), weight(layer, kernel, signed),
+                  g.constant(f"{layer.name}.weight_scale", scale),
+                  "int8.zero" if signed else "signed.zero", *of(layer.name, layer.writes),
+                  g.constant(f"{layer.name}.bias", F.pad(layer.bias, (0, more)))]  # fmt: skip
+        geometry = _geometry(layer.stride, layer.padding, kernel)
+        groups = len(kernel) if layer.groups > 1 else 1
+        return g("QLinearConv", inputs, layer.name, group=groups, **geometry)
+
+    def weight(layer: Layer, levels: torch.Tensor, signed: bool) -> str:
+        if not signed:
+            levels = (levels.to(torch.int16) + ZERO).to(torch.uint8)
+        return g.constant(f"{layer.name}.weight", levels)
 
     def decoded(x: str, grid: Grid, name: str) -> str:
         return g("DequantizeLinear", [x, *of(x, grid)], f"{name}.float")
@@ -165,13 +174,23 @@ def int8(network: IntegerNetwork, meta: dict, signed_weights: bool = False) -> o
     x = decoded(conv(network.head, x), network.head.writes, "head")
     x = encoded(g("GlobalAveragePool", [x], "average.float"), network.pooled, "average")
     last, x = network.classifier, g("Flatten", [x], "flat")
-    levels = (last.weight.to(torch.int16) + zero).numpy().astype(kind).T
-    g.constant(f"{last.name}.weight", levels)
-    inputs = [x, f"{last.name}.weight", "unsigned.zero", "weight.zero"]
+    levels = F.pad(last.weight, (0, -last.weight.shape[1] % MULTIPLE)).T
+    inputs = [x, weight(last, levels, signed=False), "unsigned.zero", "signed.zero"]
     acc = g("Add", [g("MatMulInteger", inputs, "products"), g.constant("bias", last.bias)], "acc")
     acc = g("Cast", [acc], "acc.float", to=TensorProto.FLOAT)
     g("Mul", [acc, g.constant("scale", last.scale.float())], "logits")
     return g.model(TensorProto.UINT8, len(last.bias), meta)
+
+
+def _pairs_fit(kernel: torch.Tensor) -> bool:
+    """Whether two products of uint8 with these weights, int8 (out, in, k, k), always fit into 16
+    bits together: those of inputs 2i and 2i + 1, or of any two where the kernel is not 1x1."""
+    rows = kernel.flatten(1).to(torch.int32)
+    for side in (rows.clamp(min=0), -rows.clamp(max=0)):  # signs that differ cannot add up
+        two = side.unflatten(1, (-1, 2)) if kernel.shape[2] == 1 else side.topk(2).values
+        if 255 * two.sum(-1).max() > 2**15 - 1:
+            return False
+    return True
 
 
 def to_bytes(model: onnx.ModelProto) -> bytes:

@@ -1,0 +1,177 @@
+"""Any of our files as a function from images to logits, in the arithmetic that the file is for.
+
+    source = runtime.load("checkpoints/int8.onnx")       # or .pth, .nnz
+    run = runtime.network(source)
+    logits = run(images)                                 # uint8 (n, 3, 32, 32), as they come
+
+Floating point: fp32 networks, and quantized.pth, which simulates its integers. Integers, on the CPU
+(lib.integer): files that hold them, of schemes that have an integer network. onnxruntime: .onnx.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor
+
+from lib import checkpoint, data, graph, integer
+from lib.checkpoint import Checkpoint
+from lib.config import UserError, reason
+from lib.metrics import weight_layers
+from models.mobilenetv2 import MobileNetV2
+
+FLOAT, INTEGER, ONNX = "float32", "integers", "onnxruntime"
+
+
+class OnnxFile(Checkpoint):
+    """A graph of ours. Its state is its weights, for counting; it rebuilds no torch network."""
+
+    graph: bytes
+
+    def build(self, device="cpu"):
+        raise UserError(f"{self.file} is a graph: start from the .pth that it was made of")
+
+
+def load(path: Path | str) -> Checkpoint:
+    """As checkpoint.load; .onnx files of ours as well (ONNX has no magic number: by the suffix)."""
+    path = Path(path)
+    if path.suffix != ".onnx":
+        return checkpoint.load(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: `make int8` makes int8.onnx")
+    raw = path.read_bytes()
+    try:
+        model = onnx.load_from_string(raw)
+    except Exception:  # protobuf's own, of several kinds
+        raise UserError(f"{path} is not an ONNX file, or is damaged") from None
+    props = {p.key: p.value for p in model.metadata_props}
+    if props.get("format") != graph.FORMAT:
+        raise UserError(f"{path} is no ONNX file of ours: its metadata do not say {graph.FORMAT}")
+    try:
+        meta = json.loads(props[graph.META])
+        weights = _weights(model, meta["settings"])
+        found = OnnxFile("onnx", meta["settings"], weights, meta["quantization"],
+                         data=meta["data"], ancestors=meta["ancestors"], seed=meta["seed"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} does not fit its own description: {reason(error)}") from None
+    found.file, found.bytes, found.graph = path, len(raw), raw
+    found.sha256 = hashlib.sha256(raw).hexdigest()
+    return found
+
+
+def _weights(model: onnx.ModelProto, settings: dict) -> dict[str, Tensor]:
+    """The levels, without the channels that are padding; ValueError where some are missing."""
+    arrays = {t.name: t for t in model.graph.initializer}
+    with torch.device("meta"):
+        layers = weight_layers(MobileNetV2(settings))
+    weights = {}
+    for name, layer in layers.items():
+        shape, levels = layer.weight.shape, numpy_helper.to_array(arrays[f"{name}.weight"])
+        levels = torch.from_numpy(levels.astype("int16") - graph.ZERO * (levels.dtype == "uint8"))
+        levels = levels.T if len(shape) == 2 else levels
+        levels = levels[: shape[0], : shape[1]]
+        if levels.shape != shape:
+            raise ValueError(f"{name} has {tuple(levels.shape)} weights, not {tuple(shape)}")
+        weights[f"{name}.weight"] = levels
+    return weights
+
+
+def export(source: Checkpoint, path: Path) -> OnnxFile:
+    """Write the integer network of a checkpoint as ONNX, and read it back.
+
+    Raises UserError for a scheme that has no such graph.
+    """
+    meta = {
+        "settings": source.settings, "quantization": source.quantization, "seed": source.seed,
+        "data": source.data, "ancestors": source.lineage(),
+    }  # fmt: skip
+    if why := why_no_onnx(source.quantization):
+        raise UserError(f"no {path} from {source.file}: {why}")
+    raw = graph.to_bytes(graph.int8(integer.convert(source), meta))
+    with checkpoint.atomic(path) as file:
+        file.write(raw)
+    return load(path)
+
+
+def why_no_onnx(scheme: dict | None) -> str | None:
+    """Why a scheme has no graph of integers, or None if it has one."""
+    if why := integer.why_not(scheme):
+        return why
+    bits = min(scheme["act_bits"], scheme.get("last_act_bits", 8))
+    return None if bits == 8 else f"its activations have {bits} bits, and ONNX's integers have 8"
+
+
+def network(source: Checkpoint, device="cpu", *, integers=True, threads=None) -> Callable:
+    """A function of uint8 images, on any device, to logits float32; `.arithmetic` says which.
+
+    integers: False runs all but .onnx as the float network. threads: of onnxruntime; None: torch's.
+    """
+    if isinstance(source, OnnxFile):
+        return _Session(source.graph, threads, source.file)
+    if integers and holds_integers(source) and integer.why_not(source.quantization) is None:
+        return _Integers(source)
+    return _Float(source, device)
+
+
+def holds_integers(source: Checkpoint) -> bool:
+    return any(t.dtype == torch.int8 for t in source.state.values())
+
+
+class _Float:
+    arithmetic = FLOAT
+
+    def __init__(self, source: Checkpoint, device):
+        self.model = source.build(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.model(data.normalize(images)).float()
+
+
+class _Integers:
+    arithmetic = INTEGER
+
+    def __init__(self, source: Checkpoint):
+        try:
+            self.network = integer.convert(source)
+        except ValueError as error:
+            raise UserError(f"{source.file}: {reason(error)}") from None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.network(images).to(images.device)
+
+
+class _Session:
+    arithmetic = ONNX
+
+    def __init__(self, raw: bytes, threads: int | None, name):
+        self.session = session(raw, threads or torch.get_num_threads(), name)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        (logits,) = self.session.run(None, {"images": images.cpu().contiguous().numpy()})
+        return torch.from_numpy(logits).to(images.device)
+
+
+def session(raw: bytes, threads: int, name="the graph", optimized: Path | None = None):
+    """onnxruntime's InferenceSession on the CPU. optimized: where to write the graph that it runs.
+
+    Raises UserError for a graph that it does not take.
+    """
+    import onnxruntime  # slow to import, and not every stage's
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors
+    # Waiting threads sleep, as OMP_WAIT_POLICY=PASSIVE does for torch: cores may be shared.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        return onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own, of many kinds
+        raise UserError(f"onnxruntime does not take {name}: {reason(error)}") from None

@@ -1,0 +1,118 @@
+"""What is in an image? The most probable classes, by any of our files.
+
+    python predict.py photo.jpg
+    python predict.py folder/ other.png --model checkpoints/int8.onnx --top 1 --json
+
+in:  image files of any size and format that Pillow reads, or folders of them; a network: .pth, .nnz
+     or .onnx (default: checkpoints/compressed.nnz, else the latest stage that is there)
+out: a line an image (or a JSON object) on the standard output
+
+The middle square of an image is scaled to 32x32, antialiased, since that is what the network knows;
+what is transparent becomes white. An image that cannot be read is one line on the standard error,
+the others are still done, and the exit code is 1. Probabilities are the softmax of the logits.
+"""
+
+import dataclasses
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from lib import checkpoint, config, data, runtime
+from lib.config import UserError, flag
+
+BATCH = 128  # images in memory at a time
+
+
+@dataclasses.dataclass
+class Settings:
+    images: list[str] = config.files("image files, or folders of them")
+    model: str | None = flag(None, "the network; default: see above")
+    top: int = flag(3, "classes an image, the most probable first")
+    json: bool = flag(False, "a JSON object a line, for machines")
+    run_dir: str = flag(".", "folder that holds checkpoints/, logs/ and plots/")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...")
+
+    def __post_init__(self):
+        if not self.images:
+            raise ValueError("name an image file or a folder of them")
+        if self.top < 1:
+            raise ValueError("--top must be at least 1")
+
+
+def main(argv=None):
+    cfg = config.parse(Settings, __doc__, argv)
+    paths = [path for name in cfg.images for path in found(Path(name))]
+    source = runtime.load(cfg.model or latest(Path(cfg.run_dir) / "checkpoints"))
+    device = config.device(cfg.device)
+    network = runtime.network(source, device)
+    classes = source.data.get("classes", data.CLASSES)
+    unread = 0
+    for start in range(0, len(paths), BATCH):
+        images, names = [], []
+        for path in paths[start : start + BATCH]:
+            try:
+                images.append(torch.from_numpy(read(path)))
+                names.append(str(path))
+            except Exception as error:  # Pillow's decoders raise whatever they please
+                print(f"predict.py: {path}: {why(error)}", file=sys.stderr)
+                unread += 1
+        if images:
+            logits = network(torch.stack(images).to(device))
+            for name, row in zip(names, logits.softmax(1).cpu(), strict=True):
+                print(shown(name, row, classes, cfg), flush=True)
+    if unread:
+        raise UserError(f"{unread} of {len(paths)} images could not be read")
+
+
+def found(path: Path) -> list[Path]:
+    """The file itself; of a folder and those in it, all files named as images are, in order."""
+    if not path.is_dir():
+        return [path]
+    kinds = Image.registered_extensions()
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds and p.is_file())
+    if not files:
+        raise UserError(f"no images in {path}")
+    return files
+
+
+def latest(folder: Path) -> Path:
+    files = [folder / name for name in reversed(checkpoint.CHAIN)]
+    return next((file for file in files if file.is_file()), files[0])  # loading says what is wrong
+
+
+def read(path: Path) -> np.ndarray:
+    """uint8 (3, 32, 32)."""
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # greys of 16 bits
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BICUBIC)
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def why(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "does not exist"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "is not an image in a format that Pillow reads"
+    return f"cannot be read ({config.reason(error)})"
+
+
+def shown(name: str, row: torch.Tensor, classes, cfg) -> str:
+    best = row.topk(min(cfg.top, len(row)))
+    pairs = [(classes[i], p) for p, i in zip(*map(torch.Tensor.tolist, best), strict=True)]
+    if cfg.json:
+        return json.dumps({"file": name, "top": [{"class": c, "probability": p} for c, p in pairs]})
+    return f"{name}  " + "  ".join(f"{c} {p:.1%}" for c, p in pairs)
+
+
+if __name__ == "__main__":
+    config.run(main)
