@@ -564,3 +564,48 @@ def stages(rows, path, title):
     for ax in (left, right):
         ax.tick_params(axis="y", length=0)
     return _save(figure, path)
+
+
+def speed(rows, path, title):
+    """Latency at the smallest batch and images a second at the largest, a bar a thread count, with
+    the ratio to the first network, and accuracy with its 95% interval.
+
+    rows: dicts of network, threads, batch, milliseconds, images_a_second, ratio, accuracy, total.
+    """
+    rows = _rows(rows)
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    counts = sorted({row["threads"] for row in rows})
+    batches = sorted({row["batch"] for row in rows})
+    key = {f"{n} thread{'s'[:n > 1]}": PARTS[i % len(PARTS)] for i, n in enumerate(counts)}
+    colours, height = list(key.values()), 0.8 / len(counts)
+    note = (f"medians of alternating turns; ×: against {names[0]}, as many threads; "
+            f"accuracy on n = {rows[0]['total']:,} images")
+    figure = _figure(title, note, 0.9 + 0.55 * len(names), key)
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 0.55], sharey=True)
+    for ax, batch, field, text in (
+        (left, batches[0], "milliseconds", f"latency at batch {batches[0]} (ms)"),
+        (middle, batches[-1], "images_a_second", f"images a second at batch {batches[-1]}"),
+    ):
+        _quiet(ax, text, "x")
+        some = [row for row in rows if row["batch"] == batch]
+        for row in some:
+            i = counts.index(row["threads"])
+            y = names.index(row["network"]) + (i - (len(counts) - 1) / 2) * height
+            ax.barh(y, row[field], color=colours[i], height=0.92 * height)
+            note = f"{row[field]:.3g}" if row[field] < 1000 else f"{row[field]:,.0f}"
+            _label(ax, f"{note}  {row['ratio']:.1f}×", (row[field], y), (4, 0), size=8.5)
+        ax.set_xlim(0, 1.45 * max(row[field] for row in some))
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+    _quiet(right, "accuracy (%)", "x")
+    for row in {row["network"]: row for row in rows}.values():
+        y, accuracy = names.index(row["network"]), float(row["accuracy"])
+        right.hlines(y, *(100 * end for end in _wilson(accuracy, row["total"])), color=BLUE,
+                     linewidth=2)
+        right.plot(100 * accuracy, y, "o", color=BLUE, ms=7)
+        _label(right, f"{100 * accuracy:.1f}", (1, y), (5, 0), side=True)
+    right.xaxis.set_major_locator(MaxNLocator(3))
+    left.set_yticks(range(len(names)), [name.replace(", ", "\n") for name in names])
+    left.set_ylim(len(names) - 0.5, -0.5)
+    for ax in (left, middle, right):
+        ax.tick_params(axis="y", length=0)
+    return _save(figure, path)
