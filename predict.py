@@ -94,8 +94,11 @@ def read(path: Path) -> np.ndarray:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BICUBIC)
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+        side = min(image.size)
+        left, top = ((length - side) // 2 for length in image.size)
+        image = image.convert("RGB").crop((left, top, left + side, top + side))
+        pixels = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def why(error: Exception) -> str:

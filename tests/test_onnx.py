@@ -1,0 +1,245 @@
+"""lib/graph.py and lib/runtime.py: graphs that onnxruntime runs on integers, and no others."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+
+import train
+from lib import checkpoint, data, graph, integer, nnz, ptq, quantizers, runtime, synthetic
+from lib.config import UserError
+from models.mobilenetv2 import MobileNetV2, standard
+
+
+def saved(folder, model, scheme, name="int8"):
+    """A checkpoint as to_int8.py writes it; with no scheme, one as train.py does."""
+    state = quantizers.integer_state(model.state_dict(), scheme) if scheme else None
+    return checkpoint.save(
+        folder / f"{name}.pth", "int8" if scheme else "baseline", model, train.Settings(), None,
+        metrics={}, data={"source": "cifar10", "val_size": 30}, quantization=scheme, state=state,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images():
+    """64 images, and noise that drives activations to their ends."""
+    pictures = torch.from_numpy(synthetic.make(64, 1)[0]).permute(0, 3, 1, 2)
+    noise = torch.randint(0, 2, pictures.shape, generator=torch.Generator().manual_seed(0)) * 255
+    return torch.cat([pictures, noise.to(torch.uint8)]).contiguous()
+
+
+@pytest.fixture(scope="module", params=[8, 4])
+def source(request, small, pixels, tmp_path_factory):
+    """W8A8 and W4A8."""
+    scheme = ptq.scheme(request.param, 8)
+    model, _ = ptq.quantize(small(1), pixels, scheme)
+    return saved(tmp_path_factory.mktemp("source"), model, scheme)
+
+
+@pytest.fixture(scope="module")
+def exported(source):
+    return runtime.export(source, source.file.with_suffix(".onnx"))
+
+
+def run(raw: bytes, images):
+    return runtime._Session(raw, 1, "test")(images)
+
+
+# ---- the same network ----------------------------------------------------------------------------
+
+
+def test_onnxruntime_answers_as_the_integer_network(source, exported, images):
+    ours, theirs = integer.convert(source)(images), run(exported.graph, images)
+    assert (ours.argmax(1) == theirs.argmax(1))[:64].sum() >= 63
+    assert (ours - theirs).abs().mean() < 0.02 * ours.std()
+
+
+def test_the_image_has_the_same_levels(source, exported):
+    """All 256 values in all three channels, from the graph's own first nodes."""
+    values = np.arange(256, dtype=np.uint8).repeat(12).reshape(1, 3, 32, 32)
+    values = np.concatenate([values, np.roll(values, 1, 1), np.roll(values, 2, 1)])
+    model = onnx.load_from_string(exported.graph)
+    model.graph.output.append(onnx.helper.make_tensor_value_info("image", TensorProto.UINT8, None))
+    levels = runtime.session(model.SerializeToString(), 1).run(["image"], {"images": values})[0]
+    table = integer.convert(source).table.numpy()
+    expected = table[np.arange(3)[:, None, None], values]
+    assert np.array_equal(levels.astype(int) - 128, expected)
+
+
+def test_weights_of_either_type_and_padding_change_no_bit(source, exported, images, monkeypatch):
+    """onnxruntime's kernels for uint8 by int8 saturate on AVX2 where _pairs_fit were wrong."""
+    logits = run(exported.graph, images)
+    network = integer.convert(source)
+    monkeypatch.setattr(graph, "_pairs_fit", lambda kernel: False)
+    assert torch.equal(run(graph.to_bytes(graph.int8(network, {})), images), logits)
+    monkeypatch.setattr(graph, "MULTIPLE", 1)
+    assert torch.equal(run(graph.to_bytes(graph.int8(network, {})), images), logits)
+
+
+@pytest.mark.parametrize(("row", "neighbours", "any_two"), [
+    ([127, 1, 0, 0], True, True), ([127, 2, 0, 0], False, False),
+    ([-64, -64, 64, 64], True, True), ([-64, -65, 0, 0], False, False),
+    ([127, -127, -127, 127], True, False), ([0, 127, 127, 0], True, False),
+])  # fmt: skip
+def test_which_pairs_fit_into_16_bits(row, neighbours, any_two):
+    kernel = torch.tensor(row, dtype=torch.int8)
+    assert graph._pairs_fit(kernel.view(1, 4, 1, 1)) is neighbours
+    assert graph._pairs_fit(kernel.view(1, 1, 2, 2)) is any_two  # of a larger kernel
+
+
+def test_any_number_of_images(exported, images):
+    whole = run(exported.graph, images)
+    for count in (1, 3, 128):
+        assert torch.equal(run(exported.graph, images[:count]), whole[:count])
+
+
+def test_the_fp32_graph_is_the_torch_network(small, pixels):
+    model = small(3)
+    raw = graph.to_bytes(graph.fp32(model, {}))
+    (logits,) = runtime.session(raw, 1).run(None, {"images": pixels.contiguous().numpy()})
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(logits), model(pixels), atol=1e-3, rtol=1e-4)
+
+
+# ---- what is in the file -------------------------------------------------------------------------
+
+
+def test_standard_operators_and_integer_weights(source, exported):
+    model = onnx.load_from_string(exported.graph)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 17)]
+    assert {n.domain for n in model.graph.node} == {""}
+    (images,), (logits,) = model.graph.input, model.graph.output
+    assert images.type.tensor_type.elem_type == TensorProto.UINT8
+    assert [d.dim_value or d.dim_param for d in images.type.tensor_type.shape.dim] == [
+        "n", 3, 32, 32]  # fmt: skip
+    assert logits.type.tensor_type.elem_type == TensorProto.FLOAT
+    state = source.state
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if tensor.name.endswith(".weight"):
+            assert array.dtype in (np.int8, np.uint8)
+            levels = array.astype(int) - 128 * (array.dtype == np.uint8)
+            own = state[tensor.name].numpy()
+            assert (levels != 0).sum() == (own != 0).sum()
+            assert np.abs(levels).max() <= quantizers.largest(source.quantization["weight_bits"])
+        elif array.dtype == np.float32:  # scales alone
+            assert array.size < 100
+    if source.quantization["weight_bits"] == 4:  # all of them may be int8, but the classifier's
+        kinds = Counter(t.data_type for t in model.graph.initializer if t.name.endswith(".weight"))
+        assert kinds[TensorProto.UINT8] == 1
+
+
+def test_the_optimized_graph_has_no_float_convolution(exported, tmp_path):
+    runtime.session(exported.graph, 1, optimized=tmp_path / "x.onnx")
+    kinds = Counter(n.op_type for n in onnx.load(tmp_path / "x.onnx").graph.node)
+    assert kinds["QLinearConv"] == 19 and kinds["MatMulInteger"] == 1
+    assert kinds["QLinearAdd"] == 2 and kinds["QLinearGlobalAveragePool"] == 1
+    assert not [k for k in kinds if "Conv" in k and k != "QLinearConv"]
+    assert not {"DequantizeLinear", "QuantizeLinear", "Gemm", "MatMul"} & set(kinds)
+
+
+def test_the_same_bytes_every_time_and_from_the_compressed_file(source, exported, tmp_path):
+    assert runtime.export(source, tmp_path / "again.onnx").graph == exported.graph
+    packed = tmp_path / "x.nnz"
+    packed.write_bytes(nnz.encode(source))
+    unpacked = runtime.export(checkpoint.load(packed), tmp_path / "nnz.onnx")
+    a, b = (onnx.load_from_string(x.graph) for x in (exported, unpacked))
+    assert a.graph == b.graph
+    assert unpacked.ancestors[-1]["sha256"] == checkpoint.load(packed).sha256
+
+
+def test_it_says_where_it_comes_from(source, exported):
+    assert exported.ancestors == source.lineage() and exported.ancestors[-1]["stage"] == "int8"
+    assert exported.settings == source.settings and exported.stage == "onnx"
+    assert exported.quantization == source.quantization
+    assert exported.bytes == exported.file.stat().st_size
+    for name, levels in exported.state.items():  # without the padding
+        flipped = source.state[f"{name}_scale"] < 0
+        own = source.state[name].to(torch.int16)
+        assert torch.equal(levels, torch.where(quantizers.per_row(flipped, own), -own, own))
+
+
+# ---- which arithmetic ----------------------------------------------------------------------------
+
+
+def test_each_file_runs_as_what_it_holds(source, exported, small, tmp_path, images):
+    fake = checkpoint.save(
+        tmp_path / "quantized.pth", "quantized", source.build(), train.Settings(), None,
+        metrics={}, data={}, quantization=source.quantization,
+    )  # fmt: skip
+    for file, kind in [(source, "integers"), (exported, "onnxruntime"), (fake, "float32"),
+                       (saved(tmp_path, small(1), None), "float32")]:  # fmt: skip
+        network = runtime.network(runtime.load(file.file))
+        assert network.arithmetic == kind
+        assert network(images[:2]).shape == (2, 10) and network(images[:2]).dtype == torch.float32
+    assert runtime.network(source, integers=False).arithmetic == "float32"
+    with torch.no_grad():
+        expected = fake.build()(data.normalize(images[:2]))
+    assert torch.equal(runtime.network(fake)(images[:2]), expected)
+
+
+# ---- refused -------------------------------------------------------------------------------------
+
+
+def test_networks_without_a_graph(tmp_path):
+    model = MobileNetV2(standard(0.1, 8))
+    plain = saved(tmp_path, model, None, "plain")
+    reference = quantizers.quantize_reference(model, 8, 8)
+    for source, what in [
+        (plain, "it is not quantized"),
+        (saved(tmp_path, model, reference, "reference"), "change with every batch"),
+        (dataclass_like(plain, ptq.scheme(8, 6)), "activations have 6 bits"),
+        (dataclass_like(plain, ptq.scheme(8, 16)), "and 8 is most"),
+    ]:
+        with pytest.raises(UserError, match=what):
+            runtime.export(source, tmp_path / "x.onnx")
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def dataclass_like(source, scheme):
+    found = checkpoint.load(source.file)
+    found.quantization = scheme
+    return found
+
+
+def test_files_that_are_not_ours(exported, small, tmp_path):
+    path = tmp_path / "x.onnx"
+    foreign = onnx.load_from_string(graph.to_bytes(graph.fp32(small(1), {})))
+    del foreign.metadata_props[:]
+    ours = onnx.load_from_string(exported.graph)
+    cases = [(foreign.SerializeToString(), "no ONNX file of ours"), (b"", "no ONNX file of ours"),
+             (b"nonsense", "not an ONNX file, or is damaged"),
+             (exported.graph[:-100], "not an ONNX file, or is damaged")]  # fmt: skip
+    meta = json.loads({p.key: p.value for p in ours.metadata_props}[graph.META])
+    for spoilt in ("[]", "{", "null", json.dumps(meta | {"settings": {}}),
+                   json.dumps(meta | {"settings": meta["settings"] | {"stem": 999}})):  # fmt: skip
+        onnx.helper.set_model_props(ours, {"format": graph.FORMAT, graph.META: spoilt})
+        cases.append((ours.SerializeToString(), "does not fit its own description"))
+    for raw, what in cases:
+        path.write_bytes(raw)
+        with pytest.raises(UserError, match=what) as caught:
+            runtime.load(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="does not exist: `make int8`"):
+        runtime.load(tmp_path / "none.onnx")
+
+
+def test_a_graph_that_onnxruntime_does_not_take(exported, tmp_path):
+    model = onnx.load_from_string(exported.graph)
+    model.graph.node[3].op_type = "NoSuchOperator"
+    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+    found = runtime.load(tmp_path / "x.onnx")
+    with pytest.raises(UserError, match="onnxruntime does not take"):
+        runtime.network(found)
+
+
+def test_a_graph_is_no_parent(exported):
+    with pytest.raises(UserError, match="give the .pth that it was made of"):
+        checkpoint.load(exported.file)
+    with pytest.raises(UserError, match="start from the .pth"):
+        exported.build()

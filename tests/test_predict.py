@@ -1,0 +1,151 @@
+"""predict.py: any image that Pillow reads, by any of our files; what cannot be read is said."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import call, one_line
+
+import predict
+import sparse_compress
+import to_int8
+import train
+from lib import checkpoint, data, ptq, runtime, synthetic
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    return lambda *flags: call("predict", *flags, monkeypatch=monkeypatch, capfd=capfd)
+
+
+@pytest.fixture(scope="module")
+def folder(small, pixels, tiny, tmp_path_factory):
+    """A run's folder: a W8A8 network from quantized.pth on."""
+    folder = tmp_path_factory.mktemp("run")
+    scheme = ptq.scheme(8, 8)
+    model, _ = ptq.quantize(small(1), pixels, scheme)
+    checkpoint.save(
+        folder / "checkpoints/quantized.pth", "quantized", model, train.Settings(), None,
+        metrics={}, data={"source": "cifar10", "val_size": 50}, quantization=scheme,
+    )  # fmt: skip
+    to_int8.main([f"--data={tiny}", f"--run-dir={folder}"])
+    sparse_compress.main([f"--run-dir={folder}"])
+    return folder
+
+
+@pytest.fixture
+def picture():
+    return synthetic.make(1, 1)[0][0]  # uint8 (32, 32, 3)
+
+
+FILES = ("quantized.pth", "int8.pth", "int8.onnx", "compressed.nnz")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_small_image_is_taken_as_it_is(run, folder, picture, tmp_path, name):
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    model = folder / "checkpoints" / name
+    code, out, err = run(tmp_path / "x.png", f"--model={model}", "--json", "--top=99")
+    assert (code, err) == (0, "")
+    row = json.loads(out)
+    assert row["file"] == str(tmp_path / "x.png")
+    found = {pair["class"]: pair["probability"] for pair in row["top"]}
+    image = torch.from_numpy(picture.transpose(2, 0, 1).copy())[None]
+    expected = runtime.network(runtime.load(model))(image).softmax(1)[0]
+    assert [found[c] for c in data.CLASSES] == pytest.approx(expected.tolist())
+    assert sum(found.values()) == pytest.approx(1)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def test_files_and_folders_in_order_as_text(run, folder, picture, tmp_path):
+    for name in ("b.jpg", "a.png", "sub/c.webp", "d.GIF", "e.bmp", "f.tiff"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(picture).resize((90, 70)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image, and not named as one")
+    code, out, err = run(tmp_path, tmp_path / "b.jpg", f"--run-dir={folder}", "--top=2")
+    assert (code, err) == (0, "")
+    names = ["a.png", "b.jpg", "d.GIF", "e.bmp", "f.tiff", "sub/c.webp", "b.jpg"]
+    lines = out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [str(tmp_path / n) for n in names]
+    assert all(line.count("%") == 2 for line in lines)
+
+
+def test_what_cannot_be_read_is_a_line_each_and_the_rest_is_done(run, folder, picture, tmp_path):
+    Image.fromarray(picture).save(tmp_path / "good.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)).save(
+        tmp_path / "whole.jpg"
+    )
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
+    (tmp_path / "nonsense.png").write_bytes(b"nonsense")
+    (tmp_path / "empty.png").touch()
+    code, out, err = run(tmp_path, tmp_path / "none.png", f"--run-dir={folder}")
+    assert code == 1 and len(out.splitlines()) == 2
+    lines = err.splitlines()
+    assert all(line.startswith("predict.py: ") for line in lines)
+    for name, why in [("cut.jpg", "cannot be read"), ("empty.png", "is not an image"),
+                      ("nonsense.png", "is not an image"), ("none.png", "does not exist")]:
+        assert sum(f"{name}: {why}" in line for line in lines) == 1
+    assert lines[-1] == "predict.py: error: 4 of 6 images could not be read" and len(lines) == 5
+
+
+@pytest.mark.parametrize(("flags", "what"), [
+    ([], "name an image file"), (["x.png", "--top=0"], "--top must be at least 1"),
+])  # fmt: skip
+def test_wrong_usage(run, flags, what):
+    code, out, err = run(*flags)
+    assert (code, out) == (2, "") and what in err
+
+
+def test_nothing_to_do_it_with(run, folder, picture, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(tmp_path / "empty", f"--run-dir={folder}")
+    assert code == 1 and one_line("predict", err) and "no images in" in err
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    code, _, err = run(tmp_path / "x.png", f"--run-dir={tmp_path}")
+    assert code == 1 and one_line("predict", err) and "compressed.nnz does not exist" in err
+
+
+def test_the_latest_stage_that_is_there(folder, tmp_path):
+    shutil.copytree(folder / "checkpoints", tmp_path / "c")
+    for name in ("compressed.nnz", "int8.pth", "quantized.pth"):
+        assert predict.latest(tmp_path / "c") == tmp_path / "c" / name
+        (tmp_path / "c" / name).unlink()
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def test_the_middle_square_is_what_counts(tmp_path):
+    rng = np.random.default_rng(0)
+    wide = rng.integers(0, 256, (64, 200, 3), np.uint8)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(wide[:, 68:132]).save(tmp_path / "square.png")
+    a, b = predict.read(tmp_path / "wide.png"), predict.read(tmp_path / "square.png")
+    assert a.shape == (3, 32, 32) and a.dtype == np.uint8 and np.array_equal(a, b)
+    # Antialiased: noise averages out instead of being sampled.
+    Image.fromarray(rng.integers(0, 256, (640, 640, 3), np.uint8)).save(tmp_path / "noise.png")
+    assert predict.read(tmp_path / "noise.png").std() < 15
+
+
+@pytest.mark.parametrize(("mode", "colour", "seen"), [
+    ("L", 100, 100), ("1", 1, 255), ("P", 0, None), ("LA", (50, 255), 50), ("I;16", 257 * 80, 80),
+    ("RGBA", (9, 9, 9, 0), 255), ("CMYK", (0, 0, 0, 0), 255),
+])  # fmt: skip
+def test_modes(tmp_path, mode, colour, seen):
+    name = tmp_path / ("x.tiff" if mode == "CMYK" else "x.png")
+    Image.new(mode, (40, 50), colour).save(name)
+    image = predict.read(name)
+    assert image.shape == (3, 32, 32) and (seen is None or (image == seen).all())
+
+
+def test_cameras_that_were_turned(tmp_path):
+    picture = Image.new("RGB", (60, 40), "black")
+    picture.paste("white", (0, 0, 60, 20))  # the upper half
+    exif = picture.getexif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    picture.save(tmp_path / "x.png", exif=exif)
+    image = predict.read(tmp_path / "x.png")
+    assert image[:, :10].max() < 50 and image[:, -10:].min() > 200
