@@ -17,7 +17,10 @@ COMPRESS_FLAGS ?=
 SWEEP_FLAGS ?=
 SENSITIVITY_FLAGS ?=
 EVAL_FLAGS ?=
+IMAGES ?=
 REPORT_FLAGS ?=
+BENCH_FLAGS ?=
+PREDICT_FLAGS ?=
 
 # An own interpreter (make PYTHON=python3 ...) is used as it is; else .venv is made.
 PYTHON ?= .venv/bin/python
@@ -42,13 +45,14 @@ stage = @mkdir -p $(RUN)/logs; \
 	echo "\$$ python $(1) $(COMMON) $(2)"; \
 	$(PYTHON) $(1) $(COMMON) $(2) | tee -ia $(RUN)/logs/$(basename $(notdir $(firstword $(1)))).log
 
-.PHONY: all train prune quantize int8 compress sweep sensitivity eval report status help clean demo test venv
+.PHONY: all train prune quantize int8 compress sweep sensitivity eval report bench predict status \
+	help clean demo test venv
 all: report  ## every stage, from the images to the report
 
 train: $(C)/baseline.pth        ## CIFAR-10 -> checkpoints/baseline.pth      (TRAIN_FLAGS)
 prune: $(C)/pruned.pth          ## baseline -> checkpoints/pruned.pth        (PRUNE_FLAGS)
 quantize: $(C)/quantized.pth    ## pruned -> checkpoints/quantized.pth       (QUANTIZE_FLAGS)
-int8: $(C)/int8.pth             ## quantized -> checkpoints/int8.pth         (INT8_FLAGS)
+int8: $(C)/int8.pth             ## quantized -> checkpoints/int8.pth, .onnx  (INT8_FLAGS)
 compress: $(C)/compressed.nnz   ## int8 -> checkpoints/compressed.nnz        (COMPRESS_FLAGS)
 sweep: $(RUN)/logs/sweep.csv    ## the grid of bit-widths -> logs/sweep.csv  (SWEEP_FLAGS)
 sensitivity: $(RUN)/logs/sensitivity.csv  ## what each layer loses at few bits (SENSITIVITY_FLAGS)
@@ -74,6 +78,12 @@ eval: $(VENV)  ## every file of the chain: accuracy, bytes, MACs; FILES="a b" fo
 
 report: $(C)/compressed.nnz $(RUN)/logs/sweep.csv  ## the tables and plots of all stages (REPORT_FLAGS)
 	$(call stage,report.py,--split $(SPLIT) $(REPORT_FLAGS))
+
+bench: $(C)/int8.pth  ## speed of the fp32 networks and of int8.onnx -> plots/bench.png (BENCH_FLAGS)
+	$(call stage,bench.py,$(BENCH_FLAGS))
+
+predict: $(VENV)  ## what is in an image: IMAGES="photo.jpg folder" (PREDICT_FLAGS="--model FILE")
+	@$(PYTHON) predict.py --run-dir $(RUN) $(PREDICT_FLAGS) $(IMAGES)
 
 status: $(VENV)  ## which files are there, and which are stale and why
 	@$(PYTHON) report.py --run-dir $(RUN) --status
