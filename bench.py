@@ -14,7 +14,8 @@ in 16, see lib/graph.py); and ours. On CUDA also dense and compacted by torch in
 
 They take turns, after one each to warm up, so that a neighbour on the machine disturbs all alike; a
 turn is the median of its calls, a figure the median of its turns, a ratio the median over the turns
-of dense torch's time by its own. Ours makes its inputs from uint8 within the time; the others have
+of dense torch's time by its own; of the processor's time as well, all threads together, which says
+more where the cores are shared. Ours makes its inputs from uint8 within the time; the others have
 them normalized beforehand. Weights are all tensors but the images that a network keeps. Activations
 are the most that is alive at once for one image (lib/memory.py), ours with the padding.
 """
@@ -48,7 +49,7 @@ class Settings(config.Common):
     batches: list[int] = flag([1, 250], "batch sizes: the first for latency, the last throughput")
     turns: int = flag(9, "turns each, after one to warm up")
     calls: int = flag(20, "calls a turn at batch 1; one at larger batches")
-    calibration: int = flag(256, "training images for quantize_static")
+    calibration: int = flag(1024, "training images for quantize_static: as quantize.py's ptq has")
     split: str = flag("test", "images for the accuracy", choices=("val", "test", "train"))
 
     def __post_init__(self):
@@ -205,7 +206,7 @@ def accuracy_of(contestant: Contestant, split) -> engine.Evaluation:
 
 
 def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:
-    """Milliseconds a call, images a second, and times faster than the first, by name."""
+    """Times of a call, images a second, and times faster than the first, by name."""
     ready = [(c.name, c.start(threads), c.prepare(images)) for c in field]
     turns = {c.name: [] for c in field}
     calls = cfg.calls if len(images) == 1 else 1
@@ -213,22 +214,29 @@ def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:
     for turn in note(range(cfg.turns + 1)):
         first = turn % len(ready)  # nobody is always behind the one that fills the caches
         for name, run, x in ready[first:] + ready[:first]:
-            seconds = []
+            wall = []
+            worked = time.process_time()
             for _ in range(calls):
                 began = time.perf_counter()
                 run(x)
-                seconds.append(time.perf_counter() - began)
+                wall.append(time.perf_counter() - began)
+            worked = (time.process_time() - worked) / calls
             if turn:
-                turns[name].append(statistics.median(seconds))
-    dense = turns[field[0].name]
-    return {
-        name: {
-            "milliseconds": 1000 * statistics.median(times), "fastest": 1000 * min(times),
-            "images_a_second": len(images) / statistics.median(times), "turns": len(times),
-            "ratio": statistics.median(a / b for a, b in zip(dense, times, strict=True)),
-        }
-        for name, times in turns.items()
-    }  # fmt: skip
+                turns[name].append((statistics.median(wall), worked))
+    found, dense = {}, list(zip(*turns[field[0].name], strict=True))
+    for name, pairs in turns.items():
+        wall, cpu = times = list(zip(*pairs, strict=True))
+        ratios = [
+            statistics.median(a / b for a, b in zip(theirs, own, strict=True))
+            for theirs, own in zip(dense, times, strict=True)
+        ]
+        found[name] = {
+            "milliseconds": 1000 * statistics.median(wall), "fastest": 1000 * min(wall),
+            "images_a_second": len(images) / statistics.median(wall), "ratio": ratios[0],
+            "cpu_milliseconds": 1000 * statistics.median(cpu), "cpu_ratio": ratios[1],
+            "turns": len(wall),
+        }  # fmt: skip
+    return found
 
 
 def table(rows: list[dict]) -> str:
@@ -237,11 +245,12 @@ def table(rows: list[dict]) -> str:
         some = [r for r in rows if (r["threads"], r["batch"]) == (threads, batch)]
         plural = "s" if threads > 1 else ""
         lines.append(f"\n{threads} thread{plural}, batch {batch}, {some[0]['turns']} turns")
-        lines.append(f"  {'':28}{'ms':>9}{'fastest':>9}{'images/s':>10}{'ratio':>7}"
+        lines.append(f"  {'':28}{'ms':>10}{'images/s':>9}{'ratio':>7}{'CPU ms':>10}{'ratio':>7}"
                      f"{'accuracy':>10}{'weights':>12}{'activations':>13}")  # fmt: skip
         lines += [
-            f"  {r['network']:28}{r['milliseconds']:>9.2f}{r['fastest']:>9.2f}"
-            f"{r['images_a_second']:>10.0f}{r['ratio']:>6.1f}x{r['accuracy']:>10.2%}"
+            f"  {r['network']:28}{r['milliseconds']:>10.2f}{r['images_a_second']:>9.0f}"
+            f"{r['ratio']:>6.1f}x{r['cpu_milliseconds']:>10.2f}{r['cpu_ratio']:>6.1f}x"
+            f"{r['accuracy']:>10.2%}"
             f"{r['weight_bytes']:>12,}{r['peak_bytes']:>13,}"
             for r in some
         ]

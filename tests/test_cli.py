@@ -228,15 +228,18 @@ def test_eval_json_is_an_object_a_file(run, chain, tiny):
         assert row["bytes"] == path.stat().st_size
         assert row["nonzeros"] == sum(layer["nonzeros"] for layer in row["layers"])
         assert (chain / f"plots/confusion-{path.stem}-test.png").stat().st_size > 1000
-    # From the quantizer on it is one network in three files.
-    for key in ("correct", "loss", "weights", "nonzeros", "macs"):
+    # From the quantizer on it is one network in three files; the last two run as integers.
+    for key in ("weights", "nonzeros", "macs"):
         assert len({row[key] for row in rows[1:]}) == 1
-    # Against the nearest ancestor: for the last two the same network.
+    # Against the nearest ancestor: for the last two the same integers.
     assert "change" not in rows[0] and rows[1]["change"]["from"] == "pruned"
-    assert rows[2]["change"] == {"from": "quantized", "gained": 0, "lost": 0}
+    assert rows[2]["change"]["from"] == "quantized"
     assert rows[3]["change"] == {"from": "int8", "gained": 0, "lost": 0}
     gained, lost = (rows[1]["change"][key] for key in ("gained", "lost"))
     assert rows[1]["correct"] == rows[0]["correct"] + gained - lost
+    for key in ("correct", "loss"):
+        assert len({row[key] for row in rows[2:]}) == 1
+    assert [r["arithmetic"] for r in rows] == ["float32", "float32", "integers", "integers"]
     assert [a["stage"] for a in rows[-1]["ancestors"]] == ["pruned", "quantized", "int8"]
     assert rows[-1]["ancestors"][-1]["sha256"] == rows[2]["sha256"]
 
@@ -329,6 +332,10 @@ def test_decompressing_gives_the_same_tensors(run, chain, tmp_path):
     ("quantize", ["--parent={}/compressed.nnz"], "is quantized already"),
     ("to_int8", ["--parent={}/pruned.pth"], "has 32-bit weights: quantize them to 8 or fewer"),
     ("sparse_compress", ["--decompress={}/int8.pth", "--out=x"], "is not a .nnz file"),
+    ("quantize", ["--parent={}/int8.onnx"], "give the .pth that it was made of"),
+    ("bench", ["--dense={}/pruned.pth", "--pruned={}/quantized.pth"], "give the fp32 network"),
+    ("bench", ["--dense={}/pruned.pth", "--pruned={}/pruned.pth", "--int8={}/int8.pth"],
+     "is not an .onnx"),
 ])  # fmt: skip
 def test_parents_that_do_not_fit(run, chain, tiny, tmp_path, stage, flags, what):
     flags = [f.format(chain / "checkpoints") for f in flags]
@@ -377,6 +384,52 @@ def test_bits_by_layer_come_after_those_of_first_and_last(small, tmp_path):
 def test_decompressing_to_nowhere_is_wrong_usage(run, chain):
     code, _, err = run("sparse_compress", f"--decompress={chain}/checkpoints/compressed.nnz")
     assert code == 2 and "--decompress needs --out" in err
+    code, _, err = run("sparse_compress", "--onnx=x.onnx")
+    assert code == 2 and "--onnx FILE.onnx goes with --decompress" in err
+
+
+def test_from_the_compressed_file_to_onnx(run, chain, tiny, tmp_path):
+    out = tmp_path / "x.onnx"
+    code, _, err = run("sparse_compress", f"--decompress={chain}/checkpoints/compressed.nnz",
+                       f"--onnx={out}", f"--run-dir={tmp_path}")  # fmt: skip
+    assert (code, err) == (0, "") and files(tmp_path) == ["x.onnx"]
+    rows = []
+    for file in (out, chain / "checkpoints/int8.onnx"):
+        code, text, err = run("eval", file, f"--data={tiny}", f"--run-dir={tmp_path}", "--json")
+        assert (code, err) == (0, "")
+        rows.append(json.loads(text))
+    a, b = rows
+    assert a["arithmetic"] == "onnxruntime" and a["bytes"] == out.stat().st_size
+    assert all(a[k] == b[k] for k in ("correct", "loss", "weights", "nonzeros", "macs", "layers"))
+    assert a["ancestors"][-1]["stage"] == "compressed" and b["ancestors"][-1]["stage"] == "int8"
+
+
+@pytest.mark.parametrize(("flags", "why"), [
+    (["--method=reference"], "the reference method's steps change with every batch"),
+    (["--act-bits=6", "--calibration=64"], "its activations have 6 bits"),
+    (["--act-bits=32", "--calibration=64"], "of its activations 32"),
+])  # fmt: skip
+def test_no_onnx_is_said_and_the_rest_is_done(run, chain, tiny, tmp_path, flags, why):
+    common = [f"--data={tiny}", f"--run-dir={tmp_path}"]
+    run("quantize", f"--parent={chain}/checkpoints/pruned.pth", *common, *flags)
+    stale = tmp_path / "checkpoints/int8.onnx"
+    stale.write_bytes(b"another network's")
+    code, out, err = run("to_int8", *common)
+    assert (code, err) == (0, "") and "no int8.onnx: " in out and why in out
+    assert (tmp_path / "checkpoints/int8.pth").exists() and not stale.exists()
+    sparse_compress.main([f"--run-dir={tmp_path}"])
+    code, out, err = run("sparse_compress", f"--decompress={tmp_path}/checkpoints/compressed.nnz",
+                         f"--onnx={tmp_path}/y.onnx")  # fmt: skip
+    assert code == 1 and one_line("sparse_compress", err) and why in err
+    assert not (tmp_path / "y.onnx").exists()
+
+
+def test_to_int8_counts_how_often_the_three_agree(chain):
+    line = json.loads((chain / "logs/int8.jsonl").read_text())
+    assert set(line["agree"]) == {
+        "float32, integers", "float32, onnxruntime", "integers, onnxruntime"}  # fmt: skip
+    assert line["agree_total"] == 50 and all(n >= 48 for n in line["agree"].values())
+    assert line["onnx_bytes"] == (chain / "checkpoints/int8.onnx").stat().st_size
 
 
 @pytest.mark.parametrize("stage", ["quantize", "to_int8", "sparse_compress"])
