@@ -256,7 +256,7 @@ def test_foreign_content(tmp_path, content, what):
     ({"settings": standard(0.35, 8)}, "size mismatch"),
     ({"state": {}}, "Missing key"),
     ({"state": 3}, "'int' object"),
-    ({"quantization": {"bits": 8}}, "'weight_bits'"),
+    ({"quantization": {"method": "ptq", "bits": 8}}, "'weight_bits'"),
     ({"quantization": {"method": "x", "weight_bits": 8, "act_bits": 8}}, "Missing key"),
 ])  # fmt: skip
 def test_content_that_does_not_fit_itself(whole, tmp_path, change, what):

