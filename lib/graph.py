@@ -10,7 +10,7 @@ same network. The integer graph is lib.integer's, with what ONNX says otherwise:
   depthwise layer has no pairs, and levels of up to 7 bits cannot saturate: see `_pairs_fit`.
 - Channels are padded with zeros to a multiple of 16, so that vectors have no remainders.
 - Requantization: QLinearConv multiplies by the ratio of scales in floating point and rounds halves
-  to even. A level differs from lib.integer's where a product is within 2^-23 of a half.
+  to even. A level differs from lib.integer's where the rounding of floats crosses a half.
 - Signed levels end at -128, not at -127.
 - The residual addition and the average are DequantizeLinear, Add or GlobalAveragePool,
   QuantizeLinear; onnxruntime makes integer kernels of each three.
@@ -28,7 +28,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from lib import quantizers
-from lib.integer import Grid, IntegerNetwork, Layer
+from lib.fixedpoint import Grid
+from lib.integer import IntegerNetwork, Layer
 from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
 
 OPSET, IR = 17, 8  # of 2022: old enough for any runtime in use

@@ -11,10 +11,8 @@ at most 8 bits, of weights int8; a sum of their products is a 32-bit accumulator
     classifier  logits = acc * scale, the only float
 
 An accumulator counts in units of (input's step) * (weight's step), its bias too. M, the ratio of
-two scales, is a fixed-point number (Jacob et al. 2018, section 2.2): mantissa * 2^-shift with a
-31-bit mantissa in [2^30, 2^31), one for each output channel. `round` is the same everywhere and the
-only rounding there is: to nearest, halves up, as (product + 2^(shift-1)) >> shift in 64 bits.
-Clipping to [0, high] is ReLU6; signed levels end at -127.
+two scales, one for each output channel, is a fixed-point number, and `round` the one rounding there
+is, halves up: lib/fixedpoint.py. Clipping to [0, high] is ReLU6; signed levels end at -127.
 
 Two rows are special. A row without weights has no step of its own: its accumulator counts in
 2^-24 of its bias. And where a bias is so large against a row's step that 32 bits would not hold it
@@ -33,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import data, quantizers
+from lib.fixedpoint import Grid, Multiplier, Sum, fixed_point
 from lib.metrics import weight_layers
 from lib.quantizers import Quantizer, per_row
 from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
@@ -40,53 +39,6 @@ from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
 INT32 = 2**31 - 1
 CHUNK = 16  # images at a time: their 64-bit products stay in the cache
 SIZE = 32  # of the images: the average knows its map
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """Of a tensor of activations: level * step, low <= level <= high."""
-
-    step: float
-    low: int
-    high: int
-
-    @property
-    def signed(self) -> bool:
-        return self.low < 0
-
-
-@dataclasses.dataclass
-class Multiplier:
-    """round(x * mantissa * 2^-shift), clipped to a grid; a mantissa for each channel or one."""
-
-    mantissa: Tensor  # int64
-    shift: Tensor  # int64, 1 to 62
-    grid: Grid
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: int64, changed in place; returns int16."""
-        return self.rounded(x.mul_(self.mantissa))
-
-    def rounded(self, product: Tensor) -> Tensor:
-        product.add_(1 << (self.shift - 1)).bitwise_right_shift_(self.shift)
-        return product.clamp_(self.grid.low, self.grid.high).to(torch.int16)
-
-
-def fixed_point(ratio: Tensor, grid: Grid) -> Multiplier:
-    """The fixed-point multiplier nearest to each ratio, float64 and none negative.
-
-    Under 2^-31 the mantissa loses bits that no 32-bit accumulator could show.
-    Raises ValueError for one of 2^30 or more.
-    """
-    fraction, exponent = torch.frexp(ratio.double())  # 0.5 <= fraction < 1
-    mantissa, shift = torch.round(fraction * 2**31).long(), 31 - exponent.long()
-    carry = mantissa == 2**31
-    mantissa, shift = torch.where(carry, 2**30, mantissa), torch.where(carry, shift - 1, shift)
-    excess = (shift - 62).clamp(0, 62)
-    mantissa, shift = mantissa >> excess, shift - excess
-    if (shift < 1).any():
-        raise ValueError("the steps of two tensors are too far apart for a fixed-point multiplier")
-    return Multiplier(mantissa, shift, grid)
 
 
 class Layer:
@@ -147,21 +99,6 @@ class Layer:
         else:  # depthwise, or 1x1
             sums = F.conv2d(x, kernel, None, self.stride, self.padding, groups=self.groups)
         return sums.long().add_(self.bias.view(self.per_channel))
-
-
-class Sum:
-    """The residual addition: x and the addend at a common shift, then one rounding."""
-
-    def __init__(self, x: Grid, addend: Grid, writes: Grid):
-        self.x, self.addend, self.writes = x, addend, writes
-        ratios = torch.tensor([x.step, addend.step], dtype=torch.float64) / writes.step
-        larger = fixed_point(ratios.max(), writes)
-        self.mantissas = torch.round(ratios * 2.0**larger.shift).long().tolist()
-        self.requantize = larger
-
-    def __call__(self, x: Tensor, addend: Tensor) -> Tensor:
-        total = x.long().mul_(self.mantissas[0]) + addend.long().mul_(self.mantissas[1])
-        return self.requantize.rounded(total)
 
 
 @dataclasses.dataclass

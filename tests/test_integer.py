@@ -1,4 +1,5 @@
-"""lib/integer.py: each operation against exact arithmetic, the network against its parent."""
+"""lib/integer.py and lib/fixedpoint.py: operations against exact arithmetic, networks against
+their fake-quantized parents."""
 
 import copy
 import dataclasses
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 from lib import data, integer, ptq, quantizers, synthetic
-from lib.integer import INT32, Grid, IntegerNetwork, Layer, Sum, fixed_point
+from lib.fixedpoint import Grid, Sum, fixed_point
+from lib.integer import INT32, IntegerNetwork, Layer
 
 UNSIGNED, SIGNED = Grid(0.02, 0, 255), Grid(0.05, -127, 127)
 
