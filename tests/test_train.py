@@ -69,7 +69,7 @@ def test_state_of_another_run_is_refused_and_kept(tiny, tmp_path, monkeypatch):
 
 def test_two_processes_give_the_loss_curve_of_one(tiny, tmp_path):
     # In float32 a difference in the last bit grows from layer to layer and step to step, so the
-    # rate is low and the tolerance 5e-3 (2.3e-3 seen, with AVX2); the float64 test is the exact one.
+    # rate is low and the tolerance 5e-3 (2.3e-3 seen on AVX2); the float64 test is the exact one.
     flags = ["--dropout=0", "--no-amp", "--ema=0", "--epochs=2", "--lr=0.002", "--width=0.25"]
     run_in_process(tiny, tmp_path / "one", *flags)
     subprocess.run(
