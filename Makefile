@@ -96,7 +96,7 @@ DEMO := all RUN=demo DATA=synthetic SPLIT=test WANDB= \
 	PRUNE_FLAGS="--rounds 2 --target 0.8 --epochs 1 --batch-size 64 --lr 0.05 --max-drop 3 \
 		--label-smoothing 0 --augment light --no-amp" \
 	QUANTIZE_FLAGS= INT8_FLAGS= COMPRESS_FLAGS= REPORT_FLAGS= \
-	SWEEP_FLAGS="--weight-bits 32,16,8,6,4,2 --act-bits 32,16,8,6,4,2 --calibration 128"
+	SWEEP_FLAGS="--weight-bits 32,8,4,2 --act-bits 32,8,4,2 --calibration 128"
 demo: $(VENV)  ## all stages on a generated set, in minutes, in the folder demo/
 	@rm -rf demo
 	@$(MAKE) --no-print-directory $(DEMO)
