@@ -45,6 +45,17 @@ class Settings(config.Common):
     layer_bits: str | None = flag(
         None, 'a JSON file of weight bits by layer, {"features.3.conv.0.0": 6, ...}'
     )
+    scale_bits: int | None = flag(
+        None, "mantissa bits of the weights' steps; 23: float32; default: 3; 5 with one a tensor"
+    )
+    bias_bits: int = flag(
+        2, "biases are multiples of a power of two, about 2^-N of the step of what the layer "
+        "writes; 32: float32"
+    )  # fmt: skip
+    rate: float = flag(
+        0.0, "squared error of an image's logits that saving 1,000 bytes of weights may cost: "
+        "levels are chosen by error and size together; in qat their size joins the loss"
+    )  # fmt: skip
     calibration: int = flag(1024, "training images that ptq looks at, without their labels")
     epochs: int = flag(3, "of qat")
     lr: float = flag(2e-4, "peak learning rate of qat (Adam), linear to zero")
@@ -67,6 +78,14 @@ class Settings(config.Common):
             raise ValueError("--weight-scale tensor is for --method ptq")
         if self.method == "reference" and (self.layer_bits or self.first_last_bits):
             raise ValueError("--layer-bits and --first-last-bits are not for --method reference")
+        if not 1 <= (23 if self.scale_bits is None else self.scale_bits) <= 23:
+            raise ValueError("--scale-bits must be 1 to 23")
+        if not (0 <= self.bias_bits <= 16 or self.bias_bits == 32):
+            raise ValueError("--bias-bits must be 0 to 16, or 32 for off")
+        if not self.rate >= 0:
+            raise ValueError("--rate must be at least 0")
+        if self.rate and (self.weight_scale == "tensor" or self.method == "reference"):
+            raise ValueError("--rate is for --method ptq or qat with --weight-scale channel")
         if not 1 <= self.calibration <= 50_000:
             raise ValueError("--calibration must be 1 to 50000 images")
         if self.epochs < 1 or self.batch_size < 1:
@@ -97,7 +116,10 @@ def main(argv=None):
     else:
         fp32, _ = compact(model)
         sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
-        model, latent = ptq.quantize(fp32, sample, scheme, engine.progress("calibrate"))
+        model, latent = ptq.quantize(
+            fp32, sample, scheme, engine.progress("calibrate"), scale_bits=cfg.scale_bits,
+            bias_bits=cfg.bias_bits, rate=cfg.rate / 8000,
+        )  # fmt: skip
     after = engine.evaluate(model, images.val) if validate else None
     if cfg.method == "qat":
         engine.say(f"ptq: val {after}")
@@ -155,8 +177,12 @@ def read_layer_bits(path: Path, layers: list[str]) -> dict[str, int]:
 
 def train(cfg, model, teacher, latent, scheme, images, out, parent) -> None:
     """Quantization-aware training, in place; leaves its state beside `out`."""
+    if cfg.rate:  # what was made zero to save bits is pruned: it would sit on zero's border
+        for name, layer in metrics.weight_layers(model).items():
+            latent[name][layer.weight == 0] = 0
     qat.begin(model, scheme, latent)
     mask = pruning.Mask(model)
+    price = cfg.rate / 8000 * qat.NATS  # of a bit
 
     def after_step(progress: float) -> None:
         if cfg.dampen:
@@ -173,6 +199,7 @@ def train(cfg, model, teacher, latent, scheme, images, out, parent) -> None:
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
         config=identity, resume=cfg.resume, teacher=teacher if cfg.distill else None,
         after_step=after_step, log=log,
+        penalty=(lambda: price * qat.bits(model)) if cfg.rate else None,
     )  # fmt: skip
     qat.finish(model)
     if engine.is_main():

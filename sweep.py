@@ -2,11 +2,13 @@
 
     python sweep.py                                            the report's 6 x 6
     python sweep.py --weight-bits 8,4 --act-bits 8 --wandb
+    python sweep.py --weight-bits 4,3 --act-bits 8 --rate 0,0.2,0.4    accuracy against bytes
     torchrun --nproc-per-node 2 sweep.py                       the processes share the cells
 
 in:  checkpoints/pruned.pth, or any fp32 network
 out: checkpoints/sweep/w8a8.nnz ... (each decoded again before it is evaluated), logs/sweep.csv,
-     plots/sweep_heatmap.png, plots/sweep_parallel.png
+     plots/sweep_heatmap.png, plots/sweep_parallel.png (of the first rate), plots/sweep_rate.png
+     (of several rates)
 
 A cell that was measured before, from the same parent on the same images, is not measured again.
 """
@@ -16,6 +18,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import time
 from pathlib import Path
 
@@ -25,8 +28,8 @@ from lib.config import UserError, flag
 
 # gained, lost: images against the parent.
 COLUMNS = (
-    "weight_bits", "act_bits", "method", "split", "correct", "total", "accuracy", "gained", "lost",
-    "bytes", "seconds", "calibration", "seed", "sha256", "parent_sha256",
+    "weight_bits", "act_bits", "rate", "method", "split", "correct", "total", "accuracy", "gained",
+    "lost", "bytes", "seconds", "calibration", "seed", "sha256", "parent_sha256",
 )  # fmt: skip
 
 
@@ -37,6 +40,9 @@ class Settings(config.Common):
     method: str = flag("ptq", "as in quantize.py", choices=("ptq", "reference"))
     weight_bits: list[int] = flag([32, 16, 12, 8, 6, 4], "rows of the grid; 32 is off")
     act_bits: list[int] = flag([32, 16, 12, 8, 6, 4], "columns of the grid; 32 is off")
+    rate: list[float] = flag([0.0], "as in quantize.py, each for every cell of the grid")
+    mark: list[str] = flag([], "points beside the curve, each NAME=BYTES=ACCURACY, such as "
+                               "report=1040842=0.9447")  # fmt: skip
     calibration: int = flag(1024, "training images that ptq looks at, without their labels")
     split: str = flag("val", "images to evaluate on", choices=("val", "test"))
 
@@ -45,16 +51,35 @@ class Settings(config.Common):
             raise ValueError("--weight-bits and --act-bits need at least one number each")
         if self.calibration < 1:
             raise ValueError("--calibration must be at least 1 image")
+        if not self.rate or not all(0 <= rate < math.inf for rate in self.rate):
+            raise ValueError("--rate needs numbers of at least 0")
+        if any(self.rate) and (self.method == "reference" or 32 in self.weight_bits):
+            raise ValueError("--rate is for --method ptq and weights of 2 to 16 bits")
+        self.marks()
         for bits in (*self.weight_bits, *self.act_bits):
             if bits not in quantizers.BITS:
                 raise ValueError(f"{bits} bits: must be 2 to 16, or 32 for off")
+
+    def marks(self) -> dict[str, tuple[int, float]]:
+        """{name: (bytes, accuracy)}."""
+        found = {}
+        for text in self.mark:
+            name, _, values = text.partition("=")
+            try:
+                size, accuracy = values.split("=")
+                found[name] = int(size), float(accuracy)
+            except ValueError:
+                raise ValueError(f"--mark {text}: not NAME=BYTES=ACCURACY") from None
+            if found[name][0] < 1 or not 0 <= found[name][1] <= 1:
+                raise ValueError(f"--mark {text}: bytes must be over 0, the accuracy 0 to 1")
+        return found
 
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
     engine.start_processes(device)
-    world, rank = engine.processes()
+    world, rank_of_process = engine.processes()
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"))
     if parent.quantization:
         raise UserError(f"{parent.file} is quantized already: start from an fp32 network")
@@ -65,38 +90,50 @@ def main(argv=None):
         raise UserError("there is no validation split (--val-size 0): use --split test")
     folder = cfg.path(None, "checkpoints/sweep")
     known = {}  # which images the parent gets right, once it is asked for
-    grid = [(w, a) for w in dict.fromkeys(cfg.weight_bits) for a in dict.fromkeys(cfg.act_bits)]
+    grid = [
+        (w, a, rate) for w in dict.fromkeys(cfg.weight_bits) for a in dict.fromkeys(cfg.act_bits)
+        for rate in dict.fromkeys(cfg.rate)
+    ]  # fmt: skip
 
-    for number, (weight_bits, act_bits) in enumerate(grid):
-        if number % world != rank:
+    for number, (weight_bits, act_bits, rate) in enumerate(grid):
+        if number % world != rank_of_process:
             continue
-        path = folder / f"w{weight_bits}a{act_bits}.nnz"
+        path = folder / name_of(weight_bits, act_bits, rate)
         row = finished(path, cfg, parent, split)
         old = " (measured before)" if row else ""
         if not row:
             if not known:
                 measure.file(parent, split, cfg.split, known)
-            row = cell(path, cfg, parent, images, known, weight_bits, act_bits)
+            row = cell(path, cfg, parent, images, known, weight_bits, act_bits, rate)
         print(
-            f"[{number + 1}/{len(grid)}] W{weight_bits}A{act_bits}: {row['accuracy']:.2%} "
+            f"[{number + 1}/{len(grid)}] {path.stem.upper()}: {row['accuracy']:.2%} "
             f"({row['correct']}/{row['total']} {cfg.split}), +{row['gained']} -{row['lost']}, "
             f"{row['bytes']:,} bytes{old}",
             flush=True,
         )
     engine.wait()
     if engine.is_main():
-        rows = [finished(folder / f"w{w}a{a}.nnz", cfg, parent, split) for w, a in grid]
+        rows = [finished(folder / name_of(*bits), cfg, parent, split) for bits in grid]
         write_table(cfg, rows)
         title = f"{cfg.method} quantization of {parent.file.name}, {cfg.split} (n={len(split)})"
-        plots.heatmap(rows, cfg.path(None, "plots/sweep_heatmap.png"), title)
-        plots.parallel_coordinates(rows, cfg.path(None, "plots/sweep_parallel.png"), title)
+        first = [row for row in rows if row["rate"] == cfg.rate[0]]
+        plots.heatmap(first, cfg.path(None, "plots/sweep_heatmap.png"), title)
+        plots.parallel_coordinates(first, cfg.path(None, "plots/sweep_parallel.png"), title)
+        if len(rows) > len(first):
+            plots.rate(rows, cfg.path(None, "plots/sweep_rate.png"), title, cfg.marks())
         if cfg.wandb:
             log_wandb(cfg, rows)
         print(f"{cfg.path(cfg.out, 'logs/sweep.csv')}: {len(rows)} cells")
     engine.stop_processes()
 
 
-def cell(path: Path, cfg, parent, images, known, weight_bits: int, act_bits: int) -> dict:
+def name_of(weight_bits: int, act_bits: int, rate: float) -> str:
+    return f"w{weight_bits}a{act_bits}" + (f"r{rate:g}" if rate else "") + ".nnz"
+
+
+def cell(
+    path: Path, cfg, parent, images, known, weight_bits: int, act_bits: int, rate: float
+) -> dict:
     """Quantize, write the file, read it back, evaluate what was read."""
     began = time.monotonic()
     split = getattr(images, cfg.split)
@@ -106,7 +143,7 @@ def cell(path: Path, cfg, parent, images, known, weight_bits: int, act_bits: int
     else:
         scheme = ptq.scheme(weight_bits, act_bits)
         sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
-        model, _ = ptq.quantize(compact(model)[0], sample, scheme)
+        model, _ = ptq.quantize(compact(model)[0], sample, scheme, rate=rate / 8000)
     raw = nnz.encode(
         dataclasses.replace(
             parent,
@@ -126,7 +163,7 @@ def cell(path: Path, cfg, parent, images, known, weight_bits: int, act_bits: int
     source = checkpoint.load(path)
     figures, _ = measure.file(source, split, cfg.split, dict(known), integers=False)
     row = {
-        "weight_bits": weight_bits, "act_bits": act_bits, "method": cfg.method,
+        "weight_bits": weight_bits, "act_bits": act_bits, "rate": rate, "method": cfg.method,
         "calibration": cfg.calibration, "seed": cfg.seed,
         "seconds": round(time.monotonic() - began, 1), "parent_sha256": parent.sha256,
         **{key: figures[key] for key in COLUMNS if key in figures},
@@ -168,11 +205,12 @@ def log_wandb(cfg, rows: list[dict]) -> None:
     """A run a cell in one group: add a parallel coordinates panel over config and summary."""
     group = f"sweep-{cfg.method}-{cfg.split}-{rows[0]['parent_sha256'][:8]}"
     for row in rows:
-        name = f"w{row['weight_bits']}a{row['act_bits']}"
+        name = name_of(row["weight_bits"], row["act_bits"], row["rate"]).removesuffix(".nnz")
         run = metrics.start_wandb(  # the id is fixed: a repeated sweep updates its runs
             cfg.path(None, "logs"), group=group, name=name, id=f"{group}-{name}", resume="allow",
             config={"weight_bits": row["weight_bits"], "activation_bits": row["act_bits"],
-                    "method": row["method"], "split": row["split"], "total": row["total"]},
+                    "rate": row["rate"], "method": row["method"], "split": row["split"],
+                    "total": row["total"]},
         )  # fmt: skip
         run.summary.update({"accuracy": row["accuracy"], "bytes": row["bytes"]})
         metrics.finish_wandb(run)

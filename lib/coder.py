@@ -285,28 +285,6 @@ class _Stream:
             raise CoderError("the input does not end where its content does")
 
 
-def costs(levels, largest: int):
-    """Estimated bits of other levels in a layer, for rate-distortion optimized quantization.
-
-    levels: (rows, columns), those of now. Returns (zero, nonzero, magnitude), of shapes (rows,
-    columns), (rows, columns), (largest + 1,): a zero there; the flag and sign of a non-zero
-    there; and what its magnitude adds. A static estimate, the encoder's only: floats are harmless.
-    """
-    _, stretch, _, cost = _tables()
-
-    def log_odds(flags, axis=None):
-        count = np.sum(flags, axis, keepdims=True, dtype=np.int64)
-        return stretch[(2 * count + 1 << 12) // (2 * (flags.size // count.size) + 2)]
-
-    flags = np.asarray(levels) != 0
-    x = log_odds(flags, 1) + log_odds(flags, 0) - log_odds(flags)
-    x = np.clip(x, -3071, 3071) + 3071
-    bucket = np.arange(largest + 1) * 16 // (largest + 1)
-    counts = np.bincount(bucket[np.abs(levels[flags])], minlength=16) + 0.5
-    share = counts / counts.sum() / np.maximum(np.bincount(bucket, minlength=16), 1)
-    return cost[6142 - x] / 65536, cost[x] / 65536 + 1, -np.log2(share[bucket])
-
-
 @functools.cache
 def _tables():
     """squash, stretch, rate, cost: see FORMAT.md. Integers throughout, so the same everywhere."""

@@ -116,6 +116,7 @@ def fit(
     resume: bool = True,
     teacher: nn.Module | None = None,
     after_step: Callable[[float], None] | None = None,
+    penalty: Callable[[], torch.Tensor] | None = None,
     velocity: dict[str, Tensor] | None = None,
     log: metrics.Log | None = None,
     note: str = "",
@@ -128,6 +129,7 @@ def fit(
         result is bit for bit the uninterrupted one, on CPU.
     teacher: with recipe.distill, its soft labels are mixed in (Hinton et al. 2015).
     after_step: called after each optimizer step (to hold masks), with the share of the run done.
+    penalty: what is added to the loss at each step; the history's losses are without it.
     velocity: SGD's momentum buffers to begin with, by parameter: see `velocity_of`.
     Returns the history, a dict an epoch, and the index of the best epoch in it (the last one
     where there is no validation split). Raises DivergedError when the loss is no longer finite.
@@ -183,7 +185,7 @@ def fit(
             torch.manual_seed(seed * 1_000_003 + epoch + rank * 999_983)  # dropout: its own a rank
             totals = train_epoch(
                 forward, images.train, recipe, augment, optimizer, scaler, average, seed, epoch,
-                steps, teacher=teacher, after_step=after_step,
+                steps, teacher=teacher, after_step=after_step, penalty=penalty,
                 note=f"{note}epoch {epoch + 1}/{recipe.epochs}",
             )  # fmt: skip
             if world > 1:
@@ -233,7 +235,7 @@ def velocity_of(state_file: Path, model: nn.Module, recipe: Recipe) -> dict[str,
 
 
 def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, seed, epoch, steps,
-                 *, teacher, after_step, note) -> Tensor:  # fmt: skip
+                 *, teacher, after_step, penalty, note) -> Tensor:  # fmt: skip
     """One epoch; returns [sum of losses, correct answers] of this rank, on the device.
 
     Nothing in a step waits for the device: the totals are read once, by the caller.
@@ -257,7 +259,7 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
                 soft = teacher(x).float() if teacher and recipe.distill else None
         loss = _loss(logits.float(), labels, soft, recipe)
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        scaler.scale(loss + penalty() if penalty else loss).backward()
         scaler.step(optimizer)
         scaler.update()
         if after_step:

@@ -437,6 +437,49 @@ def heatmap(cells, path, title):
     return _save(figure, path)
 
 
+def rate(cells, path, title, marks=None):
+    """Accuracy against bytes on a log scale: a line for each pair of bits, over the rates.
+
+    cells: dicts of weight_bits, act_bits, rate, accuracy, total, bytes. marks: {name: (bytes,
+    accuracy)} of files that were made otherwise.
+    """
+    cells, marks = _rows(cells), marks or {}
+    lines = {}
+    for cell in cells:
+        lines.setdefault(f"W{cell['weight_bits']}A{cell['act_bits']}", []).append(cell)
+    colours = dict(zip(lines, (BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK) * 9, strict=False))
+    best = max(cell["accuracy"] for cell in cells)
+    near = [cell for cell in cells if cell["accuracy"] >= best - 0.01 - 1e-9]
+    pick = min(near, key=lambda cell: cell["bytes"])
+    note = (f"{len(cells)} files; best {100 * best:.2f}%; the smallest within a point of it: "
+            f"W{pick['weight_bits']}A{pick['act_bits']} at rate {pick['rate']:g}, "
+            f"{_size(pick['bytes'])}, {100 * pick['accuracy']:.2f}%")
+    figure = _figure(title, note, 4.4, colours if len(lines) > 1 else None)
+    ax = figure.subplots()
+    _quiet(ax, "accuracy (%)", "both")
+    shown = [cell["accuracy"] for cell in cells] + [accuracy for _, accuracy in marks.values()]
+    # What fell far is cut off: the top is where files are chosen.
+    floor = max(min(shown), max(shown) - 0.06)
+    for name, points in lines.items():
+        points.sort(key=lambda cell: cell["rate"])
+        x, y = _series(points, "bytes"), 100 * _series(points, "accuracy")
+        ax.plot(x, y, color=colours[name], linewidth=1.5, marker="o", ms=5, zorder=3)
+        for cell, at in zip(points, zip(x, y, strict=True), strict=True):
+            if cell["accuracy"] >= floor:
+                _label(ax, f"{cell['rate']:g}", at, (4, 8), size=8.5, color=colours[name])
+    for name, (size, accuracy) in marks.items():
+        ax.plot(size, 100 * accuracy, "D", color=INK, ms=6, zorder=4)
+        _label(ax, f"{name}\n{_size(size)}", (size, 100 * accuracy), (0, -17), ha="center", size=9)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _size(size, 1)))
+    ax.xaxis.set_minor_formatter(FuncFormatter(
+        lambda size, _: _size(size, 1) if f"{size:e}"[0] in "25" else ""))
+    pad = 12 * (max(shown) - floor) + 0.3
+    ax.set(ylim=(100 * floor - pad, 100 * max(shown) + pad), xlabel="bytes of the file (log scale)")
+    ax.tick_params(which="minor", labelsize=9.5, color=GREY)
+    return _save(figure, path)
+
+
 def parallel_coordinates(cells, path, title):
     """A line a cell through weight bits, activation bits, file size and accuracy, whose axis is
     also the colour bar. Lines that share a tick fan out around it, the best drawn on top.

@@ -27,6 +27,7 @@ Nagel et al. 2021, "A white paper on neural network quantization", section 2).
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,18 @@ def to_levels(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     scale: a step for all, or one for each index of the first dimension.
     """
     return torch.round(x / per_row(scale, x)).clamp_(-largest(bits), largest(bits))
+
+
+def short(x: Tensor, bits: int, rounding: Callable = torch.round) -> Tensor:
+    """x rounded to so many mantissa bits, the leading one not counted: 23 is float32 itself."""
+    fraction, exponent = torch.frexp(x)  # 0.5 <= |fraction| < 1
+    return torch.ldexp(rounding(fraction * 2 ** (bits + 1)), exponent - (bits + 1))
+
+
+def short_bias(layer: nn.Module) -> Tensor:
+    """The layer's bias on its grid, if lib.ptq gave it one (`bias_step`)."""
+    step = getattr(layer, "bias_step", None)
+    return layer.bias if step is None else torch.round(layer.bias / step) * step
 
 
 def per_row(scale: Tensor, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import quantize
-from lib import checkpoint, pruning, ptq, qat, quantizers
+from lib import checkpoint, coder, pruning, ptq, qat, quantizers
 from lib.metrics import Log, weight_layers
 from lib.quantizers import Quantizer, largest, per_row
 
@@ -254,3 +254,54 @@ def test_other_bits_of_a_layer_are_another_run(tiny, parent, tmp_path, monkeypat
     bits.write_text('{"features.3.conv.1.0": 2}')
     with pytest.raises(checkpoint.UserError, match="is the state of another run"):
         run(tiny, parent, tmp_path, f"--layer-bits={bits}")
+
+
+# ---- for a small file ----------------------------------------------------------------------------
+
+
+def test_short_side_values_stay_short(quantized, pixels):
+    model = begun(quantized, ptq.scheme(3, 8))
+    grids = {n: layer.bias_step for n, layer in weight_layers(model).items() if n[0] == "f"}
+    before = copy.deepcopy(model.state_dict())
+    steps(model, pixels, 5, 1e-2, pruning.Mask(model).apply)
+    with torch.no_grad():
+        expected = model(pixels)
+        qat.finish(model)
+        assert torch.equal(model(pixels), expected)
+    for name, layer in weight_layers(model).items():
+        live = layer.weight.flatten(1).any(1)
+        assert torch.equal(quantizers.short(layer.weight_scale, 3), layer.weight_scale)
+        assert (layer.weight_scale[~live] == 1).all()
+        if name in grids:
+            assert torch.equal(torch.round(layer.bias / grids[name]) * grids[name], layer.bias)
+        assert not torch.equal(layer.bias, before[f"{name}.bias"])
+
+
+def test_the_rate_term_makes_levels_cheaper(quantized, pixels):
+    """Beside the same training without it; and its estimate falls with the coder's bytes."""
+    sizes, estimates = [], []
+    for price in (0.0, 3e-4):
+        model = begun(quantized, ptq.scheme(4, 8))
+        mask = pruning.Mask(model)
+        labels = pixels.mean((2, 3)).argmax(1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+        for _ in range(20):
+            loss = F.cross_entropy(model(pixels), labels) + price * qat.bits(model)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            mask.apply()
+        with torch.no_grad():
+            estimates.append(float(qat.bits(model)))
+            qat.finish(model)
+        levels = quantizers.integer_state(model.state_dict(), ptq.scheme(4, 8))
+        matrices = [levels[f"{n}.weight"].flatten(1).numpy() for n in weight_layers(model)]
+        sizes.append(len(coder.encode(matrices, [coder.EXPAND] * len(matrices))))
+    assert sizes[1] < 0.9 * sizes[0] and estimates[1] < 0.9 * estimates[0]
+
+
+def test_stage_spends_fewer_bytes_at_a_rate(tiny, parent, whole, tmp_path):
+    saved, lines = run(tiny, parent, tmp_path, "--rate=100")
+    counts = [sum(int(t.count_nonzero()) for n, t in x.state.items() if n.endswith(".weight"))
+              for x in (saved, whole[0])]  # fmt: skip
+    assert counts[0] < 0.9 * counts[1] and len(lines) == 2

@@ -59,7 +59,7 @@ def test_cells_are_measured_from_files_and_only_once(tiny, parent, tmp_path, mon
 
     measured = []
     original = sweep.cell
-    monkeypatch.setattr(sweep, "cell", lambda *args: measured.append(args[5:]) or original(*args))
+    monkeypatch.setattr(sweep, "cell", lambda *args: measured.append(args[5:7]) or original(*args))
     (tmp_path / "checkpoints/sweep/w2a4.nnz").unlink()
     sweep.main([*flags(tiny, parent, tmp_path), "--weight-bits=8,2,3", "--act-bits=32,4"])
     assert measured == [(2, 4), (3, 32), (3, 4)]
@@ -141,3 +141,35 @@ def test_impossible_bits_are_wrong_usage(tiny, parent, tmp_path, bad):
     with pytest.raises(SystemExit) as error:
         sweep.main([*flags(tiny, parent, tmp_path), bad])
     assert error.value.code == 2
+
+
+def test_rates_give_a_curve_of_files(tiny, parent, tmp_path):
+    grid = ["--weight-bits=4,3", "--act-bits=8", "--rate=0,20,400", "--mark=other=5000=0.5"]
+    sweep.main([*flags(tiny, parent, tmp_path, "ptq"), *grid])
+    found = rows(tmp_path)
+    assert [(r["weight_bits"], r["rate"]) for r in found] == [
+        (bits, rate) for bits in "43" for rate in ("0.0", "20.0", "400.0")
+    ]  # fmt: skip
+    for bits in "43":
+        names = [f"w{bits}a8.nnz", f"w{bits}a8r20.nnz", f"w{bits}a8r400.nnz"]
+        sizes = [(tmp_path / "checkpoints/sweep" / name).stat().st_size for name in names]
+        assert [int(r["bytes"]) for r in found if r["weight_bits"] == bits] == sizes
+        assert sizes == sorted(sizes, reverse=True) and sizes[2] < sizes[0]
+    assert (tmp_path / "plots/sweep_rate.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--rate=-1", "--rate needs"),
+        ("--rate=nan", "--rate needs"),
+        ("--rate=0.1", "--rate is for"),  # 32 bits are in the default grid
+        ("--mark=report", "NAME=BYTES=ACCURACY"),
+        ("--mark=report=0=0.5", "over 0"),
+        ("--mark=report=1000=94.5", "0 to 1"),
+    ],
+)
+def test_impossible_rates_and_marks_are_refused(flag, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sweep.main([flag])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
