@@ -10,9 +10,10 @@ at most 8 bits, of weights int8; a sum of their products is a 32-bit accumulator
     input       level = clip(round(level * M)), where a stream has more bits than its reader
     classifier  logits = acc * scale, the only float
 
-An accumulator counts in units of (input's step) * (weight's step), its bias too. M, the ratio of
-two scales, one for each output channel, is a fixed-point number, and `round` the one rounding there
-is, halves up: lib/fixedpoint.py. Clipping to [0, high] is ReLU6; signed levels end at -127.
+An accumulator counts in units of (input's step) * (weight's step), its bias too: the fake-quantized
+network's are multiples of that already (quantizers.put_bias_on_grid). M, the ratio of two scales,
+one for each output channel, is a fixed-point number, and `round` the one rounding there is, halves
+up: lib/fixedpoint.py. Clipping to [0, high] is ReLU6; signed levels go from -128 to 127.
 
 Two rows are special. A row without weights has no step of its own: its accumulator counts in
 2^-24 of its bias. And where a bias is so large against a row's step that 32 bits would not hold it

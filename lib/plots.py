@@ -459,14 +459,15 @@ def rate(cells, path, title, marks=None):
     _quiet(ax, "accuracy (%)", "both")
     shown = [cell["accuracy"] for cell in cells] + [accuracy for _, accuracy in marks.values()]
     # What fell far is cut off: the top is where files are chosen.
-    floor = max(min(shown), max(shown) - 0.06)
+    floor = max(min(shown), max(shown) - 0.03)
     for name, points in lines.items():
         points.sort(key=lambda cell: cell["rate"])
         x, y = _series(points, "bytes"), 100 * _series(points, "accuracy")
         ax.plot(x, y, color=colours[name], linewidth=1.5, marker="o", ms=5, zorder=3)
         for cell, at in zip(points, zip(x, y, strict=True), strict=True):
             if cell["accuracy"] >= floor:
-                _label(ax, f"{cell['rate']:g}", at, (4, 8), size=8.5, color=colours[name])
+                _label(ax, f"{cell['rate']:g}", at, (-6, 6), ha="right", size=8.5,
+                       color=colours[name])
     for name, (size, accuracy) in marks.items():
         ax.plot(size, 100 * accuracy, "D", color=INK, ms=6, zorder=4)
         _label(ax, f"{name}\n{_size(size)}", (size, 100 * accuracy), (0, -17), ha="center", size=9)

@@ -257,9 +257,7 @@ class _Walk:
         if not hasattr(layer, "weight_scale"):  # 32 bits: no file will hold it as integers
             return x
         layer.bias_step = float(quantizer.step.log2().round().exp2()) * 2.0**-self.bias_bits
-        change = quantizers.short_bias(layer) - layer.bias
-        layer.bias.add_(change)
-        return x + change.view(-1, 1, 1)
+        return _add_to_bias(layer, quantizers.short_bias(layer) - layer.bias, x)
 
     def layer(self, a: nn.Module, x: Tensor, t: Tensor, reads=None, writes=None):
         """Quantize the layer that stands for `a`; returns the outputs of the two."""
@@ -285,8 +283,8 @@ class _Walk:
         layer.scale_bits = self.scale_bits
         y = (a if self.alone else layer)(x)
         error = (wanted - (layer(x) if self.alone else y)).movedim(1, -1).flatten(0, -2).mean(0)
-        layer.bias.add_(error)
-        return y if self.alone else y.add_(error.view(-1, *[1] * (y.ndim - 2))), t
+        corrected = _add_to_bias(layer, error, y)
+        return y if self.alone else corrected, t
 
     def put_on_tensor_grid(self, name: str, layer: nn.Module, bits: int) -> None:
         if bits == 32:
@@ -302,6 +300,16 @@ class _Walk:
         step = quantizers.short(scale * factor, self.scale_bits)
         layer.weight_scale.copy_(torch.where(levels.flatten(1).any(1), step, 1.0))
         layer.weight.copy_(levels * per_row(layer.weight_scale, levels) + 0.0)
+
+
+def _add_to_bias(layer: nn.Module, change: Tensor, y: Tensor) -> Tensor:
+    """Returns the layer's outputs y with the new bias, as the forward pass rounds it."""
+    whole = isinstance(layer, quantizers.Conv2d | quantizers.Linear)
+    before, layer.bias[:] = layer.bias.clone(), layer.bias + change
+    if whole:
+        change = quantizers.whole_bias(layer, layer.bias, layer.weight)
+        change -= quantizers.whole_bias(layer, before, layer.weight)
+    return y + change.view(-1, *[1] * (y.ndim - 2))
 
 
 def _channel_clips(y: Tensor, bits: int) -> Tensor:

@@ -15,43 +15,52 @@ from lib.quantizers import FakeQuantize, Quantizer, largest, per_row
 
 
 class _Conv2d(nn.Conv2d):
+    weight_scale = property(lambda self: _step(self))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, _on_grid(self), _bias(self))
+        return self._conv_forward(x, *_on_grid(self))
 
 
 class _Linear(nn.Linear):
+    weight_scale = property(lambda self: _step(self))
+
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, _on_grid(self), _bias(self))
+        return nn.functional.linear(x, *_on_grid(self))
 
 
 class _Quantizer(Quantizer):
+    step = property(lambda self: self.log_step.exp())
+
     def forward(self, x: Tensor) -> Tensor:
-        return FakeQuantize.apply(x, self.log_step.exp(), self.low, self.high)
+        return FakeQuantize.apply(x, self.step, self.low, self.high)
 
 
 NATS = 0.01  # of loss for a squared error of 1 in the logits: 0.008 for the reference at W4A8
 STEP_RATE = 5.0  # of the learning rate: a logarithm is moved by its share, not by its size
-TRAINED = {nn.Conv2d: _Conv2d, nn.Linear: _Linear, Quantizer: _Quantizer}
-PLAIN = {trained: plain for plain, trained in TRAINED.items()}
+TRAINED = {
+    nn.Conv2d: _Conv2d, nn.Linear: _Linear, quantizers.Conv2d: _Conv2d, quantizers.Linear: _Linear,
+    Quantizer: _Quantizer,
+}  # fmt: skip
 
 
-def _on_grid(layer: nn.Module) -> Tensor:
-    high = largest(layer.weight_bits)
-    return FakeQuantize.apply(layer.weight, _step(layer), -high, high)
+def _on_grid(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias as `finish` will leave them."""
+    high, step = largest(layer.weight_bits), _step(layer)
+    weight = FakeQuantize.apply(layer.weight, step, -high, high)
+    bias = quantizers.short_bias(layer)
+    if hasattr(layer, "reads"):
+        bias = quantizers.whole_bias(layer, bias, weight)
+    return weight, _straight_through(layer.bias, bias)
 
 
 def _step(layer: nn.Module) -> Tensor:
     step = layer.log_step.exp()
-    return _straight_through(step, quantizers.short(step.detach(), layer.scale_bits))
-
-
-def _bias(layer: nn.Module) -> Tensor:
-    return _straight_through(layer.bias, quantizers.short_bias(layer).detach())
+    return _straight_through(step, quantizers.short(step, layer.scale_bits))
 
 
 def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
-    """The rounded value, exactly: the difference of two numbers so near is (Sterbenz's lemma)."""
-    return x + (rounded - x.detach())
+    """`rounded`, to the bit, with the gradient of x."""
+    return rounded.detach() + (x - x.detach())
 
 
 @torch.no_grad()
@@ -79,16 +88,15 @@ def _learn(module: nn.Module, step: str) -> None:
     module.log_step = nn.Parameter(getattr(module, step).log())
     module.log_step.rate = STEP_RATE
     delattr(module, step)
-    module.__class__ = TRAINED[type(module)]
+    module.plain, module.__class__ = type(module), TRAINED[type(module)]
 
 
 def bits(model: nn.Module) -> Tensor:
     """What the coder will take for the weights, estimated, (), with gradients: see lib/rate.py."""
-    layers = [layer for layer in weight_layers(model).values() if type(layer) in PLAIN]
     return sum(
         rate.bits(layer.weight.flatten(1), _step(layer)[:, None], largest(layer.weight_bits))
-        for layer in layers
-    )
+        for layer in weight_layers(model).values() if hasattr(layer, "log_step")
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -100,7 +108,7 @@ def dampen(model: nn.Module, share: float) -> None:
     from the optimizer, as decoupled weight decay is.
     """
     for layer in weight_layers(model).values():
-        if type(layer) in PLAIN:
+        if hasattr(layer, "log_step"):
             step, bits = per_row(_step(layer), layer.weight), layer.weight_bits
             level = quantizers.to_levels(layer.weight, step, bits) * step
             inside = layer.weight.clamp(-largest(bits) * step, largest(bits) * step)
@@ -111,15 +119,13 @@ def dampen(model: nn.Module, share: float) -> None:
 def finish(model: nn.Module) -> None:
     """Put the weights on their grid; the network is then what `attach` and its state make."""
     for module in model.modules():
-        if type(module) in PLAIN:
+        if hasattr(module, "log_step"):
             is_layer = not isinstance(module, Quantizer)
-            step = _step(module) if is_layer else module.log_step.exp()
+            step = _step(module) if is_layer else module.step
             del module.log_step
-            module.__class__ = PLAIN[type(module)]
+            module.__class__ = module.plain
+            module.register_buffer("weight_scale" if is_layer else "step", step)
             if is_layer:
                 module.bias.copy_(quantizers.short_bias(module))
-                module.register_buffer("weight_scale", step)
                 quantizers.put_on_grid(module, module.weight_bits)
                 step[~module.weight.flatten(1).any(1)] = 1.0
-            else:
-                module.register_buffer("step", step)

@@ -23,11 +23,13 @@ the layers that differ from weight_bits. Activations have one static step a tens
 - the head's maps, which are only averaged: at least 8 bits; their average: unsigned, act_bits.
 
 Weight levels are symmetric and zero is a level, so pruned weights stay zero (Jacob et al. 2018;
-Nagel et al. 2021, "A white paper on neural network quantization", section 2).
+Nagel et al. 2021, "A white paper on neural network quantization", section 2). Signed activations
+use all levels, -128 to 127 at 8 bits. A bias counts in what its accumulator does, (input's step) *
+(weight's step): see `whole_bias`.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +44,7 @@ LARGEST_PIXEL = max(max(m, 1 - m) / s for m, s in zip(MEAN, STD, strict=True))
 
 
 def largest(bits: int) -> int:
-    """The largest level of a symmetric signed quantizer: 127 at 8 bits, 1 at 2; -128 is unused."""
+    """The largest level of a signed quantizer: 127 at 8 bits, 1 at 2. Weights leave -128 unused."""
     return 2 ** (bits - 1) - 1
 
 
@@ -131,7 +133,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.bits, self.signed = bits, signed
         self.high = largest(bits) if signed else 2**bits - 1
-        self.low = -self.high if signed else 0
+        self.low = -self.high - 1 if signed else 0  # as saturating runtimes clip
         self.register_buffer("step", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,6 +141,33 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, signed={self.signed}"
+
+
+class Conv2d(nn.Conv2d):
+    """With quantized weights and inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight, whole_bias(self, self.bias, self.weight))
+
+
+class Linear(nn.Linear):
+    """With quantized weights and inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, whole_bias(self, self.bias, self.weight))
+
+
+@torch.no_grad()
+def whole_bias(layer: nn.Module, bias: Tensor, weight: Tensor) -> Tensor:
+    """The layer's bias rounded to whole numbers of what the layer's accumulator counts in.
+
+    It moves an output by a thousandth of a level or so. But an integer network that alone did it
+    would have other levels from the first layer on, and every layer multiplies what differs. In
+    the forward pass, since files keep biases as short as they are. Rows of zeros have no unit.
+    """
+    live = weight.flatten(1).any(1)
+    unit = layer.weight_scale.double().abs() * layer.reads[0].step.double()
+    return torch.where(live, torch.round(bias.double() / unit) * unit, bias).to(bias.dtype)
 
 
 def attach(model: MobileNetV2, scheme: dict) -> None:
@@ -155,6 +184,10 @@ def attach(model: MobileNetV2, scheme: dict) -> None:
     if not reference and scheme["act_bits"] < 32:
         bits = scheme["act_bits"]
         _attach_quantizers(model, bits, scheme.get("last_act_bits", bits))
+        for layer, reads in inputs(model):
+            if hasattr(layer, "weight_scale") and isinstance(reads, Quantizer):
+                layer.__class__ = Conv2d if isinstance(layer, nn.Conv2d) else Linear
+                layer.reads = (reads,)  # a tuple, so that it is no part of this layer's state
         model.to(device)
 
 
@@ -254,6 +287,25 @@ def put_on_grid(layer: nn.Module, bits: int) -> None:
     levels = to_levels(layer.weight, layer.weight_scale, bits)
     # + 0.0: small negative weights round to -0.0, which an integer cannot hold.
     layer.weight.copy_(levels * per_row(layer.weight_scale, levels) + 0.0)
+
+
+def inputs(model: MobileNetV2) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Each layer, in order, and the quantizer of what it reads: a Quantizer, or none at 32 bits."""
+    reads = model.image
+    for module in model.features:
+        if isinstance(module, InvertedResidual):
+            reads = module.input if isinstance(module.input, Quantizer) else reads
+            layers, after = module.conv, module.stream
+        else:
+            layers, after = [module], None
+        for layer in layers:
+            if isinstance(layer, ConvBNReLU6):
+                yield layer[0], reads
+                reads = layer[2]
+            elif isinstance(layer, nn.Conv2d):
+                yield layer, reads
+        reads = after or reads
+    yield model.classifier[1], model.pooled
 
 
 def integer_state(state: dict[str, Tensor], scheme: dict) -> dict[str, Tensor]:

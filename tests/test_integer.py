@@ -13,7 +13,7 @@ from lib import data, integer, ptq, quantizers, synthetic
 from lib.fixedpoint import Grid, Sum, fixed_point
 from lib.integer import INT32, IntegerNetwork, Layer
 
-UNSIGNED, SIGNED = Grid(0.02, 0, 255), Grid(0.05, -127, 127)
+UNSIGNED, SIGNED = Grid(0.02, 0, 255), Grid(0.05, -128, 127)
 
 
 def half_up(x: Fraction) -> int:
@@ -135,7 +135,7 @@ def test_the_worst_input_reaches_the_bound_and_32_bits_hold_it(reads):
     top = layer.accumulate(best).abs()[0, row].item()
     assert top <= layer.bound <= INT32
     if reads.signed:  # unsigned levels cannot take the negative weights' part
-        assert top == layer.bound
+        assert top >= layer.bound * 127 / 128
 
 
 def test_a_row_whose_bias_32_bits_cannot_hold_gets_a_coarser_step():
@@ -194,11 +194,11 @@ def test_the_network_is_its_fake_quantized_parent(small, pixels, images, name):
         scale = expected.std()
         assert ((network(images) - expected).abs().mean() < 0.1 * scale).all()
         same = (network(images).argmax(1) == expected.argmax(1)).sum()
-        assert same >= 61
+        assert same >= 63
         # Layer by layer on the same levels there is no error to build up.
         x = network.stem(network.table[torch.arange(3).view(3, 1, 1), images.long()])
         y = model.features[0](model.image(pixels)) / model.features[0][2].step
-        assert (x - y.round()).abs().max() <= 1 and (x == y.round()).float().mean() > 0.98
+        assert (x - y.round()).abs().max() <= 1 and (x != y.round()).float().mean() < 1e-4
     if name == "a step a tensor":
         assert any((m.weight_scale < 0).any() for m in quantizers.weight_layers(model).values())
     for layer in [*network.layers(), network.classifier]:

@@ -249,9 +249,32 @@ def test_biases_leave_no_error_on_average(small, quantized, pixels):
         a, b = (seen[m].movedim(1, -1).flatten(0, -2) for m in (layer, model.get_submodule(name)))
         assert (a - b).abs().mean() > 1e-3 and (a - b).mean(0).abs().max() < 1e-4
         layer._forward_hooks.clear(), model.get_submodule(name)._forward_hooks.clear()
-    # With activations the layers have units of their own, but the logits have none.
+    # With activations the layers have units of their own, but the logits have none; a bias is in
+    # whole numbers of what the accumulator counts in.
     parent, model, _, _ = quantized(4, 4)
-    assert (model(pixels) - parent(pixels)).mean(0).abs().max() < 1e-4
+    unit = model.pooled.step * model.classifier[1].weight_scale
+    assert ((model(pixels) - parent(pixels)).mean(0).abs() < unit).all()
+
+
+@torch.no_grad()
+def test_outputs_are_whole_numbers_of_what_accumulators_count_in(quantized, pixels):
+    _, model, _, _ = quantized(4, 4)
+    pairs, seen = dict(quantizers.inputs(model)), {}
+    assert list(pairs) == list(weight_layers(model).values())
+    for layer in pairs:
+        layer.register_forward_hook(lambda m, x, y: seen.__setitem__(m, (x[0], y)))
+    model(pixels)
+    for layer, reads in pairs.items():
+        x, y = seen[layer]
+        assert ((x / reads.step) - (x / reads.step).round()).abs().max() < 1e-3
+        unit = reads.step.double() * layer.weight_scale.double()
+        number = y.movedim(1, -1).double() / unit
+        live = layer.weight.flatten(1).any(1)
+        assert live.any() and (number - number.round())[..., live].abs().max() < 0.02
+        whole = quantizers.whole_bias(layer, layer.bias, layer.weight)
+        assert (whole - layer.bias).abs().le(unit / 2 * 1.001).all()
+        assert torch.equal(whole[~live], layer.bias[~live])
+        layer._forward_hooks.clear()
 
 
 def test_equalization_helps_channels_of_unlike_ranges(small, pixels, monkeypatch):
@@ -353,6 +376,7 @@ def test_side_values_are_short_and_little_is_lost(small, pixels, scale):
     assert distance(short, model, pixels) < distance(exact, model, pixels) + 0.05
 
 
+@torch.no_grad()
 def test_a_coarser_grid_costs_more_and_takes_less(small, pixels):
     model, biases, errors = small(0), [], []
     for bits in (8, 2, 0):

@@ -53,7 +53,7 @@ def steps(model, images, count: int, lr: float, after=lambda: None) -> list[floa
 
 
 def trained_layers(model) -> list:
-    return [m for m in weight_layers(model).values() if type(m) in qat.PLAIN]
+    return [m for m in weight_layers(model).values() if hasattr(m, "log_step")]
 
 
 # ---- begin and finish ----------------------------------------------------------------------------

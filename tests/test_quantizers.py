@@ -172,7 +172,7 @@ def test_in_bf16_it_is_within_a_level(rows):
 
 def test_a_quantizer_is_a_grid():
     x = torch.linspace(-3, 3, 10_001)
-    for signed, levels in ((True, range(-7, 8)), (False, range(16))):
+    for signed, levels in ((True, range(-8, 8)), (False, range(16))):
         quantizer = Quantizer(4, signed)
         quantizer.step.fill_(0.125)
         y = quantizer(x)
@@ -371,12 +371,12 @@ def test_where_activations_have_how_many_bits(small, bits):
     quantizers.attach(model, scheme)
     kept = max(bits, 8)
     image = model.image
-    assert (image.bits, image.signed, image.low, image.high) == (8, True, -127, 127)
+    assert (image.bits, image.signed, image.low, image.high) == (8, True, -128, 127)
     blocks = model.features[1:-1]
     assert [b.residual for b in blocks] == [False, False, True, False, True, False]
     assert [b.stream.bits for b in blocks] == [bits, kept, bits, kept, bits, bits]
     for block in blocks:
-        assert block.stream.signed and block.stream.low == -block.stream.high
+        assert block.stream.signed and block.stream.low == -block.stream.high - 1
         assert isinstance(block.addend, Quantizer) == block.residual
         assert isinstance(block.input, Quantizer) == (block.residual and bits < 8)
         if block.residual:
