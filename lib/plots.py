@@ -460,23 +460,35 @@ def rate(cells, path, title, marks=None):
     shown = [cell["accuracy"] for cell in cells] + [accuracy for _, accuracy in marks.values()]
     # What fell far is cut off: the top is where files are chosen.
     floor = max(min(shown), max(shown) - 0.03)
-    for name, points in lines.items():
-        points.sort(key=lambda cell: cell["rate"])
+    for number, (name, points) in enumerate(lines.items()):
+        points.sort(key=lambda cell: cell["bytes"])
         x, y = _series(points, "bytes"), 100 * _series(points, "accuracy")
         ax.plot(x, y, color=colours[name], linewidth=1.5, marker="o", ms=5, zorder=3)
-        for cell, at in zip(points, zip(x, y, strict=True), strict=True):
-            if cell["accuracy"] >= floor:
-                _label(ax, f"{cell['rate']:g}", at, (-6, 6), ha="right", size=8.5,
-                       color=colours[name])
+        offset, side = ((7, -7), "left") if number % 2 else ((-6, 6), "right")
+        last = 0  # labels of points that are nearly one would be too
+        for cell in points:
+            if cell["accuracy"] >= floor and cell["bytes"] > 1.04 * last:
+                last = cell["bytes"]
+                _label(ax, f"{cell['rate']:g}", (last, 100 * cell["accuracy"]), offset, ha=side,
+                       size=8.5, color=colours[name])
+    sizes = [cell["bytes"] for cell in cells if cell["accuracy"] >= floor]
+    low = min([*sizes, *(size for size, _ in marks.values())]) / 1.12
+    high = 2 * max(sizes)
     for name, (size, accuracy) in marks.items():
-        ax.plot(size, 100 * accuracy, "D", color=INK, ms=6, zorder=4)
-        _label(ax, f"{name}\n{_size(size)}", (size, 100 * accuracy), (0, -17), ha="center", size=9)
+        text = f"{name}\n{_size(size)}"
+        if size < high:
+            ax.plot(size, 100 * accuracy, "D", color=INK, ms=6, zorder=4)
+            _label(ax, text, (size, 100 * accuracy), (0, -18), ha="center", size=9)
+        else:  # far to the right: an arrow, so that the rest can be told apart
+            at = high, 100 * accuracy
+            ax.plot(*at, ">", color=INK, ms=8, zorder=4, clip_on=False)
+            _label(ax, text, at, (-9, 0), ha="right", size=9)
     ax.set_xscale("log")
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _size(size, 1)))
-    ax.xaxis.set_minor_formatter(FuncFormatter(
-        lambda size, _: _size(size, 1) if f"{size:e}"[0] in "25" else ""))
+    for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        axis(FuncFormatter(lambda size, _: _size(size, 1)))
     pad = 12 * (max(shown) - floor) + 0.3
-    ax.set(ylim=(100 * floor - pad, 100 * max(shown) + pad), xlabel="bytes of the file (log scale)")
+    ax.set(xlim=(low, high), ylim=(100 * floor - pad, 100 * max(shown) + pad),
+           xlabel="bytes of the file (log scale)")
     ax.tick_params(which="minor", labelsize=9.5, color=GREY)
     return _save(figure, path)
 
