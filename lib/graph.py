@@ -6,8 +6,10 @@ same network. The integer graph is lib.integer's, with what ONNX says otherwise:
 - Activations are uint8: unsigned levels as they are, signed ones with zero point 128.
 - Weights are in 8 bits, at fewer bits too: int8 where that is exact everywhere, else uint8 with
   zero point 128. Processors with AVX2 and without VNNI multiply uint8 by int8 in pairs whose sum
-  saturates at 16 bits (vpmaddubsw); onnxruntime's kernels for two uint8 are exact, and slower. A
-  depthwise layer has no pairs, and levels of up to 7 bits cannot saturate: see `_pairs_fit`.
+  saturates at 16 bits (vpmaddubsw); onnxruntime's kernels for two uint8 are exact, and take about
+  twice as long. A depthwise layer has no pairs, and levels of up to 7 bits cannot saturate: see
+  `_pairs_fit`. Before a projection, channels are put in an order in which pairs do not: `_order`.
+  (A stream's have several readers, which no order suits all.)
 - Channels are padded with zeros to a multiple of 16, so that vectors have no remainders.
 - Requantization: QLinearConv multiplies by the ratio of scales in floating point and rounds halves
   to even. A level differs from lib.integer's where the rounding of floats crosses a half.
@@ -34,6 +36,7 @@ from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
 OPSET, IR = 17, 8  # of 2022: old enough for any runtime in use
 ZERO = 128  # the zero point of signed levels in uint8
 MULTIPLE = 16  # of channels
+PAIR = (2**15 - 1) // 255  # two weights of one sign that add up to no more fit, see `_pairs_fit`
 FORMAT, META = "mobilenetv2-cifar10/onnx/1", "mobilenetv2-cifar10"  # value of `format`; its key
 
 
@@ -133,16 +136,18 @@ def int8(network: IntegerNetwork, meta: dict) -> onnx.ModelProto:
         step = g.constant(f"{name}.step", np.float32(grid.step))
         return [step, "signed.zero" if grid.signed else "unsigned.zero"]
 
-    def conv(layer: Layer, x: str) -> str:
-        kernel, more = layer.weight, -len(layer.weight) % MULTIPLE
+    def conv(layer: Layer, x: str, order=slice(None), inputs=slice(None)) -> str:
+        """order, inputs: of the channels that it writes, and reads."""
+        kernel, scale = layer.weight[order][:, inputs], layer.scale[order] / layer.reads.step
+        bias, more = layer.bias[order], -len(kernel) % MULTIPLE
         columns = -kernel.shape[1] % MULTIPLE if layer.groups == 1 and x != "image" else 0
         kernel = F.pad(kernel, (0, 0, 0, 0, 0, columns, 0, more))
-        scale = F.pad((layer.scale / layer.reads.step).float(), (0, more), value=1.0)
+        scale = F.pad(scale.float(), (0, more), value=1.0)
         signed = layer.groups > 1 or _pairs_fit(kernel)
         inputs = [x, *of(x, layer.reads), weight(layer, kernel, signed),
                   g.constant(f"{layer.name}.weight_scale", scale),
                   "int8.zero" if signed else "signed.zero", *of(layer.name, layer.writes),
-                  g.constant(f"{layer.name}.bias", F.pad(layer.bias, (0, more)))]  # fmt: skip
+                  g.constant(f"{layer.name}.bias", F.pad(bias, (0, more)))]  # fmt: skip
         geometry = _geometry(layer.stride, layer.padding, kernel)
         groups = len(kernel) if layer.groups > 1 else 1
         return g("QLinearConv", inputs, layer.name, group=groups, **geometry)
@@ -163,9 +168,12 @@ def int8(network: IntegerNetwork, meta: dict) -> onnx.ModelProto:
     places = g("Add", [g("Cast", ["images"], "pixels", to=TensorProto.INT32), first], "places")
     x = conv(network.stem, g("Gather", [table, places], "image"))
     for i, block in enumerate(network.blocks, 1):
+        *expand, depthwise, projection = block.layers
+        order = _order(projection.weight) if expand else slice(None)
         y = x
-        for layer in block.layers:
-            y = conv(layer, y)
+        for layer in expand:
+            y = conv(layer, y, order)
+        y = conv(projection, conv(depthwise, y, order), inputs=order)
         if block.sum is not None:
             name, total = f"features.{i}.sum", block.sum
             terms = [decoded(x, total.x, f"{name}.x"), decoded(y, total.addend, f"{name}.addend")]
@@ -182,15 +190,47 @@ def int8(network: IntegerNetwork, meta: dict) -> onnx.ModelProto:
     return g.model(TensorProto.UINT8, len(last.bias), meta)
 
 
+def _sides(kernel: torch.Tensor) -> list[torch.Tensor]:
+    """The positive weights of each row, and the negative: signs that differ cannot add up."""
+    rows = kernel.flatten(1).to(torch.int32)
+    return [rows.clamp(min=0), -rows.clamp(max=0)]
+
+
 def _pairs_fit(kernel: torch.Tensor) -> bool:
     """Whether two products of uint8 with these weights, int8 (out, in, k, k), always fit into 16
     bits together: those of inputs 2i and 2i + 1, or of any two where the kernel is not 1x1."""
-    rows = kernel.flatten(1).to(torch.int32)
-    for side in (rows.clamp(min=0), -rows.clamp(max=0)):  # signs that differ cannot add up
+    for side in _sides(kernel):
         two = side.unflatten(1, (-1, 2)) if kernel.shape[2] == 1 else side.topk(2).values
-        if 255 * two.sum(-1).max() > 2**15 - 1:
+        if two.sum(-1).max() > PAIR:
             return False
     return True
+
+
+def _order(kernel: torch.Tensor) -> torch.Tensor:
+    """The inputs of a 1x1 kernel, int8 (out, in, 1, 1), in an order in which pairs fit, if found.
+
+    A matching: whoever has the fewest partners left takes the one with the fewest.
+    """
+    count = kernel.shape[1]
+    kernel = F.pad(kernel, (0, 0, 0, 0, 0, count % 2))  # the padding's zeros, somebody's partner
+    asis = torch.arange(count)
+    if _pairs_fit(kernel):
+        return asis
+    fits = ~torch.eye(kernel.shape[1], dtype=torch.bool)
+    for side in _sides(kernel):
+        fits &= torch.stack([(side + column[:, None]).amax(0) <= PAIR for column in side.T])
+    partners, free, pairs = fits.sum(1), set(range(kernel.shape[1])), []
+    while free:
+        first = min(free, key=lambda i: (int(partners[i]), i))
+        left = [i for i in fits[first].nonzero().flatten().tolist() if i in free]
+        if not left:
+            return asis
+        second = min(left, key=lambda i: (int(partners[i]), i))
+        partners -= fits[first].int() + fits[second].int()
+        free -= {first, second}
+        pairs.append(sorted((first, second)))
+    pairs.sort(key=max)  # padding comes last
+    return torch.tensor(pairs).flatten()[:count]
 
 
 def to_bytes(model: onnx.ModelProto) -> bytes:

@@ -64,7 +64,7 @@ def load(path: Path | str) -> Checkpoint:
 
 
 def _weights(model: onnx.ModelProto, settings: dict) -> dict[str, Tensor]:
-    """The levels, without the channels that are padding; ValueError where some are missing."""
+    """The levels in the graph's order, without padding; ValueError where some are missing."""
     arrays = {t.name: t for t in model.graph.initializer}
     with torch.device("meta"):
         layers = weight_layers(MobileNetV2(settings))

@@ -87,10 +87,12 @@ def test_the_image_has_the_same_levels(source, exported):
     assert np.array_equal(levels.astype(int) - 128, expected)
 
 
-def test_weights_of_either_type_and_padding_change_no_bit(source, exported, images, monkeypatch):
+def test_types_of_weights_padding_and_order_change_no_bit(source, exported, images, monkeypatch):
     """onnxruntime's kernels for uint8 by int8 saturate on AVX2 where _pairs_fit were wrong."""
     logits = run(exported.graph, images)
     network = integer.convert(source)
+    monkeypatch.setattr(graph, "_order", lambda kernel: slice(None))
+    assert torch.equal(run(graph.to_bytes(graph.int8(network, {})), images), logits)
     monkeypatch.setattr(graph, "_pairs_fit", lambda kernel: False)
     assert torch.equal(run(graph.to_bytes(graph.int8(network, {})), images), logits)
     monkeypatch.setattr(graph, "MULTIPLE", 1)
@@ -106,6 +108,23 @@ def test_which_pairs_fit_into_16_bits(row, neighbours, any_two):
     kernel = torch.tensor(row, dtype=torch.int8)
     assert graph._pairs_fit(kernel.view(1, 4, 1, 1)) is neighbours
     assert graph._pairs_fit(kernel.view(1, 1, 2, 2)) is any_two  # of a larger kernel
+
+
+@pytest.mark.parametrize("count", [2, 7, 40, 95, 96])
+def test_an_order_in_which_pairs_fit(count):
+    rng = torch.Generator().manual_seed(count)
+    shape = (12, count, 1, 1)
+    kernel = torch.randint(-40, 41, shape, dtype=torch.int8, generator=rng)
+    kernel[:, ::2] = 0
+    kernel[:, : count // 4] = 127  # no two of these fit
+    order = graph._order(kernel)
+    assert order.sort().values.tolist() == list(range(count))
+    even = torch.nn.functional.pad(kernel[:, order], (0, 0, 0, 0, 0, count % 2))
+    assert graph._pairs_fit(even)
+    if count > 4:
+        assert not graph._pairs_fit(kernel[:, : count // 2 * 2])
+    kernel[:, : count // 2 + 1] = 127  # more than there are partners
+    assert torch.equal(graph._order(kernel), torch.arange(count))
 
 
 def test_any_number_of_images(exported, images):
@@ -175,10 +194,12 @@ def test_it_says_where_it_comes_from(source, exported):
     assert exported.settings == source.settings and exported.stage == "onnx"
     assert exported.quantization == source.quantization
     assert exported.bytes == exported.file.stat().st_size
-    for name, levels in exported.state.items():  # without the padding
+    for name, levels in exported.state.items():  # without the padding, perhaps in another order
         flipped = source.state[f"{name}_scale"] < 0
         own = source.state[name].to(torch.int16)
-        assert torch.equal(levels, torch.where(quantizers.per_row(flipped, own), -own, own))
+        own = torch.where(quantizers.per_row(flipped, own), -own, own)
+        assert levels.shape == own.shape
+        assert torch.equal(levels.flatten().sort().values, own.flatten().sort().values)
 
 
 # ---- which arithmetic ----------------------------------------------------------------------------
