@@ -63,7 +63,7 @@ class Sum:
 
     def __init__(self, x: Grid, addend: Grid, writes: Grid):
         self.x, self.addend, self.writes = x, addend, writes
-        ratios = torch.tensor([x.step, addend.step], dtype=torch.float64) / writes.step
+        ratios = (torch.tensor([x.step, addend.step]) / writes.step).double()  # as of lib.integer
         larger = fixed_point(ratios.max(), writes)
         self.mantissas = torch.round(ratios * 2.0**larger.shift).long().tolist()
         self.requantize = larger

@@ -11,8 +11,8 @@ same network. The integer graph is lib.integer's, with what ONNX says otherwise:
   `_pairs_fit`. Before a projection, channels are put in an order in which pairs do not: `_order`.
   (A stream's have several readers, which no order suits all.)
 - Channels are padded with zeros to a multiple of 16, so that vectors have no remainders.
-- Requantization: QLinearConv multiplies by the ratio of scales in floating point and rounds halves
-  to even. A level differs from lib.integer's where the rounding of floats crosses a half.
+- Requantization: QLinearConv multiplies by the same ratio of scales in floating point and rounds
+  halves to even. A level differs from lib.integer's where the rounding of floats crosses a half.
 - The residual addition and the average are DequantizeLinear, Add or GlobalAveragePool,
   QuantizeLinear; onnxruntime makes integer kernels of each three.
 - The classifier is MatMulInteger, its int32 bias is added to it; logits = float(acc) * scale.

@@ -10,10 +10,10 @@ at most 8 bits, of weights int8; a sum of their products is a 32-bit accumulator
     input       level = clip(round(level * M)), where a stream has more bits than its reader
     classifier  logits = acc * scale, the only float
 
-An accumulator counts in units of (input's step) * (weight's step), its bias too: the fake-quantized
-network's are multiples of that already (quantizers.put_bias_on_grid). M, the ratio of two scales,
-one for each output channel, is a fixed-point number, and `round` the one rounding there is, halves
-up: lib/fixedpoint.py. Clipping to [0, high] is ReLU6; signed levels go from -128 to 127.
+An accumulator counts in units of (input's step) * (weight's step), its bias too, as that of the
+fake-quantized network (quantizers.whole_bias). M, the ratio of two scales in float32, one for each
+output channel, is a fixed-point number, and `round` the one rounding there is, halves up:
+lib/fixedpoint.py. Clipping to [0, high] is ReLU6; signed levels go from -128 to 127.
 
 Two rows are special. A row without weights has no step of its own: its accumulator counts in
 2^-24 of its bias. And where a bias is so large against a row's step that 32 bits would not hold it
@@ -77,7 +77,9 @@ class Layer:
         self.kernel = self.weight.to(self.kind)
         self.per_channel = (-1, 1, 1) if conv else (-1,)
         if writes is not None:
-            m = fixed_point(unit / writes.step, writes)
+            # In float32, step by step as runtimes with float multipliers do: theirs are the same.
+            ratio = reads.step * (unit / reads.step).float() / writes.step
+            m = fixed_point(ratio, writes)
             shape = self.per_channel
             self.requantize = Multiplier(m.mantissa.view(shape), m.shift.view(shape), writes)
 

@@ -99,6 +99,20 @@ def test_types_of_weights_padding_and_order_change_no_bit(source, exported, imag
     assert torch.equal(run(graph.to_bytes(graph.int8(network, {})), images), logits)
 
 
+def test_multipliers_are_those_of_onnxruntime(source, exported):
+    """Which multiplies and divides scales in float32, as in its qlinearconv.cc."""
+    model = onnx.load_from_string(exported.graph)
+    values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    nodes = {n.name: n for n in model.graph.node}
+    for layer in integer.convert(source).layers():
+        x, w, y = (values[nodes[layer.name].input[i]] for i in (1, 4, 6))
+        theirs = np.sort((x * w / y)[: len(layer.bias)])  # hidden channels have another order
+        m = layer.requantize
+        ours = (m.mantissa.double() * 2.0 ** -m.shift.double()).flatten()
+        assert theirs.dtype == np.float32
+        assert np.array_equal(theirs, np.sort(ours.numpy()))
+
+
 @pytest.mark.parametrize(("row", "neighbours", "any_two"), [
     ([127, 1, 0, 0], True, True), ([127, 2, 0, 0], False, False),
     ([-64, -64, 64, 64], True, True), ([-64, -65, 0, 0], False, False),
