@@ -107,6 +107,7 @@ def calibration(split: data.Split, count: int, seed: int) -> Tensor:
     return data.normalize(split.images[order[:count].to(split.images.device)])
 
 
+@torch.no_grad()
 def sensitivity(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
     """Of each layer's rows: the squared error of an image's logits, up to a common shift, for an
     error of variance 1 in the row's outputs. {layer: (rows,)}.
@@ -121,6 +122,8 @@ def sensitivity(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
     few = images[:64]
     expected = model(few)
     for name, layer in layers.items():
+        if not layer.weight.any():
+            continue
         kept = copy.deepcopy(layer)
         sizes = layer.weight[layer.weight != 0].abs().sort().values
         gone = (sizes.square().cumsum(0) < 0.02 * sizes.square().sum()).sum()

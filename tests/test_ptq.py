@@ -435,6 +435,13 @@ def test_a_rate_buys_bytes_with_error(small, pixels, bits):
     assert errors[-1] > errors[0] and zeros[-1] > zeros[0]
 
 
+def test_a_layer_of_zeros_has_no_price(small, pixels):
+    model = small(0)
+    torch.nn.init.zeros_(model.features[3].conv[2].weight)
+    found, _ = ptq.quantize(model, pixels, ptq.scheme(4, 8), rate=1e-3)
+    assert not found.features[3].conv[2].weight.any() and found(pixels).isfinite().all()
+
+
 @torch.no_grad()
 def test_prices_move_levels_only_where_it_pays():
     """Every choice of a sweep is the best of its candidates, by error + rate * bits."""
