@@ -457,9 +457,9 @@ def rate(cells, path, title, marks=None):
     figure = _figure(title, note, 4.4, colours if len(lines) > 1 else None)
     ax = figure.subplots()
     _quiet(ax, "accuracy (%)", "both")
-    shown = [cell["accuracy"] for cell in cells] + [accuracy for _, accuracy in marks.values()]
     # What fell far is cut off: the top is where files are chosen.
-    floor = max(min(shown), max(shown) - 0.03)
+    floor = max(min(cell["accuracy"] for cell in cells), best - 0.03)
+    top = max([best, *(accuracy for _, accuracy in marks.values())])
     for number, (name, points) in enumerate(lines.items()):
         points.sort(key=lambda cell: cell["bytes"])
         x, y = _series(points, "bytes"), 100 * _series(points, "accuracy")
@@ -486,8 +486,8 @@ def rate(cells, path, title, marks=None):
     ax.set_xscale("log")
     for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
         axis(FuncFormatter(lambda size, _: _size(size, 1)))
-    pad = 12 * (max(shown) - floor) + 0.3
-    ax.set(xlim=(low, high), ylim=(100 * floor - pad, 100 * max(shown) + pad),
+    pad = 12 * (top - floor) + 0.3
+    ax.set(xlim=(low, high), ylim=(100 * floor - pad, 100 * top + pad),
            xlabel="bytes of the file (log scale)")
     ax.tick_params(which="minor", labelsize=9.5, color=GREY)
     return _save(figure, path)
