@@ -24,6 +24,7 @@ from autoaugment import augmentation
 from lib import checkpoint, config, engine, measure, metrics, plots, pruning, ptq, qat, quantizers
 from lib.compaction import compact
 from lib.config import UserError, flag
+from lib.rate import KILOBYTE
 
 
 @dataclasses.dataclass
@@ -118,7 +119,7 @@ def main(argv=None):
         sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
         model, latent = ptq.quantize(
             fp32, sample, scheme, engine.progress("calibrate"), scale_bits=cfg.scale_bits,
-            bias_bits=cfg.bias_bits, rate=cfg.rate / 8000,
+            bias_bits=cfg.bias_bits, rate=cfg.rate / KILOBYTE,
         )  # fmt: skip
     after = engine.evaluate(model, images.val) if validate else None
     if cfg.method == "qat":
@@ -182,7 +183,7 @@ def train(cfg, model, teacher, latent, scheme, images, out, parent) -> None:
             latent[name][layer.weight == 0] = 0
     qat.begin(model, scheme, latent)
     mask = pruning.Mask(model)
-    price = cfg.rate / 8000 * qat.NATS  # of a bit
+    price = cfg.rate / KILOBYTE * qat.NATS  # of a bit
 
     def after_step(progress: float) -> None:
         if cfg.dampen:

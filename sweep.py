@@ -25,6 +25,7 @@ from pathlib import Path
 from lib import checkpoint, config, engine, measure, metrics, nnz, plots, ptq, quantizers
 from lib.compaction import compact
 from lib.config import UserError, flag
+from lib.rate import KILOBYTE
 
 # gained, lost: images against the parent.
 COLUMNS = (
@@ -143,7 +144,7 @@ def cell(
     else:
         scheme = ptq.scheme(weight_bits, act_bits)
         sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
-        model, _ = ptq.quantize(compact(model)[0], sample, scheme, rate=rate / 8000)
+        model, _ = ptq.quantize(compact(model)[0], sample, scheme, rate=rate / KILOBYTE)
     raw = nnz.encode(
         dataclasses.replace(
             parent,

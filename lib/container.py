@@ -118,3 +118,17 @@ def unpack(
 
 def _section_crc(tag, payload):
     return zlib.crc32(payload, zlib.crc32(tag.encode()))
+
+
+def inflate(stream, payload, limit: int, section: str) -> bytes:
+    """The whole text of a zlib.decompressobj, of at most `limit` bytes: it stops there. What
+    follows is left in its unused_data. Raises Malformed or LimitExceeded."""
+    try:
+        text = stream.decompress(payload, limit + 1)
+    except zlib.error as error:
+        raise Malformed(f"section {section} does not inflate: {error}") from None
+    if len(text) > limit:
+        raise LimitExceeded(f"section {section} inflates to more than {limit} bytes")
+    if not stream.eof:
+        raise Malformed(f"section {section} is not a whole compressed stream")
+    return text

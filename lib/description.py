@@ -7,8 +7,8 @@ Knows no torch.
 import json
 import zlib
 
-from lib import sparse, vectors
-from lib.container import LIMIT, MAX_LENGTH, LimitExceeded, Malformed
+from lib import container, sparse, vectors
+from lib.container import LIMIT, MAX_LENGTH, Malformed
 
 MAX_WIDTH, MAX_BLOCKS = 65535, 255
 SHA = 32
@@ -112,15 +112,7 @@ def parse(payload: bytes, limit: int) -> tuple[dict, bytes, bytes]:
 def inflate(payload, limit):
     """(text, the bytes behind it) of a raw deflate stream with the dictionary."""
     stream = zlib.decompressobj(-15, zdict=DICTIONARY)
-    try:
-        text = stream.decompress(payload, limit + 1)
-    except zlib.error as error:
-        raise Malformed(f"section NETW is not a deflate stream: {error}") from None
-    if len(text) > limit:
-        raise LimitExceeded(f"section NETW inflates to more than {limit} bytes")
-    if not stream.eof:
-        raise Malformed("section NETW is not a whole deflate stream")
-    return text, stream.unused_data
+    return container.inflate(stream, payload, limit, "NETW"), stream.unused_data
 
 
 def check(found: dict) -> None:

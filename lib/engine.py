@@ -235,7 +235,7 @@ def velocity_of(state_file: Path, model: nn.Module, recipe: Recipe) -> dict[str,
 
 
 def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, seed, epoch, steps,
-                 *, teacher, after_step, penalty, note) -> Tensor:  # fmt: skip
+                 *, teacher, after_step, note, penalty=None) -> Tensor:  # fmt: skip
     """One epoch; returns [sum of losses, correct answers] of this rank, on the device.
 
     Nothing in a step waits for the device: the totals are read once, by the caller.

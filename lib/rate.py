@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LN2 = math.log(2)
+KILOBYTE = 8000  # bits: what --rate is the price of
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from lib.container import (
     ChecksumMismatch,
     LimitExceeded,
     Malformed,
+    inflate,
     pack,
     unpack,
 )
@@ -193,14 +194,9 @@ def parse_canonical(text: bytes, section: str):
 
 def _inflate(payload, limit):
     stream = zlib.decompressobj()
-    try:
-        text = stream.decompress(payload, limit + 1)
-    except zlib.error as error:
-        raise Malformed(f"section META is not a zlib stream: {error}") from None
-    if len(text) > limit:
-        raise LimitExceeded(f"section META inflates to more than {limit} bytes")
-    if not stream.eof or stream.unused_data:
-        raise Malformed("section META is not one whole zlib stream")
+    text = inflate(stream, payload, limit, "META")
+    if stream.unused_data:
+        raise Malformed("section META has bytes behind its stream")
     return text
 
 
