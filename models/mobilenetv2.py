@@ -86,6 +86,17 @@ class ConvBNReLU6(nn.Sequential):
     def __init__(self, *args):
         super().__init__(*conv_norm(*args), nn.ReLU6(inplace=True))
 
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm, activation = self
+        # oneDNN has no bf16 kernel for the backward pass of a strided depthwise convolution on the
+        # CPU, and its stand-in takes half of a training step: these three layers stay in fp32.
+        if torch.is_autocast_enabled("cpu") and conv.groups > 1 and conv.stride[0] > 1:
+            with torch.autocast("cpu", enabled=False):
+                x = conv(x.float()).to(x.dtype)
+        else:
+            x = conv(x)
+        return activation(norm(x))
+
 
 class InvertedResidual(nn.Module):
     """1x1 expand, 3x3 depthwise, 1x1 linear projection (section 3.3 of the paper).

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch import nn
 from torchvision.models import mobilenet_v2, resnet18
 
 from lib import metrics
@@ -158,3 +159,25 @@ def test_states_of_other_networks_are_refused(change):
 def test_impossible_settings(kwargs, what):
     with pytest.raises(ValueError, match=what):
         standard(**kwargs)
+
+
+def test_strided_depthwise_layers_keep_fp32_under_autocast():
+    """They compute in fp32, for want of a bf16 kernel, and hand on what the others do."""
+    torch.manual_seed(0)
+    model = MobileNetV2(standard(0.35, 8, 0.0)).train()
+    strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride[0] > 1]
+    assert len(strided) == 3
+    seen = []
+    for layer in strided:
+        layer.register_forward_hook(lambda _, x, y: seen.append((x[0].dtype, y.dtype)))
+    after = []
+    for block in (model.features[4], model.features[7], model.features[14]):
+        block.conv[1].register_forward_hook(lambda _, x, y: after.append(y.dtype))
+    x = torch.randn(16, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert seen == [(torch.float32, torch.float32)] * 3
+    assert after == [torch.bfloat16] * 3
+    seen.clear()
+    model.double()(x.double())  # without autocast nothing is cast
+    assert seen == [(torch.float64, torch.float64)] * 3
