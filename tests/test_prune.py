@@ -55,6 +55,14 @@ def test_lamp_is_its_definition_and_loses_no_layer():
         assert before[name][kept].abs().min() >= before[name][~kept].abs().max()
 
 
+def test_the_last_round_may_be_longer(tiny, baseline, tmp_path):
+    _, lines = run(tiny, baseline, tmp_path, "--epochs=1", "--rounds=2", "--last-epochs=3")
+    assert [len(line["epochs"]) for line in lines] == [0, 1, 3]
+    steps = 290 // 32  # an epoch; one schedule over all
+    rates = [0.05 * (1 - (number * steps - 1) / (3 * steps)) for number in (1, 2, 3)]
+    assert [line["lr"] for line in lines[2]["epochs"]] == pytest.approx(rates)
+
+
 @pytest.mark.parametrize("share", [1.0, 0.7, 0.044, 0.001])
 def test_exactly_the_largest_weights_of_all_layers_stay(share):
     model = MobileNetV2(standard(0.1))
