@@ -45,8 +45,8 @@ stage = @mkdir -p $(RUN)/logs; \
 	echo "\$$ python $(1) $(COMMON) $(2)"; \
 	$(PYTHON) $(1) $(COMMON) $(2) | tee -ia $(RUN)/logs/$(basename $(notdir $(firstword $(1)))).log
 
-.PHONY: all train prune quantize int8 compress sweep sensitivity eval report bench predict status \
-	help clean demo test venv
+.PHONY: all train prune quantize int8 compress sweep sensitivity eval report bench predict verify \
+	publish status help clean demo test venv
 all: report  ## every stage, from the images to the report
 
 train: $(C)/baseline.pth        ## CIFAR-10 -> checkpoints/baseline.pth      (TRAIN_FLAGS)
@@ -84,6 +84,12 @@ bench: $(C)/int8.pth  ## speed of the fp32 networks and of int8.onnx -> plots/be
 
 predict: $(VENV)  ## what is in an image: IMAGES="photo.jpg folder" (PREDICT_FLAGS="--model FILE")
 	@$(PYTHON) predict.py --run-dir $(RUN) $(PREDICT_FLAGS) $(IMAGES)
+
+verify: $(VENV)  ## the published file: its hash, that it decodes, its accuracy on the data at hand
+	@$(PYTHON) verify.py $(if $(DATA),--data "$(DATA)")
+
+publish: $(VENV)  ## what eval.py found on both splits, with the compressed file, into release/
+	@$(PYTHON) publish.py --run-dir $(RUN)
 
 status: $(VENV)  ## which files are there, and which are stale and why
 	@$(PYTHON) report.py --run-dir $(RUN) --status

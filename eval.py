@@ -8,7 +8,7 @@ A file that holds integers (int8.pth, .nnz) runs as integers where its scheme is
 qat, at 8 bits or fewer: lib/integer.py), an .onnx through onnxruntime, all others as floats.
 
 in:  files of ours, or plain torchvision MobileNetV2 state dicts; none named: those of the chain
-out: a table (or a JSON line a file) on the standard output; logs/eval.jsonl;
+out: a table (or a JSON line a file) on the standard output; logs/eval-<split>.jsonl;
      plots/confusion-<file>-<split>.png
 """
 
@@ -35,7 +35,7 @@ def main(argv=None):
     if not files:
         raise UserError(f"no files: none named, and none in {cfg.path(None, 'checkpoints')}")
     sources = [runtime.load(f) for f in files]  # all of them, before any long work
-    log = metrics.Log(cfg.path(None, "logs/eval.jsonl"), vars(cfg), cfg.wandb)
+    log = metrics.Log(cfg.path(None, f"logs/eval-{cfg.split}.jsonl"), vars(cfg), cfg.wandb)
     log.begin([])
     images, known = None, {}
     for source in sources:

@@ -4,7 +4,8 @@
     python predict.py folder/ other.png --model checkpoints/int8.onnx --top 1 --json
 
 in:  image files of any size and format that Pillow reads, or folders of them; a network: .pth, .nnz
-     or .onnx (default: checkpoints/compressed.nnz, else the latest stage that is there)
+     or .onnx (default: checkpoints/compressed.nnz, else the latest stage that is there, else the
+     published release/mobilenetv2-cifar10.nnz: a fresh clone needs no training)
 out: a line an image (or a JSON object) on the standard output
 
 The middle square of an image is scaled to 32x32, antialiased, since that is what the network knows;
@@ -82,6 +83,8 @@ def found(path: Path) -> list[Path]:
 
 def latest(folder: Path) -> Path:
     files = [folder / name for name in reversed(checkpoint.CHAIN)]
+    if folder == Path("checkpoints") and checkpoint.RELEASE.is_file():  # no other run was named
+        files.append(checkpoint.RELEASE)
     return next((file for file in files if file.is_file()), files[0])  # loading says what is wrong
 
 

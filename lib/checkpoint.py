@@ -26,6 +26,7 @@ from models.mobilenetv2 import MobileNetV2, settings_of
 
 FORMAT = "mobilenetv2-cifar10/1"
 CHAIN = ("baseline.pth", "pruned.pth", "quantized.pth", "int8.pth", "compressed.nnz")
+RELEASE = Path(__file__).parent.parent / "release/mobilenetv2-cifar10.nnz"  # the published one
 
 
 @dataclasses.dataclass

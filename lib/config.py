@@ -116,10 +116,27 @@ def _comma_separated(kind):
     return convert
 
 
+# Where a stage runs and writes: what does not decide its result.
+PLACES = {"data", "run_dir", "device", "wandb", "parent", "out", "resume"}
+
+
 def identity(cfg) -> dict:
-    """The settings that decide a stage's result: not where it runs or writes."""
-    places = {"data", "run_dir", "device", "wandb", "parent", "out", "resume"}
-    return {k: v for k, v in vars(cfg).items() if k not in places}
+    """The settings that decide a stage's result."""
+    return {k: v for k, v in vars(cfg).items() if k not in PLACES}
+
+
+def command(script: str, settings, values: dict) -> str:
+    """The command that gives a stage these settings, without places and without defaults."""
+    words = ["python", script]
+    for field in dataclasses.fields(settings):
+        value = values.get(field.name, field.default)
+        if field.name not in PLACES and value != field.default:
+            name = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                words += [f"--{name}", str(value)]
+    return " ".join(words)
 
 
 def files(help: str):
