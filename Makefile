@@ -36,7 +36,8 @@ C := $(RUN)/checkpoints
 .PRECIOUS: $(C)/baseline.pth $(C)/pruned.pth $(C)/quantized.pth $(C)/int8.pth $(C)/compressed.nnz
 COMMON = --run-dir $(RUN) $(if $(DATA),--data "$(DATA)") $(if $(WANDB),--wandb)
 
-# A waiting thread that sleeps leaves its core to others; on an idle machine it costs nothing seen.
+# A waiting thread that sleeps leaves its core to others. On cores that are yours alone, ACTIVE
+# trains 1.15 times faster; with a neighbour it is slower by more than that.
 export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONUNBUFFERED = 1
 

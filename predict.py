@@ -5,7 +5,7 @@
 
 in:  image files of any size and format that Pillow reads, or folders of them; a network: .pth, .nnz
      or .onnx (default: checkpoints/compressed.nnz, else the latest stage that is there, else the
-     published release/mobilenetv2-cifar10.nnz: a fresh clone needs no training)
+     published release/mobilenetv2-cifar10.nnz, if no --run-dir is named)
 out: a line an image (or a JSON object) on the standard output
 
 The middle square of an image is scaled to 32x32, antialiased, since that is what the network knows;

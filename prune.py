@@ -41,7 +41,7 @@ class Settings(config.Common):
     rate: float = flag(0.2, "share of the remaining weights that goes a round (geometric)")
     max_drop: float = flag(0.5, "points of validation accuracy that may be lost")
     epochs: int = flag(3, "epochs of fine-tuning a round")
-    last_epochs: int | None = flag(None, "of the last round, if it is to have more")
+    last_epochs: int | None = flag(None, "of round number --rounds; default: --epochs")
     lr: float = flag(0.05, "peak learning rate of a round")
     lr_schedule: str = flag(
         "linear", "within a round, to zero", choices=("linear", "cosine", "constant")
@@ -60,7 +60,9 @@ class Settings(config.Common):
     def __post_init__(self):
         if not 0 < self.target < 1 or not 0 < self.rate < 1:
             raise ValueError("--target and --rate must lie between 0 and 1")
-        if self.rounds < 0 or min(self.epochs, self.batch_size, self.last_epochs or 1) < 1:
+        if self.last_epochs is not None and self.last_epochs < 1:
+            raise ValueError("--last-epochs must be at least 1")
+        if self.rounds < 0 or self.epochs < 1 or self.batch_size < 1:
             raise ValueError("--epochs and --batch-size must be at least 1, --rounds at least 0")
         if not 0 <= self.label_smoothing <= 1 or not 0 <= self.distill <= 1:
             raise ValueError("--label-smoothing and --distill must be in [0, 1]")
@@ -108,10 +110,8 @@ def main(argv=None):
     for number in range(len(rounds), cfg.rounds + 1):
         if not rounds[-1]["kept"]:
             break
-        last = number == cfg.rounds and cfg.last_epochs
-        recipe = engine.Recipe.of(
-            cfg, schedule=cfg.lr_schedule, epochs=cfg.last_epochs if last else cfg.epochs
-        )
+        epochs = cfg.last_epochs if cfg.last_epochs and number == cfg.rounds else cfg.epochs
+        recipe = engine.Recipe.of(cfg, schedule=cfg.lr_schedule, epochs=epochs)
         began = time.monotonic()
         if cfg.schedule == "cubic":
             sparsity = pruning.cubic(start, cfg.target, number, cfg.rounds)

@@ -5,34 +5,41 @@
     python publish.py --run-dir DIR
 
 in:  logs/eval-val.jsonl and logs/eval-test.jsonl, and the files that they are of, among them
-     checkpoints/compressed.nnz; what the stages logged, logs/sweep.csv
+     checkpoints/compressed.nnz and all its parents; logs/sweep.csv; the stages' logs and charts
 out: release/mobilenetv2-cifar10.nnz (and .onnx, if int8.onnx was evaluated), release/results.json,
-     the charts of the stages
+     the charts
 
-Nothing is measured here, and nothing is written where a figure is not of the file that is there.
+Nothing is measured here, and nothing is written where an accuracy is not of the file that is there.
+The stages' logs and charts are taken as they lie in the run's folder.
 """
 
 import csv
 import dataclasses
-import importlib
 import json
 from pathlib import Path
 
+import prune
+import quantize
+import sparse_compress
+import to_int8
+import train
 from lib import checkpoint, config, metrics, runtime
 from lib.config import UserError, flag
 
 STAGES = {
-    "baseline": "train", "pruned": "prune", "quantized": "quantize", "int8": "to_int8",
-    "compressed": "sparse_compress",
+    "baseline": train, "pruned": prune, "quantized": quantize, "int8": to_int8,
+    "compressed": sparse_compress,
 }  # fmt: skip
-PUBLISHED = {"compressed.nnz": ".nnz", "int8.onnx": ".onnx"}
-CHARTS = ("train", "prune", "quantize", "sweep_heatmap", "report")
+FINAL, GRAPH = "compressed.nnz", "int8.onnx"
+CHARTS = ("train.png", "prune.png", "quantize.png", "sweep_heatmap.png", "report.png")
+ACCURACY = ("correct", "total", "accuracy", "interval", "arithmetic")
+COUNTS = ("weights", "live_weights", "nonzeros", "sparsity", "macs")
 
 
 @dataclasses.dataclass
 class Settings:
     run_dir: str = flag(".", "folder that holds checkpoints/, logs/ and plots/")
-    out: str | None = flag(None, "folder to publish in; default: release/ beside this script")
+    release: str | None = flag(None, "folder to publish in; default: release/ beside this script")
 
     def path(self, name: str) -> Path:
         return Path(self.run_dir) / name
@@ -42,96 +49,118 @@ def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     files, rows = {}, {}
     for split in ("val", "test"):
-        for figures in logged(cfg.path(f"logs/eval-{split}.jsonl"), split):
-            source = runtime.load(figures["file"])
-            name = source.file.name
-            if source.sha256 != figures["sha256"]:
-                raise UserError(f"{source.file} is not the file that eval.py measured: run it anew")
-            if files.setdefault(name, source).sha256 != source.sha256:
-                raise UserError(f"two files are called {name}: give them names of their own")
-            row = rows.setdefault(name, describe(source, figures))
-            row["accuracy"][split] = {
-                k: figures[k] for k in ("correct", "total", "accuracy", "interval", "arithmetic")
-            }
+        for figures in logged(cfg.path(f"logs/eval-{split}.jsonl")):
+            name = Path(figures["file"]).name
+            if name not in files:
+                files[name] = source = runtime.load(figures["file"])
+                rows[name] = describe(source, figures)
+            if files[name].sha256 != figures["sha256"]:
+                raise UserError(
+                    f"{figures['file']} is not the file that eval.py measured, or another of its "
+                    "name is: run eval.py anew"
+                )
+            rows[name]["accuracy"][split] = {key: figures[key] for key in ACCURACY}
     for name, row in rows.items():
         if len(row["accuracy"]) < 2:
             raise UserError(f"{name} was not evaluated on both splits: run eval.py on the other")
-    final = "compressed.nnz"
-    if final not in files or files[final].sha256 != sha256(cfg.path(f"checkpoints/{final}")):
-        raise UserError(f"{cfg.path(f'checkpoints/{final}')} is not among the evaluated files")
+        if row["accuracy"]["val"]["total"] != files[name].data.get("val_size"):
+            raise UserError(f"{name} was evaluated on other validation images than it was made for")
+    own = cfg.path(f"checkpoints/{FINAL}")
+    if FINAL not in files or not own.is_file() or not files[FINAL].file.samefile(own):
+        raise UserError(f"{own} is not among the evaluated files")
+    chain = ancestry(rows)
+    content = {FINAL: ".nnz", GRAPH: ".onnx"}
+    if GRAPH in rows and rows[GRAPH]["parent"] not in {row["sha256"] for row in chain}:
+        raise UserError(f"{files[GRAPH].file} is not the network of {own}")
 
-    out = Path(cfg.out) if cfg.out else checkpoint.RELEASE.parent
-    stem, small, first = checkpoint.RELEASE.stem, rows[final], first_of(rows, rows[final])
+    release = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
+    stem, index = checkpoint.RELEASE.stem, release / "results.json"
+    index.unlink(missing_ok=True)  # written last: until then, nothing is published
+    published = {}
+    for name, suffix in content.items():
+        copy(files[name].file if name in files else None, release / f"{stem}{suffix}")
+        published |= {f"{stem}{suffix}": name} if name in files else {}
+    for chart in CHARTS:
+        copy(cfg.path(f"plots/{chart}"), release / chart)
+    cells = sweep(cfg.path("logs/sweep.csv"), rows)
     results = {
-        "format": "mobilenetv2-cifar10/results/1",
-        "published": {stem + PUBLISHED[name]: name for name in rows if name in PUBLISHED},
-        "files": rows,
+        "format": "mobilenetv2-cifar10/results/1", "published": published, "files": rows,
         "logs": {stage: metrics.read_log(cfg.path(f"logs/{stage}.jsonl"))
                  for stage in ("train", "prune", "quantize")},
-        "sweep": sweep(cfg.path("logs/sweep.csv")),
+        "sweep": cells,
     }  # fmt: skip
-    for published, name in results["published"].items():
-        write(out / published, files[name].file.read_bytes())
-    charts = [cfg.path(f"plots/{name}.png") for name in CHARTS]
-    for chart in filter(Path.is_file, charts):
-        write(out / chart.name, chart.read_bytes())
-    write(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    with checkpoint.atomic(index) as file:
+        file.write((json.dumps(results, indent=1) + "\n").encode())
+    small, first = chain[0]["bytes"], chain[-1]["bytes"]
     print(
-        f"{out / checkpoint.RELEASE.name}: {small['bytes']:,} bytes, "
-        f"{first['bytes'] / small['bytes']:.1f} times smaller than the file that its chain began "
-        f"with; {len(rows)} files, {len(results['sweep'])} cells of the grid"
+        f"{release / checkpoint.RELEASE.name}: {small:,} bytes, {first / small:.1f} times smaller "
+        f"than the {first:,} that its chain began with; {len(rows)} files, {len(cells)} cells"
     )
 
 
-def logged(path: Path, split: str) -> list[dict]:
+def logged(path: Path) -> list[dict]:
     lines = metrics.read_log(path)
     if not lines:
-        raise UserError(f"no figures in {path}: `make eval SPLIT={split}` writes it")
+        raise UserError(f"no figures in {path}: run eval.py on what is to be published first")
+    if not all({"file", "sha256", *ACCURACY, *COUNTS} <= set(line) for line in lines):
+        raise UserError(f"{path} is not a log of this eval.py: run it anew")
     return lines
 
 
 def describe(source, figures: dict) -> dict:
     """What is known of a file beside its accuracy."""
+    hashes = [a["sha256"] for a in source.ancestors if a.get("sha256")]
     row = {
         "stage": source.stage, "bytes": source.bytes, "sha256": source.sha256,
-        "parent": source.ancestors[-1]["sha256"] if source.ancestors else None,
-        "seed": source.seed, "quantization": source.quantization,
+        "parent": hashes[-1] if hashes else None, "seed": source.seed,
+        "quantization": source.quantization,
     }  # fmt: skip
-    row |= {k: figures[k] for k in ("weights", "live_weights", "nonzeros", "sparsity", "macs")}
-    if source.file.suffix == ".pth":
-        made = checkpoint.read(source.file)
-        row |= {k: made[k] for k in ("code", "environment", "data") if k in made}
-    if source.stage in STAGES:
-        script = STAGES[source.stage]
-        settings = importlib.import_module(script).Settings
-        row["command"] = config.command(f"{script}.py", settings, source.config)
+    row |= {key: figures[key] for key in COUNTS}
+    made = checkpoint.read(source.file) if source.file.suffix == ".pth" else {}
+    row |= {key: made[key] for key in ("code", "environment", "data") if key in made}
+    if "config" in made or (source.stage == "compressed" and source.ancestors[-1].get("sha256")):
+        row["command"] = config.command(STAGES[source.stage], source.config)
     return row | {"accuracy": {}}
 
 
-def first_of(rows: dict, row: dict) -> dict:
-    """The row of the file that the chain began with, by the parents' hashes."""
-    known = {r["sha256"]: r for r in rows.values()}
-    while row["parent"]:
-        if row["parent"] not in known:
-            raise UserError(f"the parent of the {row['stage']} file was not evaluated: name it too")
-        row = known[row["parent"]]
-    return row
+def ancestry(rows: dict[str, dict]) -> list[dict]:
+    """The rows from the compressed file's back to that of the file that its chain began with."""
+    known, chain = {row["sha256"]: row for row in rows.values()}, [rows[FINAL]]
+    while parent := chain[-1]["parent"]:
+        if parent not in known:
+            raise UserError(f"the parent of the {chain[-1]['stage']} file was not evaluated")
+        chain.append(known[parent])
+    return chain
 
 
-def sweep(path: Path) -> list[dict]:
+def sweep(path: Path, rows: dict[str, dict]) -> list[dict]:
+    """The cells of the grid, with numbers as numbers."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        cells = list(csv.DictReader(file))
+    evaluated = {row["sha256"] for row in rows.values()}
+    if not all(cell.get("parent_sha256") in evaluated for cell in cells):
+        raise UserError(f"{path} is of another network than those evaluated: run sweep.py anew")
+    return [{key: number(text) for key, text in cell.items()} for cell in cells]
 
 
-def sha256(path: Path) -> str | None:
-    return checkpoint.load(path).sha256 if path.is_file() else None
+def number(text: str):
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
-def write(path: Path, content: bytes) -> None:
-    with checkpoint.atomic(path) as file:
-        file.write(content)
+def copy(source: Path | None, target: Path) -> None:
+    """What this run lacks is deleted: an earlier one's would be taken for its own."""
+    if source and source.is_file():
+        with checkpoint.atomic(target) as file:
+            file.write(source.read_bytes())
+    else:
+        target.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

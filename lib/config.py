@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+import shlex
 import sys
 import types
 import typing
@@ -23,7 +24,7 @@ import torch
 # What --help calls a flag's value, where the flag's own name would not say it better.
 METAVARS = {
     "parent": "FILE", "out": "FILE", "decompress": "FILE", "onnx": "FILE", "data": "PATH",
-    "run_dir": "DIR",
+    "run_dir": "DIR", "release": "DIR", "layer_bits": "FILE",
 }  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def _comma_separated(kind):
     return convert
 
 
-# Where a stage runs and writes: what does not decide its result.
+# Where a stage runs, reads and writes: not part of its identity (what it reads is, by hash).
 PLACES = {"data", "run_dir", "device", "wandb", "parent", "out", "resume"}
 
 
@@ -125,18 +126,21 @@ def identity(cfg) -> dict:
     return {k: v for k, v in vars(cfg).items() if k not in PLACES}
 
 
-def command(script: str, settings, values: dict) -> str:
-    """The command that gives a stage these settings, without places and without defaults."""
-    words = ["python", script]
-    for field in dataclasses.fields(settings):
+def command(stage, values: dict) -> str:
+    """The command line that gives a stage these settings: what is not its default, of files the
+    names alone. stage: a module whose Settings have no lists."""
+    words = ["python", f"{stage.__name__}.py"]
+    for field in dataclasses.fields(stage.Settings):
         value = values.get(field.name, field.default)
-        if field.name not in PLACES and value != field.default:
-            name = field.name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{name}" if value else f"--no-{name}")
-            else:
-                words += [f"--{name}", str(value)]
-    return " ".join(words)
+        if value == field.default or field.name in PLACES - {"parent"}:
+            continue
+        name = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            is_file = METAVARS.get(field.name) == "FILE"
+            words += [f"--{name}", Path(value).name if is_file else str(value)]
+    return shlex.join(words)
 
 
 def files(help: str):

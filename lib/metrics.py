@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lib.config import UserError
+
 
 def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
     """95% interval of an accuracy measured on `total` images (Wilson 1927), as two shares."""
@@ -128,7 +130,10 @@ def finish_wandb(run) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log; none where there is no file."""
+    """The lines of a log; none where there is no file. Raises UserError for a damaged one."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except ValueError:  # a stage was killed while it wrote
+        raise UserError(f"{path} is damaged: run its stage anew") from None

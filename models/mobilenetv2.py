@@ -89,7 +89,7 @@ class ConvBNReLU6(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         conv, norm, activation = self
         # oneDNN has no bf16 kernel for the backward pass of a strided depthwise convolution on the
-        # CPU, and its stand-in takes half of a training step: these three layers stay in fp32.
+        # CPU, and its stand-in takes half of a training step: these two or three layers stay fp32.
         if torch.is_autocast_enabled("cpu") and conv.groups > 1 and conv.stride[0] > 1:
             with torch.autocast("cpu", enabled=False):
                 x = conv(x.float()).to(x.dtype)

@@ -54,7 +54,7 @@ def run(chain, tiny, tmp_path, monkeypatch, capfd):
         if stage == "eval":
             flags = (*flags, f"--data={tiny}", f"--run-dir={tmp_path}/run")
         if stage == "publish":
-            flags = (*flags, f"--run-dir={tmp_path}/run", f"--out={tmp_path}/release")
+            flags = (*flags, f"--run-dir={tmp_path}/run", f"--release={tmp_path}/release")
         if stage == "verify":
             flags = (*flags, f"--data={tiny}", f"--release={tmp_path}/release")
         return call(stage, *flags, monkeypatch=monkeypatch, capfd=capfd)
@@ -73,7 +73,7 @@ def evaluated(chain, tiny, tmp_path_factory):
         files = [str(chain / "checkpoints" / name) for name in CHAIN]
         evaluation.main([*files, f"--split={split}", f"--data={tiny}", f"--run-dir={chain}"])
     with contextlib.redirect_stdout(out):
-        publish.main([f"--run-dir={chain}", f"--out={folder}"])
+        publish.main([f"--run-dir={chain}", f"--release={folder}"])
     return folder, out.getvalue()
 
 
@@ -104,7 +104,7 @@ def test_the_figures_are_those_of_the_files(published, tiny):
         "python train.py --epochs 1 --batch-size 32 --width 0.1 --downsample 8 --no-amp"
     )
     assert results["files"]["quantized.pth"]["command"] == (
-        "python quantize.py --weight-bits 4 --calibration 32"
+        "python quantize.py --parent baseline.pth --weight-bits 4 --calibration 32"
     )
     assert len(results["logs"]["train"]) == 1
     assert (published.release / "train.png").read_bytes().startswith(b"\x89PNG")
@@ -159,7 +159,11 @@ def test_verify_refuses_what_was_changed(published, tiny):
     file.unlink()
     code, _, err = published("verify")
     assert code == 1 and one_line("verify", err) and "is missing" in err
-    for text in ("", "[]", "{}", '{"published": {"x": "y"}, "files": {}}'):
+    texts = [
+        "", "[]", "{}", '{"published": {}}', '{"published": {"x": "y"}, "files": {}}',
+        '{"published": {"x": "y"}, "files": {"y": {"sha256": "0", "accuracy": {}}}}',
+    ]  # fmt: skip
+    for text in texts:
         (release / "results.json").write_text(text)
         code, _, err = published("verify")
         assert code == 1 and one_line("verify", err) and "is damaged" in err
@@ -189,7 +193,22 @@ def test_publish_refuses_figures_of_other_files(run):
     checkpoint.write(quantized, content | {"seed": 1})
     code, _, err = run("publish")
     assert code == 1 and one_line("publish", err) and "is not the file that eval.py measured" in err
+    for text, what in (("{", "is damaged"), ('{"file": "x"}', "is not a log of this eval.py")):
+        (run.folder / "logs/eval-val.jsonl").write_text(text)
+        code, _, err = run("publish")
+        assert code == 1 and one_line("publish", err) and what in err
     assert not run.release.exists()
+
+
+def test_what_a_run_lacks_is_not_left_of_an_earlier_one(published):
+    assert (published.release / "mobilenetv2-cifar10.onnx").exists()
+    (published.release / "quantize.png").touch()
+    for split in ("val", "test"):
+        published("eval", *published.files[:4], f"--split={split}")
+    assert published("publish")[0] == 0
+    names = {path.name for path in published.release.iterdir()}
+    assert names == {"mobilenetv2-cifar10.nnz", "results.json"}
+    assert published("verify")[0] == 0
 
 
 def test_predict_uses_the_published_file_where_nothing_was_trained(
