@@ -33,6 +33,10 @@ class Settings(config.Common):
         "auto", "crop + flip (light), + Cutout (cutout), + AutoAugment (auto)",
         choices=("none", "light", "cutout", "auto"),
     )  # fmt: skip
+    start_side: int = flag(
+        32, "pixels of the first images, which grow to 32 over the first 70% of the epochs",
+        choices=(16, 20, 24, 28, 32),
+    )  # fmt: skip
     ema: float = flag(0.0, "decay a step of averaged weights, such as 0.999; 0: none")
     width: float = flag(1.0, "multiplier of all channels")
     downsample: int = flag(4, "32x32 down to 8x8 (4, the report's) or 4x4 (8)", choices=(4, 8))

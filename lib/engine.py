@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib import checkpoint, data, metrics
+from lib.augment import SIDE
 from lib.config import UserError
 
 EVAL_BATCH = 128  # the report's; its dynamic activation ranges depend on it
+GROWTH = 0.7  # of the epochs: how long images grow where they start small
 
 
 class DivergedError(UserError):
@@ -41,6 +43,7 @@ class Recipe:
     schedule: str = "cosine"  # or linear, constant; to zero at the last step
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
+    start_side: int = SIDE  # pixels; under 32, the images of the first epochs are scaled down
     ema: float = 0.0  # decay a step of the averaged weights; 0: none
     distill: float = 0.0  # weight of the teacher's soft labels against the true ones
     temperature: float = 2.0
@@ -63,6 +66,14 @@ class Recipe:
         if self.schedule == "cosine":
             return self.lr * (1 + math.cos(math.pi * progress)) / 2
         return self.lr * (1 - progress) if self.schedule == "linear" else self.lr
+
+    def side(self, epoch: int) -> int:
+        """Pixels of the images in an epoch: from start_side to 32 in steps of 4 over the first 70%
+        of the epochs (progressive resizing; Tan and Le 2021, EfficientNetV2, section 4)."""
+        growing = GROWTH * (self.epochs - 1)
+        if epoch >= growing:
+            return SIDE
+        return self.start_side + int((SIDE - self.start_side) * epoch / growing) // 4 * 4
 
 
 @dataclasses.dataclass
@@ -245,10 +256,13 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     forward.train()
     batches = data.batches(split, recipe.batch_size, augment, seed, epoch, rank, world)
+    side = recipe.side(epoch)
     for i, (x, labels) in enumerate(
         tqdm(batches, total=steps, desc=note, leave=False, disable=_quiet() or rank > 0)
     ):
         step = epoch * steps + i
+        if side < SIDE:
+            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
         if not recipe.channels_last:
             x = x.contiguous()
         for group in optimizer.param_groups:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,12 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from lib import checkpoint, engine
+from autoaugment import augmentation
+from lib import checkpoint, data, engine
 from lib.config import UserError
 from models.mobilenetv2 import MobileNetV2, standard
 
 FLAGS = ["--epochs=3", "--batch-size=32", "--width=0.1", "--downsample=8", "--lr=0.05",
-         "--schedule=linear", "--warmup-epochs=0.5", "--ema=0.9"]  # fmt: skip
+         "--schedule=linear", "--warmup-epochs=0.5", "--ema=0.9", "--start-side=20"]  # fmt: skip
 
 
 def run_in_process(tiny, folder, *flags):
@@ -31,6 +33,37 @@ def run_in_process(tiny, folder, *flags):
 
 def equal(a: dict, b: dict) -> bool:
     return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_images_grow_to_their_full_side_and_never_shrink():
+    for epochs in (2, 3, 10, 46):
+        sides = [engine.Recipe(epochs, start_side=16).side(e) for e in range(epochs)]
+        assert sides == sorted(sides) and set(sides) <= {16, 20, 24, 28, 32}
+        assert sides[0] == 16 and all(side == 32 for side in sides[math.ceil(0.7 * epochs) :])
+    assert [sides.count(side) for side in (16, 20, 24, 28, 32)] == [8, 8, 8, 8, 14]
+    assert engine.Recipe(1, start_side=16).side(0) == engine.Recipe(5).side(0) == 32
+
+
+def test_small_images_reach_the_network_in_its_layout(tiny, monkeypatch):
+    seen = []
+    forward = MobileNetV2.forward
+
+    def watch(model, x):
+        if model.training:
+            seen.append((x.shape[-1], x.is_contiguous(memory_format=torch.channels_last)))
+        return forward(model, x)
+
+    monkeypatch.setattr(MobileNetV2, "forward", watch)
+    images = data.load(str(tiny), 10)
+    model = MobileNetV2(standard(0.1, 8)).to(memory_format=torch.channels_last)
+    recipe = engine.Recipe(2, start_side=20)
+    optimizer = torch.optim.SGD(engine.parameter_groups(model, recipe), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    engine.train_epoch(
+        model, images.train, recipe, augmentation("light"), optimizer, scaler, None, 0, 0, 2,
+        teacher=None, after_step=None, note="",
+    )  # fmt: skip
+    assert set(seen) == {(20, True)}
 
 
 def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(tiny, tmp_path):
