@@ -36,24 +36,23 @@ def main(argv=None):
         raise UserError(f"no files: none named, and none in {cfg.path(None, 'checkpoints')}")
     sources = [runtime.load(f) for f in files]  # all of them, before any long work
     log = metrics.Log(cfg.path(None, f"logs/eval-{cfg.split}.jsonl"), vars(cfg), cfg.wandb)
-    log.begin([])
-    images, known = None, {}
+    images, known, rows = None, {}, []
     for source in sources:
         if images is None or source.val_size(cfg.val_size) not in (None, len(images.val)):
             images, known = source.images(cfg.data, cfg.val_size, device), {}
         split = getattr(images, cfg.split)
         if not len(split):
             raise UserError(f"{source.file} was made with --val-size 0: it has no validation split")
-        classes = source.settings.get("classes")
-        if classes != len(images.classes):
-            raise UserError(f"{source.file} tells {classes} classes apart, not the 10 of CIFAR-10")
+        source.check_classes(images.classes)
         figures, matrix = measure.file(source, split, cfg.split, known)
         print(json.dumps(figures) if cfg.json else table(figures, cfg.layers), flush=True)
-        log(figures)
-        name = f"{source.file.stem}-{cfg.split}"
+        rows.append(figures)
+        stem = source.file.name if source.file.suffix == ".onnx" else source.file.stem
+        name = f"{stem}-{cfg.split}"
         path = cfg.path(None, f"plots/confusion-{name}.png")
         title = f"{source.file.name} on {cfg.split} (n={len(split)})"
         plots.confusion(matrix.numpy(), images.classes, path, title)
+    log.begin(rows)  # only now: a run that fails leaves the last one's figures for publish.py
     log.close(figures)
 
 

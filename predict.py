@@ -52,6 +52,7 @@ def main(argv=None):
     device = config.device(cfg.device)
     network = runtime.network(source, device)
     classes = source.data.get("classes", data.CLASSES)
+    source.check_classes(classes)
     unread = 0
     for start in range(0, len(paths), BATCH):
         images, names = [], []

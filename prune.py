@@ -64,6 +64,8 @@ class Settings(config.Common):
             raise ValueError("--last-epochs must be at least 1")
         if self.rounds < 0 or self.epochs < 1 or self.batch_size < 1:
             raise ValueError("--epochs and --batch-size must be at least 1, --rounds at least 0")
+        if not self.lr > 0 or self.weight_decay < 0:
+            raise ValueError("--lr must be over 0, --weight-decay at least 0")
         if not 0 <= self.label_smoothing <= 1 or not 0 <= self.distill <= 1:
             raise ValueError("--label-smoothing and --distill must be in [0, 1]")
         if not self.temperature > 0:

@@ -63,7 +63,7 @@ def main(argv=None):
     for name, row in rows.items():
         if len(row["accuracy"]) < 2:
             raise UserError(f"{name} was not evaluated on both splits: run eval.py on the other")
-        if row["accuracy"]["val"]["total"] != files[name].data.get("val_size"):
+        if files[name].data.get("val_size") not in (None, row["accuracy"]["val"]["total"]):
             raise UserError(f"{name} was evaluated on other validation images than it was made for")
     own = cfg.path(f"checkpoints/{FINAL}")
     if FINAL not in files or not own.is_file() or not files[FINAL].file.samefile(own):
@@ -72,6 +72,10 @@ def main(argv=None):
     content = {FINAL: ".nnz", GRAPH: ".onnx"}
     if GRAPH in rows and rows[GRAPH]["parent"] not in {row["sha256"] for row in chain}:
         raise UserError(f"{files[GRAPH].file} is not the network of {own}")
+
+    cells = sweep(cfg.path("logs/sweep.csv"), rows)
+    logs = {stage: metrics.read_log(cfg.path(f"logs/{stage}.jsonl"))
+            for stage in ("train", "prune", "quantize")}  # fmt: skip
 
     release = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
     stem, index = checkpoint.RELEASE.stem, release / "results.json"
@@ -82,12 +86,9 @@ def main(argv=None):
         published |= {f"{stem}{suffix}": name} if name in files else {}
     for chart in CHARTS:
         copy(cfg.path(f"plots/{chart}"), release / chart)
-    cells = sweep(cfg.path("logs/sweep.csv"), rows)
     results = {
         "format": "mobilenetv2-cifar10/results/1", "published": published, "files": rows,
-        "logs": {stage: metrics.read_log(cfg.path(f"logs/{stage}.jsonl"))
-                 for stage in ("train", "prune", "quantize")},
-        "sweep": cells,
+        "logs": logs, "sweep": cells,
     }  # fmt: skip
     with checkpoint.atomic(index) as file:
         file.write((json.dumps(results, indent=1) + "\n").encode())
@@ -149,7 +150,7 @@ def number(text: str):
     for kind in (int, float):
         try:
             return kind(text)
-        except ValueError:
+        except (TypeError, ValueError):  # TypeError: a torn row has None for what it lacks
             pass
     return text
 

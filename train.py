@@ -49,6 +49,10 @@ class Settings(config.Common):
     def __post_init__(self):
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError("--epochs and --batch-size must be at least 1")
+        if not self.lr > 0 or self.weight_decay < 0:
+            raise ValueError("--lr must be over 0, --weight-decay at least 0")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError("--warmup-epochs must be at least 0 and less than --epochs")
         if not 0 <= self.label_smoothing <= 1 or not 0 <= self.ema < 1:
             raise ValueError("--label-smoothing must be in [0, 1], --ema in [0, 1)")
 

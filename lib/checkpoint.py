@@ -93,7 +93,14 @@ class Checkpoint:
         images = load_images(given, self.val_size(val_size), device)
         if own not in (None, images.source):
             raise UserError(f"{self.file} was trained on {own}, the images are {images.source}")
+        self.check_classes(images.classes)
         return images
+
+    def check_classes(self, names: tuple[str, ...]) -> None:
+        """UserError where the network does not tell these classes apart."""
+        classes = self.settings.get("classes")
+        if classes != len(names):
+            raise UserError(f"{self.file} tells {classes} classes apart, not {len(names)}")
 
 
 def load(path: Path | str) -> Checkpoint:

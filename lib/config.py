@@ -89,7 +89,7 @@ def _add(parser, field) -> None:
     if isinstance(kind, types.UnionType):  # `int | None`: None means "not given"
         kind = next(t for t in typing.get_args(kind) if t is not type(None))
     text = field.metadata["help"].replace("%", "%%")
-    if default not in (None, False, []):
+    if default is not None and default is not False and default != []:
         text += f" [{','.join(map(str, default)) if isinstance(default, list) else default}]"
     options = {"default": default, "help": text}
     name = field.name

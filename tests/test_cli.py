@@ -131,6 +131,10 @@ def test_defaults_are_the_chain_and_a_missing_parent_is_one_line(run, tmp_path, 
     ("train", ["--downsample=5"], "invalid choice: 5"),
     ("train", ["surplus"], "unrecognized arguments"),
     ("eval", ["--split=all"], "invalid choice: 'all'"),
+    ("train", ["--lr=-0.1"], "--lr must be over 0"),
+    ("train", ["--warmup-epochs=-1"], "--warmup-epochs must be"),
+    ("train", ["--epochs=3", "--warmup-epochs=3"], "--warmup-epochs must be"),
+    ("prune", ["--weight-decay=-1"], "--weight-decay at least 0"),
 ])  # fmt: skip
 def test_wrong_values(run, stage, flags, what):
     code, out, err = run(stage, *flags)
@@ -295,6 +299,8 @@ def test_eval_refuses_what_it_cannot_do(run, tiny, tmp_path):
     torch.save(MobileNetV2(standard(0.1, classes=12)).state_dict(), tmp_path / "x.pth")
     code, _, err = run("eval", tmp_path / "x.pth", *common)
     assert code == 1 and one_line("eval", err) and "12 classes" in err
+    code, _, err = run("prune", "--parent", tmp_path / "x.pth", *common)
+    assert code == 1 and one_line("prune", err) and "12 classes" in err
     torch.save(MobileNetV2(standard(0.1)).state_dict(), tmp_path / "x.pth")
     code, _, err = run("eval", tmp_path / "x.pth", *common, "--val-size=0", "--split=val")
     assert code == 1 and one_line("eval", err) and "no validation split" in err

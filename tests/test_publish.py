@@ -52,7 +52,7 @@ def run(chain, tiny, tmp_path, monkeypatch, capfd):
 
     def go(stage: str, *flags):
         if stage == "eval":
-            flags = (*flags, f"--data={tiny}", f"--run-dir={tmp_path}/run")
+            flags = (f"--data={tiny}", *flags, f"--run-dir={tmp_path}/run")
         if stage == "publish":
             flags = (*flags, f"--run-dir={tmp_path}/run", f"--release={tmp_path}/release")
         if stage == "verify":
@@ -209,6 +209,24 @@ def test_what_a_run_lacks_is_not_left_of_an_earlier_one(published):
     names = {path.name for path in published.release.iterdir()}
     assert names == {"mobilenetv2-cifar10.nnz", "results.json"}
     assert published("verify")[0] == 0
+
+
+def test_a_refusal_leaves_what_was_published(published, tiny):
+    before = {path.name: path.read_bytes() for path in published.release.iterdir()}
+    for split in ("val", "test"):
+        published("eval", *published.files, f"--split={split}")
+    (published.folder / "logs/sweep.csv").write_text("bits,parent_sha256\n4,0123\n")
+    code, _, err = published("publish")
+    assert code == 1 and "sweep.csv is of another network" in err
+    (published.folder / "logs/sweep.csv").unlink()
+    (published.folder / "logs/train.jsonl").write_text("{")
+    code, _, err = published("publish")
+    assert code == 1 and "is damaged" in err
+    (published.folder / "logs/train.jsonl").unlink()
+    code, _, err = published("eval", *published.files, "--split=val", "--data=nowhere")
+    assert code == 1
+    assert published("publish")[0] == 0, "a failed evaluation lost the figures of the last one"
+    assert {path.name for path in published.release.iterdir()} <= set(before)
 
 
 def test_predict_uses_the_published_file_where_nothing_was_trained(
