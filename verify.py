@@ -41,7 +41,9 @@ def main(argv=None):
         network = runtime.network(source, device)
         for name, (correct, n) in published[source.file.name][1].items():
             split = getattr(images, name)
-            if len(split) < n or (name == "val" and len(images.train) != source.data["train"]):
+            if len(split) < n or (
+                name == "val" and source.data.get("train") not in (None, len(images.train))
+            ):
                 raise UserError(f"{n} {name} images were used, the data set at hand has not these")
             result = engine.count(network, split, note=f"{source.file.name}, {name}")
             found = int((result.predictions[:n] == split.labels[:n].cpu()).sum())

@@ -212,21 +212,24 @@ def test_what_a_run_lacks_is_not_left_of_an_earlier_one(published):
 
 
 def test_a_refusal_leaves_what_was_published(published, tiny):
-    before = {path.name: path.read_bytes() for path in published.release.iterdir()}
+    def content():
+        return {path.name: path.read_bytes() for path in published.release.iterdir()}
+
+    before = content()
     for split in ("val", "test"):
         published("eval", *published.files, f"--split={split}")
     (published.folder / "logs/sweep.csv").write_text("bits,parent_sha256\n4,0123\n")
     code, _, err = published("publish")
-    assert code == 1 and "sweep.csv is of another network" in err
+    assert code == 1 and "sweep.csv is of another network" in err and content() == before
     (published.folder / "logs/sweep.csv").unlink()
     (published.folder / "logs/train.jsonl").write_text("{")
     code, _, err = published("publish")
-    assert code == 1 and "is damaged" in err
+    assert code == 1 and "is damaged" in err and content() == before
     (published.folder / "logs/train.jsonl").unlink()
     code, _, err = published("eval", *published.files, "--split=val", "--data=nowhere")
     assert code == 1
     assert published("publish")[0] == 0, "a failed evaluation lost the figures of the last one"
-    assert {path.name for path in published.release.iterdir()} <= set(before)
+    assert set(content()) <= set(before)
 
 
 def test_predict_uses_the_published_file_where_nothing_was_trained(
