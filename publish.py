@@ -65,6 +65,12 @@ def main(argv=None):
             raise UserError(f"{name} was not evaluated on both splits: run eval.py on the other")
         if files[name].data.get("val_size") not in (None, row["accuracy"]["val"]["total"]):
             raise UserError(f"{name} was evaluated on other validation images than it was made for")
+    names = {row["sha256"]: name for name, row in rows.items()}
+    for row in rows.values():
+        if row["stage"] == "compressed" and row["parent"] in names:  # it keeps no flags of its own
+            parent = names[row["parent"]]
+            flags = {} if parent == "int8.pth" else {"parent": parent}
+            row["command"] = config.command(sparse_compress, flags)
     own = cfg.path(f"checkpoints/{FINAL}")
     if FINAL not in files or not own.is_file() or not files[FINAL].file.samefile(own):
         raise UserError(f"{own} is not among the evaluated files")
@@ -119,7 +125,7 @@ def describe(source, figures: dict) -> dict:
     row |= {key: figures[key] for key in COUNTS}
     made = checkpoint.read(source.file) if source.file.suffix == ".pth" else {}
     row |= {key: made[key] for key in ("code", "environment", "data") if key in made}
-    if "config" in made or (source.stage == "compressed" and source.ancestors[-1].get("sha256")):
+    if "config" in made:
         row["command"] = config.command(STAGES[source.stage], source.config)
     return row | {"accuracy": {}}
 

@@ -126,6 +126,7 @@ def finish(model: nn.Module) -> None:
             module.__class__ = module.plain
             module.register_buffer("weight_scale" if is_layer else "step", step)
             if is_layer:
-                module.bias.copy_(quantizers.short_bias(module))
+                # + 0.0: of what rounds to -0.0, which no grid of integers has (4.5 KB in a file).
+                module.bias.copy_(quantizers.short_bias(module) + 0.0)
                 quantizers.put_on_grid(module, module.weight_bits)
                 step[~module.weight.flatten(1).any(1)] = 1.0

@@ -115,6 +115,19 @@ def test_the_figures_are_those_of_the_files(published, tiny):
     assert str(published.folder.parent) not in (published.release / "results.json").read_text()
 
 
+def test_the_command_of_a_compressed_file_names_its_parent(run):
+    parent = run.folder / "checkpoints/quantized.pth"
+    sparse_compress.main([f"--run-dir={run.folder}", f"--parent={parent}"])
+    for split in ("val", "test"):
+        code, _, err = run("eval", run.files[0], parent, run.files[3], f"--split={split}")
+        assert (code, err) == (0, "")
+    assert run("publish")[0] == 0
+    files = json.loads((run.release / "results.json").read_text())["files"]
+    assert files["compressed.nnz"]["command"] == (
+        "python sparse_compress.py --parent quantized.pth"
+    )
+
+
 def test_verify_finds_it_as_published(published):
     code, out, err = published("verify")
     assert (code, err) == (0, "")
