@@ -107,8 +107,8 @@ class FakeQuantize(torch.autograd.Function):
         inside = torch.ops.aten.hardtanh_backward(grad, scaled, ctx.low, ctx.high)
         grad_step = None
         if ctx.needs_input_grad[1]:
-            # Inside: level - scaled; outside: the level. One sum, in float32 whatever the type:
-            # bf16 has its range for the result, and asking for float32 there costs a copy.
+            # Inside: level - scaled; outside: the level. Sums run in float32 whatever the type;
+            # the result is asked for in it where fp16 could overflow. In bf16 that costs a copy.
             slope = torch.round(scaled).clamp_(ctx.low, ctx.high)
             slope -= torch.ops.aten.hardtanh_backward(scaled, scaled, ctx.low, ctx.high)
             slope *= grad
