@@ -13,6 +13,7 @@ out: checkpoints/pruned.pth (the last round within --max-drop of the parent), lo
 import copy
 import dataclasses
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -49,7 +50,10 @@ class Settings(config.Common):
     batch_size: int = flag(128, "images a step, over all processes")
     weight_decay: float = flag(5e-4, "L2 penalty")
     label_smoothing: float = flag(0.1, "share of the label spread over all classes")
-    distill: float = flag(0.5, "weight of the dense parent's soft labels; 0: none")
+    distill: float = flag(0.5, "weight of the teacher's soft labels; 0: none")
+    teacher: str | None = flag(
+        None, "fp32 network to learn from, for a parent that is pruned already; default: the parent"
+    )
     temperature: float = flag(2.0, "of the soft labels")
     augment: str = flag("cutout", "see train.py", choices=("none", "light", "cutout", "auto"))
     amp: bool = flag(True, "bf16 autocast; fp16 with loss scaling where CUDA lacks bf16")
@@ -85,13 +89,20 @@ def main(argv=None):
         raise UserError("pruning stops by validation accuracy: --val-size must be over 0")
     out = cfg.path(cfg.out, "checkpoints/pruned.pth")
     model, dense = parent.build(device), parent.build(device)
-    teacher = quantizers.fold(dense) if cfg.distill else None  # folded: a third less to compute
+    learned = checkpoint.load(Path(cfg.teacher)) if cfg.teacher else parent
+    if learned.quantization:
+        raise UserError(f"--teacher {learned.file} is quantized: give an fp32 network")
+    learned.check_classes(images.classes)
+    # Folded: a third less to compute.
+    teacher = quantizers.fold(learned.build(device)) if cfg.distill else None
     total = parent.original_weights
     start = sparsity_of(model, total)
     if cfg.schedule == "cubic" and cfg.rounds and cfg.target < start + 1e-4:
         raise UserError(f"--target {cfg.target} is no more than the parent's sparsity {start:.4f}")
 
-    identity = config.identity(cfg) | {"parent": parent.sha256, "data": images.provenance()}
+    identity = config.identity(cfg) | {
+        "parent": parent.sha256, "teacher": learned.sha256, "data": images.provenance()
+    }  # fmt: skip
     log = metrics.Log(cfg.path(None, "logs/prune.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
     round_file = out.with_name(out.name + ".round.resume")

@@ -24,7 +24,7 @@ import torch
 # What --help calls a flag's value, where the flag's own name would not say it better.
 METAVARS = {
     "parent": "FILE", "out": "FILE", "decompress": "FILE", "onnx": "FILE", "data": "PATH",
-    "run_dir": "DIR", "release": "DIR", "layer_bits": "FILE",
+    "run_dir": "DIR", "release": "DIR", "layer_bits": "FILE", "teacher": "FILE",
 }  # fmt: skip
 
 
@@ -118,7 +118,8 @@ def _comma_separated(kind):
 
 
 # Where a stage runs, reads and writes: not part of its identity (what it reads is, by hash).
-PLACES = {"data", "run_dir", "device", "wandb", "parent", "out", "resume"}
+FILES = {"parent", "teacher"}
+PLACES = {"data", "run_dir", "device", "wandb", "out", "resume"} | FILES
 
 
 def identity(cfg) -> dict:
@@ -132,7 +133,7 @@ def command(stage, values: dict) -> str:
     words = ["python", f"{stage.__name__}.py"]
     for field in dataclasses.fields(stage.Settings):
         value = values.get(field.name, field.default)
-        if value == field.default or field.name in PLACES - {"parent"}:
+        if value == field.default or field.name in PLACES - FILES:
             continue
         name = field.name.replace("_", "-")
         if isinstance(value, bool):

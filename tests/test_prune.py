@@ -7,7 +7,7 @@ import torch
 
 import prune
 import train
-from lib import checkpoint, engine, pruning
+from lib import checkpoint, config, engine, pruning
 from lib.config import UserError
 from lib.metrics import weight_layers
 from models.mobilenetv2 import MobileNetV2, standard
@@ -61,6 +61,25 @@ def test_the_last_round_may_be_longer(tiny, baseline, tmp_path):
     steps = 290 // 32  # an epoch; one schedule over all
     rates = [0.05 * (1 - (number * steps - 1) / (3 * steps)) for number in (1, 2, 3)]
     assert [line["lr"] for line in lines[2]["epochs"]] == pytest.approx(rates)
+
+
+def test_a_pruned_parent_is_pruned_further_and_learns_from_the_dense_network(
+    tiny, baseline, whole, tmp_path
+):
+    first, flags = whole[0], ("--rounds=1", "--epochs=1", "--target=0.9")
+    own, _ = run(tiny, first.file, tmp_path / "own", *flags)
+    taught, lines = run(tiny, first.file, tmp_path / "taught", *flags, f"--teacher={baseline}")
+    assert 0.9 <= lines[1]["sparsity"] < 0.92  # of the first network's weights
+    assert [a["sha256"] for a in taught.ancestors] == [
+        checkpoint.load(baseline).sha256, first.sha256
+    ]  # fmt: skip
+    assert config.command(prune, taught.config).endswith("--teacher baseline.pth")
+    assert any(not torch.equal(own.state[n], t) for n, t in taught.state.items())
+    quantized = tmp_path / "q.pth"
+    checkpoint.save(quantized, "quantized", first.build(), train.Settings(), None, metrics={},
+                    data={}, quantization={"method": "ptq"})  # fmt: skip
+    with pytest.raises(UserError, match="--teacher .*q.pth is quantized"):
+        run(tiny, first.file, tmp_path / "bad", f"--teacher={quantized}")
 
 
 @pytest.mark.parametrize("share", [1.0, 0.7, 0.044, 0.001])
