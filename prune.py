@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from autoaugment import augmentation
-from lib import checkpoint, config, engine, metrics, plots, pruning, quantizers
+from lib import checkpoint, config, engine, metrics, plots, pruning
 from lib.compaction import compact, take
 from lib.config import UserError, flag
 from models.mobilenetv2 import MobileNetV2
@@ -93,8 +93,7 @@ def main(argv=None):
     if learned.quantization:
         raise UserError(f"--teacher {learned.file} is quantized: give an fp32 network")
     learned.check_classes(images.classes)
-    # Folded: a third less to compute.
-    teacher = quantizers.fold(learned.build(device)) if cfg.distill else None
+    teacher = learned.build(device)
     total = parent.original_weights
     start = sparsity_of(model, total)
     if cfg.schedule == "cubic" and cfg.rounds and cfg.target < start + 1e-4:

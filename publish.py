@@ -5,7 +5,8 @@
     python publish.py --run-dir DIR
 
 in:  logs/eval-val.jsonl and logs/eval-test.jsonl, and the files that they are of, among them
-     checkpoints/compressed.nnz and all its parents; logs/sweep.csv; the stages' logs and charts
+     checkpoints/compressed.nnz and all its parents; logs/sweep.csv; the stages' logs (train*.jsonl,
+     prune*.jsonl, quantize*.jsonl: a stage run twice has two) and charts
 out: release/mobilenetv2-cifar10.nnz (and .onnx, if int8.onnx was evaluated), release/results.json,
      the charts
 
@@ -26,10 +27,7 @@ import train
 from lib import checkpoint, config, metrics, runtime
 from lib.config import UserError, flag
 
-STAGES = {
-    "baseline": train, "pruned": prune, "quantized": quantize, "int8": to_int8,
-    "compressed": sparse_compress,
-}  # fmt: skip
+STAGES = {"baseline": train, "pruned": prune, "quantized": quantize, "int8": to_int8}
 FINAL, GRAPH = "compressed.nnz", "int8.onnx"
 CHARTS = ("train.png", "prune.png", "quantize.png", "sweep_heatmap.png", "report.png")
 ACCURACY = ("correct", "total", "accuracy", "interval", "arithmetic")
@@ -80,8 +78,8 @@ def main(argv=None):
         raise UserError(f"{files[GRAPH].file} is not the network of {own}")
 
     cells = sweep(cfg.path("logs/sweep.csv"), rows)
-    logs = {stage: metrics.read_log(cfg.path(f"logs/{stage}.jsonl"))
-            for stage in ("train", "prune", "quantize")}  # fmt: skip
+    logs = {file.stem: metrics.read_log(file) for stage in ("train", "prune", "quantize")
+            for file in sorted(cfg.path("logs").glob(f"{stage}*.jsonl"))}  # fmt: skip
 
     release = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
     stem, index = checkpoint.RELEASE.stem, release / "results.json"

@@ -198,9 +198,7 @@ def train(cfg, model, teacher, latent, scheme, images, out, parent) -> None:
     recipe = engine.Recipe.of(cfg, optimizer="adam", schedule="linear", decay_norm=False)
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
-        config=identity, resume=cfg.resume,
-        teacher=quantizers.fold(teacher) if cfg.distill else None,
-        after_step=after_step, log=log,
+        config=identity, resume=cfg.resume, teacher=teacher, after_step=after_step, log=log,
         penalty=(lambda: price * qat.bits(model)) if cfg.rate else None,
     )  # fmt: skip
     qat.finish(model)

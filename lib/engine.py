@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib import checkpoint, data, metrics
+from lib import checkpoint, data, metrics, quantizers
 from lib.augment import SIDE
 from lib.config import UserError
 
@@ -138,7 +138,7 @@ def fit(
         its own output is safe). With `resume`, a state made with the same `config` is continued;
         another's is refused. An epoch depends on (seed, epoch) and on that state alone, so the
         result is bit for bit the uninterrupted one, on CPU.
-    teacher: with recipe.distill, its soft labels are mixed in (Hinton et al. 2015).
+    teacher: fp32; with recipe.distill, its soft labels are mixed in (Hinton et al. 2015).
     after_step: called after each optimizer step (to hold masks), with the share of the run done.
     penalty: what is added to the loss at each step; the history's losses are without it.
     velocity: SGD's momentum buffers to begin with, by parameter: see `velocity_of`.
@@ -166,6 +166,8 @@ def fit(
         optimizer.state[parameter]["momentum_buffer"] = velocity[name].to(device)
     scaler = torch.amp.GradScaler(device.type, enabled=_half(device) and recipe.amp)
     average = copy.deepcopy(model) if recipe.ema else None
+    # Folded: a third less to compute.
+    teacher = quantizers.fold(teacher) if teacher and recipe.distill else None
     history, best, best_state = [], -1, None
 
     if not resume:
@@ -270,7 +272,7 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
         with _autocast(device, recipe.amp):
             logits = forward(x)
             with torch.no_grad():
-                soft = teacher(x).float() if teacher and recipe.distill else None
+                soft = teacher(x).float() if teacher else None
         loss = _loss(logits.float(), labels, soft, recipe)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss + penalty() if penalty else loss).backward()

@@ -72,6 +72,7 @@ def evaluated(chain, tiny, tmp_path_factory):
     for split in ("val", "test"):
         files = [str(chain / "checkpoints" / name) for name in CHAIN]
         evaluation.main([*files, f"--split={split}", f"--data={tiny}", f"--run-dir={chain}"])
+    shutil.copy(chain / "logs/quantize.jsonl", chain / "logs/quantize-again.jsonl")
     with contextlib.redirect_stdout(out):
         publish.main([f"--run-dir={chain}", f"--release={folder}"])
     return folder, out.getvalue()
@@ -106,7 +107,9 @@ def test_the_figures_are_those_of_the_files(published, tiny):
     assert results["files"]["quantized.pth"]["command"] == (
         "python quantize.py --parent baseline.pth --weight-bits 4 --calibration 32"
     )
-    assert len(results["logs"]["train"]) == 1
+    assert {name: len(lines) for name, lines in results["logs"].items()} == {
+        "train": 1, "quantize": 1, "quantize-again": 1,
+    }  # fmt: skip
     assert (published.release / "train.png").read_bytes().startswith(b"\x89PNG")
     small = published.folder / "checkpoints/compressed.nnz"
     assert (published.release / checkpoint.RELEASE.name).read_bytes() == small.read_bytes()
