@@ -247,7 +247,7 @@ def _finish(cfg, out, model, dense, parent, images, rounds, floor) -> None:
     ]
     plots.layer_sparsity(
         layers, cfg.path(None, "plots/sparsity.png"),
-        f"Sparsity of every layer, {last['sparsity']:.2%} in all",
+        f"Sparsity of every layer of {parent.file.name}, pruned",
     )  # fmt: skip
     print(
         f"{out}: {saved.bytes:,} bytes, {_describe(last)} in round {last['round']} of "

@@ -60,7 +60,7 @@ def main(argv=None):
 
     identity = config.identity(cfg) | {"parent": parent.sha256, "data": images.provenance()}
     log = metrics.Log(cfg.path(None, "logs/sensitivity.jsonl"), identity, cfg.wandb)
-    past = metrics.read_log(log.path) if cfg.resume else []
+    past = metrics.read_log(log.path, torn=True) if cfg.resume else []
     rows = past[1:] if past and past[0] == identity else []
     log.begin([identity, *rows])
     done = {(row["layer"], row["weight_bits"]) for row in rows}

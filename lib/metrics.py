@@ -129,11 +129,17 @@ def finish_wandb(run) -> None:
         print(f"W&B: the run is offline: wandb sync {folder}", file=sys.stderr)
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of a log; none where there is no file. Raises UserError for a damaged one."""
+def read_log(path: Path, torn: bool = False) -> list[dict]:
+    """The lines of a log; none where there is no file. Raises UserError for a damaged one.
+
+    torn: leave out a last line without its end, which a stage that was killed leaves.
+    """
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        lines = path.read_text().splitlines(keepends=True)
+        if torn and lines and not lines[-1].endswith("\n"):
+            lines.pop()
+        return [json.loads(line) for line in lines if line.strip()]
     except ValueError:  # a stage was killed while it wrote
         raise UserError(f"{path} is damaged: run its stage anew") from None
