@@ -88,7 +88,8 @@ def main(argv=None):
     if not len(images.val):
         raise UserError("pruning stops by validation accuracy: --val-size must be over 0")
     out = cfg.path(cfg.out, "checkpoints/pruned.pth")
-    model, dense = parent.build(device), parent.build(device)
+    model = parent.build(device)
+    layers = metrics.layer_counts(model)  # of the parent, for the chart
     learned = checkpoint.load(Path(cfg.teacher)) if cfg.teacher else parent
     if learned.quantization:
         raise UserError(f"--teacher {learned.file} is quantized: give an fp32 network")
@@ -173,7 +174,7 @@ def main(argv=None):
             "give it more --epochs, more --rounds or a larger --max-drop"
         )
     if engine.is_main():
-        _finish(cfg, out, kept, dense, parent, images, rounds, floor)
+        _finish(cfg, out, kept, layers, parent, images, rounds, floor)
         log.close({"sparsity": sparsity_of(kept, total)})
         for file in (round_file, state_file):  # last of all: until here it could be finished again
             file.unlink(missing_ok=True)
@@ -227,7 +228,7 @@ def _describe(line: dict) -> str:
     )
 
 
-def _finish(cfg, out, model, dense, parent, images, rounds, floor) -> None:
+def _finish(cfg, out, model, before, parent, images, rounds, floor) -> None:
     last = [line for line in rounds if line["kept"]][-1]
     figures = {k: last[k] for k in ("round", "sparsity", "val_correct", "val_total")}
     saved = checkpoint.save(
@@ -242,7 +243,7 @@ def _finish(cfg, out, model, dense, parent, images, rounds, floor) -> None:
     layers = [
         (name, weights, nonzeros)  # of the weights that the layer had
         for (name, weights, _), (_, _, nonzeros) in zip(
-            metrics.layer_counts(dense), metrics.layer_counts(model), strict=True
+            before, metrics.layer_counts(model), strict=True
         )
     ]
     plots.layer_sparsity(
