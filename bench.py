@@ -71,7 +71,7 @@ def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
     dense, pruned = (
-        runtime.load(cfg.path(given, f"checkpoints/{name}.pth"))
+        runtime.load(cfg.path(given, f"checkpoints/{name}.pth"), cfg.assume_downsample)
         for given, name in ((cfg.dense, "baseline"), (cfg.pruned, "pruned"))
     )
     for source in (dense, pruned):

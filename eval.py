@@ -34,7 +34,8 @@ def main(argv=None):
                           if p.exists()]  # fmt: skip
     if not files:
         raise UserError(f"no files: none named, and none in {cfg.path(None, 'checkpoints')}")
-    sources = [runtime.load(f) for f in files]  # all of them, before any long work
+    # All of them, before any long work.
+    sources = [runtime.load(file, cfg.assume_downsample) for file in files]
     log = metrics.Log(cfg.path(None, f"logs/eval-{cfg.split}.jsonl"), vars(cfg), cfg.wandb)
     images, known, rows = None, {}, []
     for source in sources:

@@ -35,6 +35,10 @@ class Settings:
     model: str | None = flag(None, "the network; default: see above")
     top: int = flag(3, "classes an image, the most probable first")
     json: bool = flag(False, "a JSON object a line, for machines")
+    assume_downsample: int | None = flag(
+        None, "strides of a model that is a plain state dict: see eval.py --help",
+        choices=(4, 8, 16, 32),
+    )  # fmt: skip
     run_dir: str = flag(".", "folder that holds checkpoints/, logs/ and plots/")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...")
 
@@ -48,7 +52,8 @@ class Settings:
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     paths = [path for name in cfg.images for path in found(Path(name))]
-    source = runtime.load(cfg.model or latest(Path(cfg.run_dir) / "checkpoints"))
+    file = cfg.model or latest(Path(cfg.run_dir) / "checkpoints")
+    source = runtime.load(file, cfg.assume_downsample)
     device = config.device(cfg.device)
     network = runtime.network(source, device)
     classes = source.data.get("classes", data.CLASSES)
@@ -58,8 +63,11 @@ def main(argv=None):
         images, names = [], []
         for path in paths[start : start + BATCH]:
             try:
-                images.append(torch.from_numpy(read(path)))
+                image, note = read(path)
+                images.append(torch.from_numpy(image))
                 names.append(str(path))
+                if note:
+                    print(f"predict.py: {path}: {note}", file=sys.stderr)
             except Exception as error:  # Pillow's decoders raise whatever they please
                 print(f"predict.py: {path}: {why(error)}", file=sys.stderr)
                 unread += 1
@@ -89,12 +97,17 @@ def latest(folder: Path) -> Path:
     return next((file for file in files if file.is_file()), files[0])  # loading says what is wrong
 
 
-def read(path: Path) -> np.ndarray:
-    """uint8 (3, 32, 32)."""
+def read(path: Path) -> tuple[np.ndarray, str]:
+    """The image as uint8 (3, 32, 32), and what had to be assumed of it, if anything.
+
+    Raises ValueError for greys without a usual range, and whatever Pillow does.
+    """
+    note = ""
     with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # greys of 16 bits
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode == "F" or image.mode.startswith("I"):  # greys of more than 8 bits
+            levels, note = grey_levels(np.asarray(image))
+            image = Image.fromarray(levels)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -102,7 +115,26 @@ def read(path: Path) -> np.ndarray:
         left, top = ((length - side) // 2 for length in image.size)
         image = image.convert("RGB").crop((left, top, left + side, top + side))
         pixels = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC))
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), note
+
+
+def grey_levels(values: np.ndarray) -> tuple[np.ndarray, str]:
+    """Greys of any type as uint8, and which range was assumed for them ("" where the file's type
+    says it: 16 bits that need 16 bits).
+
+    A file does not say whether its greys are 12-bit numbers in 16 bits, or floats of 0 to 1. So the
+    range is the smallest usual one that holds them: 0 to 1 for floats; 8, 12, 16 or 31 bits.
+    Raises ValueError for values outside of all of them.
+    """
+    is_float = values.dtype.kind == "f"
+    ranges = [1] * is_float + [2**8 - 1, 2**12 - 1, 2**16 - 1] + [2**31 - 1] * (not is_float)
+    low, high = values.min(), values.max()
+    top = next((top for top in ranges if high <= top), None)
+    if top is None or not low >= 0:  # NaN compares as neither
+        raise ValueError(f"its greys lie between {low} and {high}, in no usual range")
+    levels = np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
+    declared = values.dtype.itemsize == 2 and top == 2**16 - 1
+    return levels, "" if declared else f"its greys, up to {high}, are taken to be of 0 to {top}"
 
 
 def why(error: Exception) -> str:

@@ -80,7 +80,8 @@ def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
     engine.start_processes(device)
-    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/baseline.pth"))
+    file = cfg.path(cfg.parent, "checkpoints/baseline.pth")
+    parent = checkpoint.load(file, cfg.assume_downsample)
     if parent.quantization:
         raise UserError(f"{parent.file} is quantized: prune before quantizing")
     with engine.main_first():
@@ -90,7 +91,7 @@ def main(argv=None):
     out = cfg.path(cfg.out, "checkpoints/pruned.pth")
     model = parent.build(device)
     layers = metrics.layer_counts(model)  # of the parent, for the chart
-    learned = checkpoint.load(Path(cfg.teacher)) if cfg.teacher else parent
+    learned = checkpoint.load(Path(cfg.teacher), cfg.assume_downsample) if cfg.teacher else parent
     if learned.quantization:
         raise UserError(f"--teacher {learned.file} is quantized: give an fp32 network")
     learned.check_classes(images.classes)

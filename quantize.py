@@ -101,7 +101,7 @@ def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
     engine.start_processes(device)
-    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"))
+    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
     if parent.quantization:
         raise UserError(f"{parent.file} is quantized already: start from an fp32 network")
     model = parent.build(device)

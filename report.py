@@ -35,7 +35,8 @@ def main(argv=None):
     files = [folder / name for name in checkpoint.CHAIN if (folder / name).is_file()]
     if not files:
         raise UserError(f"no files of the chain in {folder}: `make all` makes them")
-    sources = [checkpoint.load(file) for file in files]  # all of them, before any long work
+    # All of them, before any long work.
+    sources = [checkpoint.load(file, cfg.assume_downsample) for file in files]
     split, classes = images_of(sources, cfg)
     rows = []
     for source in sources:

@@ -46,7 +46,7 @@ class Settings(config.Common):
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
-    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"))
+    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
     if parent.quantization:
         raise UserError(f"{parent.file} is quantized already: start from an fp32 network")
     images = parent.images(cfg.data, cfg.val_size, device)

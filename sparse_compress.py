@@ -40,7 +40,7 @@ def main(argv=None):
 
 
 def compress(cfg) -> None:
-    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/int8.pth"))
+    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/int8.pth"), cfg.assume_downsample)
     raw = nnz.encode(parent)
     out = cfg.path(cfg.out, "checkpoints/compressed.nnz")
     decoded = nnz.decode(raw).state

@@ -81,7 +81,7 @@ def main(argv=None):
     device = config.device(cfg.device)
     engine.start_processes(device)
     world, rank_of_process = engine.processes()
-    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"))
+    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
     if parent.quantization:
         raise UserError(f"{parent.file} is quantized already: start from an fp32 network")
     with engine.main_first():

@@ -33,7 +33,8 @@ class Settings(config.Common):
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
-    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/quantized.pth"))
+    file = cfg.path(cfg.parent, "checkpoints/quantized.pth")
+    parent = checkpoint.load(file, cfg.assume_downsample)
     scheme = parent.quantization
     bits = max(scheme["weight_bits"], *scheme.get("layer_bits", {}).values(), 0) if scheme else 32
     if bits > 8:

@@ -33,6 +33,10 @@ class Settings(config.Common):
         "auto", "crop + flip (light), + Cutout (cutout), + AutoAugment (auto)",
         choices=("none", "light", "cutout", "auto"),
     )  # fmt: skip
+    flip: str = flag(
+        "random", "mirror images by chance, or each one in every second epoch",
+        choices=("random", "alternate"),
+    )  # fmt: skip
     start_side: int = flag(
         32, "pixels of the first images, which grow to 32 over the first 70% of the epochs",
         choices=(16, 20, 24, 28, 32),

@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -25,6 +26,7 @@ from lib.data import load as load_images
 from models.mobilenetv2 import MobileNetV2, settings_of
 
 FORMAT = "mobilenetv2-cifar10/1"
+REPORTS_DOWNSAMPLE = 4  # the strides that the reference report trained with
 CHAIN = ("baseline.pth", "pruned.pth", "quantized.pth", "int8.pth", "compressed.nnz")
 RELEASE = Path(__file__).parent.parent / "release/mobilenetv2-cifar10.nnz"  # the published one
 
@@ -103,11 +105,14 @@ class Checkpoint:
             raise UserError(f"{self.file} tells {classes} classes apart, not {len(names)}")
 
 
-def load(path: Path | str) -> Checkpoint:
-    """Read any file of ours, or a plain torchvision MobileNetV2 state dict (strides: the report's).
+def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
+    """Read any file of ours, or a plain torchvision MobileNetV2 state dict.
 
-    Raises UserError for a file that is missing, damaged or foreign. Nothing is unpickled but
-    tensors and plain types.
+    downsample: the strides of a plain state dict, which does not hold them (see
+        models.mobilenetv2.standard). None: those of the report, and a line on the standard error
+        says so. Files of ours know their own.
+    Raises UserError for a file that is missing, damaged or foreign, or that holds NaN or infinite
+    values. Nothing is unpickled but tensors and plain types.
     """
     path = Path(path)
     if not path.is_file():
@@ -120,10 +125,23 @@ def load(path: Path | str) -> Checkpoint:
 
         found = nnz.decode(raw, path)
     else:
-        found = _from_dict(read(path), path)
+        found = _from_dict(read(path), path, downsample)
+    check_finite(found.state, path)
     found.file, found.bytes = path, len(raw)
     found.sha256 = hashlib.sha256(raw).hexdigest()
     return found
+
+
+def check_finite(state: dict, path: Path) -> None:
+    """Raise UserError if a tensor of the state holds NaN or infinite values."""
+    bad = [
+        name for name, tensor in (state.items() if isinstance(state, dict) else ())
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        and not tensor.isfinite().all()
+    ]  # fmt: skip
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(f"{path} holds NaN or infinite values in {bad[0]}{more}: it is of no use")
 
 
 def _how_to_make(name: str) -> str:
@@ -140,7 +158,7 @@ def read(path: Path):
         raise UserError(f"{path} is not a checkpoint, or is damaged") from None
 
 
-def _from_dict(raw, path: Path) -> Checkpoint:
+def _from_dict(raw, path: Path, downsample: int | None) -> Checkpoint:
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds a {type(raw).__name__}, not a checkpoint")
     if "format" in raw:
@@ -153,9 +171,16 @@ def _from_dict(raw, path: Path) -> Checkpoint:
             raise UserError(f"{path} lacks a field: {error}") from None
     try:  # a plain state dict
         state = {k: v for k, v in raw.items() if isinstance(v, torch.Tensor)}
-        return Checkpoint("baseline", settings_of(state), state)
+        settings = settings_of(state, downsample or REPORTS_DOWNSAMPLE)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+    if downsample is None:
+        print(
+            f"{path} does not say its strides: taken as --assume-downsample {REPORTS_DOWNSAMPLE} "
+            f"(32x32 down to {32 // REPORTS_DOWNSAMPLE}x{32 // REPORTS_DOWNSAMPLE})",
+            file=sys.stderr,
+        )  # fmt: skip
+    return Checkpoint("baseline", settings, state)
 
 
 def save(path: Path, stage: str, model: nn.Module, cfg, parent: Checkpoint | None, *,

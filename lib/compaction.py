@@ -9,7 +9,8 @@ either way) or, behind the head, into the classifier's bias.
   filter is zero, or where its expand row is zero and the constant that leaves (BN's, through ReLU6)
   passes the depthwise filter unchanged by the zero padding: it is 0, or only the centre tap is not.
   A positive constant under any other filter is uneven at the border, and stays a channel.
-- The stem's channels are the hidden ones of the first block, which has no expansion.
+- The stem's channels are the hidden ones of the first block, which has no expansion. Where that
+  block is residual (widths of 0.25 and less), they are those of its stream as well: all three stay.
 - A channel of a residual stream is shared by all blocks of its stage. It is constant where no block
   writes it (each adds its BN's constant), and unread where no following layer has a column for it.
 - A head channel is constant where its row is zero.
@@ -83,9 +84,15 @@ class _Parts:
         # Each stream: the blocks that write it. A block that is not residual begins a new one.
         self.streams = []
         for number, block in enumerate(self.blocks):
-            if not block[-1]:
+            if not block[-1] or number == 0:
                 self.streams.append([])
             self.streams[-1].append(number)
+
+    @property
+    def first_is_residual(self) -> bool:
+        """Whether the first block adds the stem's output: then stem, hidden channels and stream are
+        the same channels."""
+        return self.blocks[0][-1]
 
     def reader(self, number: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
         """Who reads the stream behind block `number`, beside later adds to it."""
@@ -104,6 +111,10 @@ class _Parts:
         for blocks in self.streams:
             index = alive(*(self.reader(b)[0].weight for b in blocks))
             stream |= dict.fromkeys(blocks, index)
+        if self.first_is_residual:
+            everything = torch.arange(len(self.blocks[0][0].weight))
+            hidden[0] = everything
+            stream |= dict.fromkeys(self.streams[0], everything)
         head = alive(self.classifier.weight[:, :, None])
         return {"hidden": hidden, "stream": stream, "head": head}
 
@@ -142,7 +153,9 @@ def _stop_writing(layer: nn.Module, where: Tensor) -> bool:
 
 def _hidden(parts: _Parts) -> bool:
     changed = False
-    for produce, produce_norm, depthwise, norm, project, project_norm, _ in parts.blocks:
+    for produce, produce_norm, depthwise, norm, project, project_norm, _ in parts.blocks[
+        parts.first_is_residual :
+    ]:
         centre = depthwise.weight[:, 0, 1, 1]
         only_centre = (depthwise.weight != 0).flatten(1).sum(1) == (centre != 0)
         enters = _constant(produce_norm).clamp(0, 6)
@@ -159,7 +172,7 @@ def _hidden(parts: _Parts) -> bool:
 
 def _streams(parts: _Parts) -> bool:
     changed = False
-    for numbers in parts.streams:
+    for numbers in parts.streams[parts.first_is_residual :]:
         writers = [parts.blocks[n][4:6] for n in numbers]
         readers = [parts.reader(n) for n in numbers]
         unwritten = torch.stack([_dead_rows(project) for project, _ in writers]).all(0)

@@ -56,6 +56,11 @@ class Common:
         None, "validation images held out of training; default: the parent's, else a tenth"
     )
     run_dir: str = flag(".", "folder that holds checkpoints/, logs/ and plots/")
+    assume_downsample: int | None = flag(
+        None, "strides of a plain state dict, which does not hold them: 32x32 down to 8x8 (4), "
+        "4x4 (8), 2x2 (16) or 1x1 (32, torchvision's own); default: 4, and a line says so",
+        choices=(4, 8, 16, 32),
+    )  # fmt: skip
     seed: int = flag(47, "of weights, order and augmentation (47 is the report's)")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...")
     wandb: bool = flag(False, "log to Weights & Biases too; offline where there is no key")

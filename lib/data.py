@@ -170,18 +170,26 @@ def _moments(device: torch.device) -> tuple[Tensor, ...]:
 
 
 def batches(
-    split: Split, size: int, augment, seed: int, epoch: int, rank: int = 0, world: int = 1
+    split: Split, size: int, augment, seed: int, epoch: int, rank: int = 0, world: int = 1,
+    alternate_flip: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of shuffled, augmented, normalized batches; the last incomplete one is left out.
 
     size: images a global batch; rank r of world gets the r-th part of each. Order and
     augmentation depend on seed and epoch alone, not on device or world.
+    alternate_flip: an augmentation that mirrors does so to each image in every second epoch, after
+        a coin toss for the first, rather than by chance: two epochs see both sides of all images
+        (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds", section 3.6).
     """
     device = split.images.device
     steps, share = len(split) // size, size // world
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(split), generator=generator)[: steps * size]
     params = augment.draw(len(order), generator)
+    if alternate_flip and "flip" in params:
+        coins = torch.Generator().manual_seed(seed)
+        first = torch.randint(2, (len(split),), generator=coins)
+        params["flip"] = (first[order] + epoch) % 2
     # This rank's share of every global batch.
     own = torch.arange(steps * size).view(steps, size)[:, rank * share : (rank + 1) * share]
     own = own.flatten()

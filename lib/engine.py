@@ -44,6 +44,7 @@ class Recipe:
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
     start_side: int = SIDE  # pixels; under 32, the images of the first epochs are scaled down
+    flip: str = "random"  # or alternate: see lib.data.batches
     ema: float = 0.0  # decay a step of the averaged weights; 0: none
     distill: float = 0.0  # weight of the teacher's soft labels against the true ones
     temperature: float = 2.0
@@ -163,7 +164,7 @@ def fit(
             groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True, fused=True
         )
     for name, parameter in model.named_parameters() if velocity else ():
-        optimizer.state[parameter]["momentum_buffer"] = velocity[name].to(device)
+        optimizer.state[parameter]["momentum_buffer"] = velocity[name].to(device, copy=True)
     scaler = torch.amp.GradScaler(device.type, enabled=_half(device) and recipe.amp)
     average = copy.deepcopy(model) if recipe.ema else None
     # Folded: a third less to compute.
@@ -182,6 +183,7 @@ def fit(
             average.load_state_dict(state["average"])
         history, best, best_state = state["history"], state["best"], state["best_state"]
         say(f"continuing {state_file} after epoch {len(history)}")
+    match_layouts(optimizer)
     if log:
         log.begin(history)
 
@@ -247,6 +249,18 @@ def velocity_of(state_file: Path, model: nn.Module, recipe: Recipe) -> dict[str,
     return {names[id(p)]: state[i]["momentum_buffer"] for i, p in enumerate(parameters)}
 
 
+def match_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Give each of the optimizer's buffers the strides of its parameter.
+
+    A fused optimizer walks both in the order of memory. Compaction leaves buffers contiguous where
+    the weights are channels-last: on the CPU that permutes them in silence, on CUDA it raises.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, buffer in state.items():
+            if buffer.shape == parameter.shape and buffer.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
+
+
 def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, seed, epoch, steps,
                  *, teacher, after_step, note, penalty=None) -> Tensor:  # fmt: skip
     """One epoch; returns [sum of losses, correct answers] of this rank, on the device.
@@ -257,7 +271,9 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
     device = split.images.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     forward.train()
-    batches = data.batches(split, recipe.batch_size, augment, seed, epoch, rank, world)
+    batches = data.batches(
+        split, recipe.batch_size, augment, seed, epoch, rank, world, recipe.flip == "alternate"
+    )
     side = recipe.side(epoch)
     for i, (x, labels) in enumerate(
         tqdm(batches, total=steps, desc=note, leave=False, disable=_quiet() or rank > 0)

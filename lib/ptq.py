@@ -206,6 +206,8 @@ class _Walk:
             # The reader's columns take the ranges. A depthwise row is one column: its step takes
             # them whole. In a projection they would widen its rows, so they share: half each.
             self.ranges[module] = clips.sqrt() if module in depthwise else clips
+        if blocks[0].residual:  # the stem's outputs are added to a stream, which has no ranges
+            del self.ranges[self.target.features[0]]
 
     def run(self, images: Tensor, progress: Callable) -> None:
         target, quantized = self.target, self.quantized

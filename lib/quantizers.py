@@ -188,16 +188,18 @@ def _attach_quantizers(model: MobileNetV2, bits: int, last_bits: int) -> None:
     model.image = Quantizer(8, signed=True)
     model.image.step.fill_(LARGEST_PIXEL / largest(8))
     blocks = [m for m in model.features if isinstance(m, InvertedResidual)]
-    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+    for number, (block, after) in enumerate(zip(blocks, [*blocks[1:], None], strict=True)):
         added = after is not None and after.residual
         block.stream = Quantizer(kept if added else bits, signed=True)
         if block.residual:
             block.addend = Quantizer(kept, signed=True)
             if kept > bits:
-                block.input = Quantizer(bits, signed=True)
+                # The first block reads the stem's, which a ReLU6 leaves none negative.
+                block.input = Quantizer(bits, signed=number > 0)
+    stored = [model.features[-1]] + [model.features[0]] * blocks[0].residual
     for module in model.modules():
         if isinstance(module, ConvBNReLU6):
-            module[2] = Quantizer(kept if module is model.features[-1] else bits, signed=False)
+            module[2] = Quantizer(kept if module in stored else bits, signed=False)
     if last_bits < 32:
         model.pooled = Quantizer(last_bits, signed=False)
 

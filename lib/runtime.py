@@ -36,11 +36,11 @@ class OnnxFile(Checkpoint):
         raise UserError(f"{self.file} is a graph: start from the .pth that it was made of")
 
 
-def load(path: Path | str) -> Checkpoint:
+def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
     """As checkpoint.load; .onnx files of ours as well (ONNX has no magic number: by the suffix)."""
     path = Path(path)
     if path.suffix != ".onnx":
-        return checkpoint.load(path)
+        return checkpoint.load(path, downsample)
     if not path.is_file():
         raise UserError(f"{path} does not exist: `make int8` makes int8.onnx")
     raw = path.read_bytes()
@@ -54,6 +54,7 @@ def load(path: Path | str) -> Checkpoint:
     try:
         meta = json.loads(props[graph.META])
         weights = _weights(model, meta["settings"])
+        checkpoint.check_finite(_floats(model), path)
         found = OnnxFile("onnx", meta["settings"], weights, meta["quantization"],
                          data=meta["data"], ancestors=meta["ancestors"], seed=meta["seed"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -78,6 +79,12 @@ def _weights(model: onnx.ModelProto, settings: dict) -> dict[str, Tensor]:
             raise ValueError(f"{name} has {tuple(levels.shape)} weights, not {tuple(shape)}")
         weights[f"{name}.weight"] = levels
     return weights
+
+
+def _floats(model: onnx.ModelProto) -> dict[str, Tensor]:
+    """The graph's scales and its other constants of floating point."""
+    arrays = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    return {n: torch.from_numpy(a.copy()) for n, a in arrays.items() if a.dtype.kind == "f"}
 
 
 def export(source: Checkpoint, path: Path) -> OnnxFile:

@@ -42,10 +42,16 @@ def standard(
             s = stride if i == 0 else 1
             settings["blocks"].append({
                 "hidden": channels * expansion, "out": out, "stride": s,
-                "expand": expansion != 1, "residual": i > 0,
+                "expand": expansion != 1, "residual": has_residual(s, channels, out),
             })  # fmt: skip
             channels = out
     return settings
+
+
+def has_residual(stride: int, inputs: int, outputs: int) -> bool:
+    """Whether a block of the usual network adds its input to its output: wherever the shapes allow
+    it (section 3.3 of the paper), which at small widths is so in the first block of some stages."""
+    return stride == 1 and inputs == outputs
 
 
 def _round_channels(value: float) -> int:
@@ -55,17 +61,20 @@ def _round_channels(value: float) -> int:
 
 
 def settings_of(state: dict[str, Tensor], downsample: int = 4) -> dict:
-    """Settings of a plain torchvision state dict: widths from its shapes.
+    """Settings of a plain torchvision state dict: widths from its shapes, residual connections
+    where torchvision has them for those shapes and strides.
 
-    Strides leave no trace in a state dict; they are taken from `downsample`.
+    Strides leave no trace in a state dict; they are taken from `downsample`: see `standard`.
     Raises ValueError where the tensors are not a MobileNetV2's.
     """
     settings = standard(downsample=downsample)
     try:
-        settings["stem"] = state["features.0.0.weight"].shape[0]
+        settings["stem"] = channels = state["features.0.0.weight"].shape[0]
         for i, block in enumerate(settings["blocks"], start=1):
             project = state[f"features.{i}.conv.{2 if block['expand'] else 1}.weight"]
             block["out"], block["hidden"] = project.shape[:2]
+            block["residual"] = has_residual(block["stride"], channels, block["out"])
+            channels = block["out"]
         settings["head"] = state["features.18.0.weight"].shape[0]
         settings["classes"] = state["classifier.1.weight"].shape[0]
     except (KeyError, IndexError, AttributeError, ValueError) as error:
@@ -84,7 +93,8 @@ def conv_norm(
 
 class ConvBNReLU6(nn.Sequential):
     def __init__(self, *args):
-        super().__init__(*conv_norm(*args), nn.ReLU6(inplace=True))
+        # Not in place: autograd would copy the input first, and a training step is bound by memory.
+        super().__init__(*conv_norm(*args), nn.ReLU6())
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm, activation = self

@@ -55,7 +55,7 @@ def identical(a: dict, b: dict) -> bool:
 
 def test_round_trip(tmp_path):
     model = MobileNetV2(SETTINGS).to(memory_format=torch.channels_last)
-    model.state_dict()["features.0.1.running_mean"][:3] = torch.tensor([-0.0, 1e-45, torch.inf])
+    model.state_dict()["features.0.1.running_mean"][:3] = torch.tensor([-0.0, 1e-45, 3e38])
     saved, loaded = save(tmp_path / "a.pth", model=model), checkpoint.load(tmp_path / "a.pth")
     assert identical(saved.state, model.state_dict())
     built = loaded.build()
@@ -104,6 +104,33 @@ def test_plain_torchvision_state_dict(tmp_path):
     assert loaded.settings == standard(0.1, 4) and loaded.quantization is None
     assert identical(loaded.build().state_dict(), theirs.state_dict())
     assert loaded.val_size(None) is None and loaded.ancestors == []
+
+
+def test_strides_that_a_state_dict_does_not_hold_are_told_or_said(tmp_path, capfd):
+    torch.save(mobilenet_v2(num_classes=10, width_mult=0.1).state_dict(), tmp_path / "plain.pth")
+    assert checkpoint.load(tmp_path / "plain.pth").settings == standard(0.1, 4)
+    assert capfd.readouterr().err == (
+        f"{tmp_path}/plain.pth does not say its strides: taken as --assume-downsample 4 "
+        "(32x32 down to 8x8)\n"
+    )
+    for downsample in (4, 8, 16, 32):
+        found = checkpoint.load(tmp_path / "plain.pth", downsample).settings
+        assert found == standard(0.1, downsample)
+    own = save(tmp_path / "own.pth").settings  # a file of ours knows
+    assert checkpoint.load(tmp_path / "own.pth", 4).settings == own == SETTINGS
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["features.3.conv.0.0.weight", "features.18.1.running_var"])
+def test_values_that_are_no_numbers_are_refused(tmp_path, value, name):
+    state = MobileNetV2(SETTINGS).state_dict()
+    state[name].view(-1)[-1] = value
+    torch.save(state, tmp_path / "plain.pth")
+    refused(tmp_path / "plain.pth", f"holds NaN or infinite values in {name}")
+    raw = {"format": checkpoint.FORMAT, "stage": "baseline", "settings": SETTINGS, "state": state}
+    torch.save(raw, tmp_path / "own.pth")
+    refused(tmp_path / "own.pth", f"holds NaN or infinite values in {name}")
 
 
 def test_lineage_has_every_ancestor_oldest_first(tmp_path):

@@ -293,7 +293,7 @@ def test_one_bad_file_of_several_fails_before_any_work(run, chain, tiny, tmp_pat
 
 
 def test_eval_refuses_what_it_cannot_do(run, tiny, tmp_path):
-    common = [f"--data={tiny}", f"--run-dir={tmp_path}"]
+    common = [f"--data={tiny}", f"--run-dir={tmp_path}", "--assume-downsample=4"]
     code, _, err = run("eval", *common)
     assert code == 1 and one_line("eval", err) and "no files: none named" in err
     torch.save(MobileNetV2(standard(0.1, classes=12)).state_dict(), tmp_path / "x.pth")

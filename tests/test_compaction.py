@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from lib import metrics
 from lib.compaction import compact, take
+from lib.metrics import weight_layers
 from models.mobilenetv2 import MobileNetV2, standard
 
 
@@ -104,7 +106,7 @@ def test_a_dense_network_is_left_as_it_is():
 
 
 def test_a_dead_network_still_is_one():
-    model = MobileNetV2(standard(0.1)).eval()
+    model = MobileNetV2(standard(0.35)).eval()
     with torch.no_grad():
         for layer in metrics.weight_layers(model).values():
             layer.weight.zero_()
@@ -112,3 +114,27 @@ def test_a_dead_network_still_is_one():
     smaller, _ = compact(model)
     assert torch.equal(smaller(torch.randn(2, 3, 32, 32)), model(torch.randn(2, 3, 32, 32)))
     assert metrics.macs(smaller) < metrics.macs(model) / 50
+
+
+def test_a_residual_first_block_keeps_the_channels_that_it_shares_with_the_stem():
+    """At widths of 0.25 and less the first block adds the stem's outputs to its own."""
+    torch.manual_seed(0)
+    model = MobileNetV2(standard(0.25, 8)).eval()
+    assert model.settings["blocks"][0]["residual"]
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.weight.uniform_(0.5, 2)
+            norm.bias.uniform_(-0.5, 1.5)
+        for layer in weight_layers(model).values():
+            layer.weight[torch.rand(len(layer.weight)) < 0.3] = 0
+            if layer.weight.shape[1] > 1:
+                layer.weight[:, torch.rand(layer.weight.shape[1]) < 0.3] = 0
+    x = torch.randn(4, 3, 32, 32)
+    smaller, _ = compact(model)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.allclose(smaller(x), expected, atol=1e-5 * expected.abs().max())
+    widths = [block["hidden"] for block in smaller.settings["blocks"]]
+    assert widths[0] == smaller.settings["stem"] == 8 and sum(widths[1:]) < sum(
+        block["hidden"] for block in model.settings["blocks"][1:]
+    )

@@ -292,3 +292,25 @@ def test_ranks_together_have_the_global_batches_of_one_process(numbered, world):
     for (x, labels), part in zip(epoch(numbered), parts, strict=True):
         assert torch.equal(torch.cat([a for a, _ in part]), x)
         assert torch.equal(torch.cat([b for _, b in part]), labels)
+
+
+def test_alternating_flip_shows_both_sides_of_each_image_in_any_two_epochs():
+    class Watch:
+        def draw(self, n, generator):
+            return {"flip": torch.randint(2, (n,), generator=generator)}
+
+        def apply(self, images, params):
+            self.seen |= dict(zip(images[:, 0, 0, 0].tolist(), params["flip"].tolist(), strict=True))
+            return images
+
+    images = torch.arange(64, dtype=torch.uint8).view(64, 1, 1, 1).expand(64, 3, 32, 32)
+    split = data.Split(images.contiguous(), torch.zeros(64, dtype=torch.long))
+    epochs = []
+    for epoch in range(3):
+        watch = Watch()
+        watch.seen = {}
+        for _ in data.batches(split, 16, watch, 47, epoch, alternate_flip=True):
+            pass
+        epochs.append([watch.seen[i] for i in range(64)])
+    assert epochs[0] == epochs[2] == [1 - flip for flip in epochs[1]]
+    assert 16 < sum(epochs[0]) < 48  # the first is a coin toss

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from torch import nn
+from torchvision.models import MobileNetV2 as TorchvisionMobileNetV2
 from torchvision.models import mobilenet_v2, resnet18
 
 from lib import metrics
@@ -13,12 +14,13 @@ from models.mobilenetv2 import STAGES, MobileNetV2, settings_of, standard
 
 def torchvisions(width: float, seed: int, report: bool):
     """Theirs, drawn from a seed; with the report's strides or as it comes."""
+    stages = [[t, c, n, 1 if report and c in (24, 32) else s] for t, c, n, s in STAGES]
     torch.manual_seed(seed)
-    model = mobilenet_v2(num_classes=10, width_mult=width, dropout=0.2)
+    model = mobilenet_v2(
+        num_classes=10, width_mult=width, dropout=0.2, inverted_residual_setting=stages
+    )
     if report:
-        for layer in (model.features[0][0], model.features[2].conv[1][0],
-                      model.features[4].conv[1][0]):  # fmt: skip
-            layer.stride = (1, 1)
+        model.features[0][0].stride = (1, 1)
     return model
 
 
@@ -93,11 +95,13 @@ def test_any_channel_counts_are_data(seed):
     settings = standard()
     settings["stem"] = settings["blocks"][0]["hidden"] = rng.randint(1, 9)
     settings["head"], settings["classes"] = rng.randint(1, 9), rng.randint(2, 12)
+    out = settings["stem"]
     for block in settings["blocks"]:
         if block["expand"]:
             block["hidden"] = rng.randint(1, 9)
         if not block["residual"]:
-            out = rng.randint(1, 9)
+            before, out = out, rng.randint(1, 9)
+            out += out == before and block["stride"] == 1  # equal, it would be residual
         block["out"] = out
     model = MobileNetV2(settings).eval()
     with torch.no_grad():
@@ -181,3 +185,28 @@ def test_strided_depthwise_layers_keep_fp32_under_autocast():
     seen.clear()
     model.double()(x.double())  # without autocast nothing is cast
     assert seen == [(torch.float64, torch.float64)] * 3
+
+
+STRIDES = {4: (1, 1, 1), 8: (1, 1, 2), 16: (1, 2, 2), 32: (2, 2, 2)}  # stem, second, third stage
+
+
+@pytest.mark.parametrize("width", [0.1, 0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4])
+@pytest.mark.parametrize("downsample", STRIDES)
+def test_a_plain_state_dict_runs_as_torchvision_runs_it(width, downsample):
+    """Residual connections included, which torchvision gives by shape and stride alone."""
+    stem, second, third = STRIDES[downsample]
+    stages = [[t, c, n, s] for t, c, n, s in STAGES]
+    stages[1][3], stages[2][3] = second, third
+    torch.manual_seed(0)
+    theirs = TorchvisionMobileNetV2(
+        num_classes=10, width_mult=width, inverted_residual_setting=stages
+    ).eval()
+    theirs.features[0][0].stride = (stem, stem)
+    unsettle(theirs)
+    settings = settings_of(theirs.state_dict(), downsample)
+    assert settings == standard(width, downsample)
+    model = MobileNetV2(settings).eval()
+    model.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(x), theirs(x))

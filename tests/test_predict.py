@@ -123,11 +123,11 @@ def test_the_middle_square_is_what_counts(tmp_path):
     wide = rng.integers(0, 256, (64, 200, 3), np.uint8)
     Image.fromarray(wide).save(tmp_path / "wide.png")
     Image.fromarray(wide[:, 68:132]).save(tmp_path / "square.png")
-    a, b = predict.read(tmp_path / "wide.png"), predict.read(tmp_path / "square.png")
+    a, b = predict.read(tmp_path / "wide.png")[0], predict.read(tmp_path / "square.png")[0]
     assert a.shape == (3, 32, 32) and a.dtype == np.uint8 and np.array_equal(a, b)
     # Antialiased: noise averages out instead of being sampled.
     Image.fromarray(rng.integers(0, 256, (640, 640, 3), np.uint8)).save(tmp_path / "noise.png")
-    assert predict.read(tmp_path / "noise.png").std() < 15
+    assert predict.read(tmp_path / "noise.png")[0].std() < 15
 
 
 @pytest.mark.parametrize(("mode", "colour", "seen"), [
@@ -137,7 +137,7 @@ def test_the_middle_square_is_what_counts(tmp_path):
 def test_modes(tmp_path, mode, colour, seen):
     name = tmp_path / ("x.tiff" if mode == "CMYK" else "x.png")
     Image.new(mode, (40, 50), colour).save(name)
-    image = predict.read(name)
+    image = predict.read(name)[0]
     assert image.shape == (3, 32, 32) and (seen is None or (image == seen).all())
 
 
@@ -147,5 +147,36 @@ def test_cameras_that_were_turned(tmp_path):
     exif = picture.getexif()
     exif[0x0112] = 3  # turned by 180 degrees
     picture.save(tmp_path / "x.png", exif=exif)
-    image = predict.read(tmp_path / "x.png")
+    image = predict.read(tmp_path / "x.png")[0]
     assert image[:, :10].max() < 50 and image[:, -10:].min() > 200
+
+
+@pytest.mark.parametrize(("dtype", "top", "said"), [
+    (np.float32, 1, "0 to 1"), (np.float32, 255, "0 to 255"), (np.float32, 65535, "0 to 65535"),
+    (np.int32, 255, "0 to 255"), (np.int32, 4095, "0 to 4095"), (np.int32, 65535, "0 to 65535"),
+    (np.int32, 2**31 - 1, "0 to 2147483647"), (np.uint16, 255, "0 to 255"),
+    (np.uint16, 4095, "0 to 4095"), (np.uint16, 65535, None),
+])  # fmt: skip
+@pytest.mark.parametrize("suffix", ["tiff", "png"])
+def test_greys_of_more_than_8_bits_are_scaled_by_their_range(tmp_path, dtype, top, said, suffix):
+    if suffix == "png" and dtype != np.uint16:
+        pytest.skip("PNG has no such greys")
+    ramp = np.tile(np.arange(0, 256, 8), (32, 1))
+    ramp[-1, -1] = 255
+    Image.fromarray((ramp * (top / 255)).astype(dtype)).save(tmp_path / f"x.{suffix}")
+    image, note = predict.read(tmp_path / f"x.{suffix}")
+    assert np.abs(image.astype(int) - ramp).max() <= 1
+    assert (said in note) if said else note == ""
+
+
+@pytest.mark.parametrize("values", [[-1.0, 0.5], [0.0, 1e6], [0.0, np.nan], [0.0, np.inf]])
+def test_greys_in_no_usual_range_are_refused(run, folder, tmp_path, values):
+    Image.fromarray(np.tile(np.float32(values), (4, 2))).save(tmp_path / "x.tiff")
+    code, out, err = run(tmp_path / "x.tiff", f"--run-dir={folder}")
+    assert (code, out) == (1, "") and "in no usual range" in err
+
+
+def test_the_range_of_greys_is_said(run, folder, tmp_path):
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "x.tiff")
+    code, out, err = run(tmp_path / "x.tiff", f"--run-dir={folder}")
+    assert code == 0 and out and "x.tiff: its greys, up to 0.5, are taken to be of 0 to 1" in err

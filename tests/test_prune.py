@@ -1,5 +1,6 @@
 """prune.py and lib/pruning.py: what goes, what stays, and what an interruption may not lose."""
 
+import copy
 import json
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 import prune
 import train
-from lib import checkpoint, config, engine, pruning
+from autoaugment import augmentation
+from lib import checkpoint, config, data, engine, pruning
+from lib.compaction import compact, take
 from lib.config import UserError
 from lib.metrics import weight_layers
 from models.mobilenetv2 import MobileNetV2, standard
@@ -233,3 +236,37 @@ def test_no_rounds_only_converts(tiny, baseline, tmp_path):
     pruned, _ = run(tiny, plain, tmp_path, "--rounds=0")
     assert pruned.stage == "pruned"
     assert all(torch.equal(v, pruned.state[k]) for k, v in checkpoint.load(plain).state.items())
+
+
+def test_momentum_follows_its_weights_through_a_compaction(tiny, tmp_path):
+    """The stem's weights are channels-last and a compacted buffer is contiguous; a fused optimizer
+    that walked both flat would permute the momentum of 27 inputs."""
+    images = data.load(tiny)
+    torch.manual_seed(0)
+    model = MobileNetV2(standard(0.35, 8, dropout=0.0)).to(memory_format=torch.channels_last)
+    recipe = engine.Recipe(epochs=1, batch_size=32, lr=0.05, amp=False)
+    options = {"config": {}, "augment": augmentation("none"), "seed": 1}
+    engine.fit(model, images, recipe, state_file=tmp_path / "first", **options)
+    velocity = engine.velocity_of(tmp_path / "first", model, recipe)
+    with torch.no_grad():
+        model.features[0][0].weight[:5] = 0  # and so five channels go
+    smaller, live = compact(model)
+    assert smaller.settings["stem"] < model.settings["stem"]
+    velocity = {name: take(buffer, live[name]) for name, buffer in velocity.items()}
+    fused, plain = smaller, copy.deepcopy(smaller)
+    few = data.Split(images.train.images[:32], images.train.labels[:32])
+    one_step = data.Data("tiny", images.classes, few, images.val, images.test)
+    second = tmp_path / "second"
+    engine.fit(fused, one_step, recipe, state_file=second, velocity=velocity, **options)
+
+    optimizer = torch.optim.SGD(
+        engine.parameter_groups(plain, recipe), lr=recipe.lr, momentum=0.9, nesterov=True,
+        foreach=False, fused=False,
+    )  # fmt: skip
+    for name, parameter in plain.named_parameters():
+        optimizer.state[parameter]["momentum_buffer"] = velocity[name].clone()
+    ((x, labels),) = data.batches(one_step.train, 32, options["augment"], seed=1, epoch=0)
+    torch.nn.functional.cross_entropy(plain.train()(x), labels).backward()
+    optimizer.step()
+    for (name, a), b in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)

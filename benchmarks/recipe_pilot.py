@@ -1,0 +1,119 @@
+"""Compare candidates for the training recipe: short runs at half width on images of 16x16 pixels.
+
+    python benchmarks/recipe_pilot.py --data DIR [--epochs 2] [--seeds 47,48] [--workers 2]
+
+Each candidate changes one thing of BASE, and is trained once per seed with the strides of the full
+network (a final map of 4x4 for 16x16 pixels). Images are augmented at 32x32 and then averaged to
+16x16, in training and in validation, so a run costs a tenth of a full one of as many epochs.
+Accuracy is on the validation split. Every worker is a process with one thread.
+
+out: results/recipe_pilot.json: each run's settings, its correct answers and n
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoaugment import augmentation
+from lib import checkpoint, config, data, engine
+from lib.config import flag
+from models.mobilenetv2 import MobileNetV2, standard
+
+SIDE = 16  # pixels
+WIDTH = 0.5
+BASE = {
+    "augment": "cutout", "batch_size": 128, "lr": 0.1, "schedule": "linear", "warmup_epochs": 0.5,
+    "weight_decay": 5e-4, "decay_norm": False, "label_smoothing": 0.0, "flip": "random",
+}  # fmt: skip
+CANDIDATES = {
+    "base": {},
+    "alternating flip": {"flip": "alternate"},
+    "lr 0.2": {"lr": 0.2},
+    "batch 64": {"batch_size": 64},
+    "label smoothing 0.1": {"label_smoothing": 0.1},
+}
+
+
+@dataclass
+class Settings:
+    data: str | None = flag(None, "as for train.py")
+    run_dir: str = flag(".", "folder that holds results/")
+    epochs: int = flag(2, "epochs per run")
+    seeds: list[int] = flag([47, 48], "one run per candidate and seed")
+    workers: int = flag(2, "runs at the same time")
+
+
+class Small:
+    """An augmentation of 32x32 images whose results are shrunk."""
+
+    def __init__(self, level: str):
+        self.full = augmentation(level)
+
+    def draw(self, *args):
+        return self.full.draw(*args)
+
+    def apply(self, images: Tensor, params: dict[str, Tensor]) -> Tensor:
+        return shrink(self.full.apply(images, params))
+
+
+def shrink(images: Tensor) -> Tensor:
+    """Average squares of pixels: uint8 (n, 3, 32, 32) to uint8 (n, 3, SIDE, SIDE)."""
+    return F.avg_pool2d(images.float(), 32 // SIDE).round_().byte()
+
+
+def run(source: str, epochs: int, seed: int, settings: dict) -> dict:
+    """Train one network; returns its figures on the validation split."""
+    torch.set_num_threads(1)
+    config.device("cpu")
+    images = data.load(source)
+    images.val.images = shrink(images.val.images)
+    settings = BASE | settings
+    recipe = {k: v for k, v in settings.items() if k != "augment"}
+    torch.manual_seed(seed)
+    model = MobileNetV2(standard(WIDTH, dropout=0.0)).to(memory_format=torch.channels_last)
+    with tempfile.TemporaryDirectory() as folder:
+        history, _ = engine.fit(
+            model, images, engine.Recipe(epochs, **recipe), Small(settings["augment"]), seed,
+            Path(folder) / "state", config={},
+        )  # fmt: skip
+    result = engine.evaluate(model, images.val)
+    return {
+        "seed": seed, "epochs": epochs, "settings": settings, "correct": result.correct,
+        "total": result.total, "train_accuracy": history[-1]["train_accuracy"],
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(Settings, __doc__, argv)
+    jobs = {}
+    with ProcessPoolExecutor(cfg.workers, mp_context=get_context("spawn")) as pool:
+        for seed in cfg.seeds:
+            for name, change in CANDIDATES.items():
+                jobs[name, seed] = pool.submit(run, cfg.data, cfg.epochs, seed, change)
+        runs = [{"candidate": name} | job.result() for (name, _), job in jobs.items()]
+    by_name = {
+        name: [r["correct"] for r in runs if r["candidate"] == name] for name in CANDIDATES
+    }
+    base = statistics.mean(by_name["base"])
+    print(f"{'candidate':22s} correct of {runs[0]['total']:,}, mean against base")
+    for name, correct in by_name.items():
+        print(f"{name:22s} {correct}  {statistics.mean(correct) - base:+.1f}")
+    path = Path(cfg.run_dir) / "results" / "recipe_pilot.json"
+    content = {"width": WIDTH, "side": SIDE, "code": checkpoint.code_version(), "runs": runs}
+    with checkpoint.atomic(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    config.run(main)
