@@ -300,7 +300,8 @@ def test_alternating_flip_shows_both_sides_of_each_image_in_any_two_epochs():
             return {"flip": torch.randint(2, (n,), generator=generator)}
 
         def apply(self, images, params):
-            self.seen |= dict(zip(images[:, 0, 0, 0].tolist(), params["flip"].tolist(), strict=True))
+            numbers = images[:, 0, 0, 0].tolist()
+            self.seen |= dict(zip(numbers, params["flip"].tolist(), strict=True))
             return images
 
     images = torch.arange(64, dtype=torch.uint8).view(64, 1, 1, 1).expand(64, 3, 32, 32)
