@@ -7,10 +7,9 @@ network (a final map of 4x4 for 16x16 pixels). Images are augmented at 32x32 and
 16x16, in training and in validation, so a run costs a tenth of a full one of as many epochs.
 Accuracy is on the validation split. Every worker is a process with one thread.
 
-out: results/recipe_pilot.json: each run's settings, its correct answers and n
+out: results/recipe_pilot.json, a table
 """
 
-import json
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoaugment import augmentation
-from lib import checkpoint, config, data, engine
+from lib import config, data, engine, tables
 from lib.config import flag
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -102,17 +101,30 @@ def main(argv: list[str] | None = None) -> None:
             for name, change in CANDIDATES.items():
                 jobs[name, seed] = pool.submit(run, cfg.data, cfg.epochs, seed, change)
         runs = [{"candidate": name} | job.result() for (name, _), job in jobs.items()]
-    by_name = {
-        name: [r["correct"] for r in runs if r["candidate"] == name] for name in CANDIDATES
+    table = table_of(runs)
+    print("\n".join(tables.markdown(table)))
+    tables.write(Path(cfg.run_dir) / "results/recipe_pilot.json", table)
+
+
+def table_of(runs: list[dict]) -> dict:
+    """One row per candidate: correct answers by seed, their mean, and its distance from BASE's."""
+    seeds = list(dict.fromkeys(run["seed"] for run in runs))
+    correct = {(run["candidate"], run["seed"]): run["correct"] for run in runs}
+    means = {
+        name: statistics.mean(correct[name, seed] for seed in seeds) for name in CANDIDATES
     }
-    base = statistics.mean(by_name["base"])
-    print(f"{'candidate':22s} correct of {runs[0]['total']:,}, mean against base")
-    for name, correct in by_name.items():
-        print(f"{name:22s} {correct}  {statistics.mean(correct) - base:+.1f}")
-    path = Path(cfg.run_dir) / "results" / "recipe_pilot.json"
-    content = {"width": WIDTH, "side": SIDE, "code": checkpoint.code_version(), "runs": runs}
-    with checkpoint.atomic(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+    rows = [
+        [name, *(correct[name, seed] for seed in seeds), means[name], means[name] - means["base"]]
+        for name in CANDIDATES
+    ]
+    base = ", ".join(f"{key} {value}" for key, value in BASE.items())
+    return tables.table(
+        "Candidates for the training recipe",
+        ["change", *(f"correct, seed {seed}" for seed in seeds), "mean", "against base"], rows,
+        text=f"Each run: {runs[0]['epochs']} epochs at width {WIDTH} on images of {SIDE}x{SIDE} "
+        f"pixels. Base: {base}. The spread between the seeds of a row is the noise.",
+        data=f"CIFAR-10, validation split, n={runs[0]['total']:,}",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""Tables of measurements: one JSON file per table, which `results.py` turns into RESULTS.md.
+
+    table = tables.table("Speed of a training step", ["image side", "ratio"], rows, data=...)
+    tables.write(Path("results/train_step.json"), table)
+
+A table says how it was measured: command, data and number of images, hardware, date, version of the
+code. Values are plain numbers and strings, so that a test can compare them with what is published.
+"""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from lib import checkpoint
+from lib.config import UserError, reason
+
+FORMAT = "mobilenetv2-cifar10/table/1"
+KEYS = ("title", "text", "columns", "rows", "command", "data", "hardware", "date", "code")
+# Instruction sets that decide how fast a CPU trains (bf16) and runs integers (VNNI).
+INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "avx512_vnni": "VNNI"}
+
+
+def table(
+    title: str, columns: list[str], rows: list[list], *, text: str = "", data: str = "",
+    command: str | None = None,
+) -> dict:  # fmt: skip
+    """Return a table with what is known of this run.
+
+    text: what the table shows, in a sentence or two. data: the images and how many there are, such
+    as "CIFAR-10, validation split, n=5,000". command: by default, the command line of this process.
+    Raises ValueError if a row has another length than `columns`.
+    """
+    if any(len(row) != len(columns) for row in rows):
+        raise ValueError(f"every row must have {len(columns)} values")
+    return {
+        "format": FORMAT, "title": title, "text": text, "columns": columns, "rows": rows,
+        "command": command or command_line(), "data": data, "hardware": hardware(),
+        "date": date.today().isoformat(), "code": checkpoint.code_version(),
+    }  # fmt: skip
+
+
+def command_line() -> str:
+    """This process's command line, of paths the last part alone: a folder's name helps nobody."""
+    words = ["python", *(os.path.relpath(word) if i == 0 else word
+                         for i, word in enumerate(sys.argv))]  # fmt: skip
+    return shlex.join(_without_folders(word) for word in words)
+
+
+def _without_folders(word: str) -> str:
+    flag, equals, value = word.rpartition("=")
+    return f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else word
+
+
+def hardware() -> str:
+    """The device and what matters of it: "AMD EPYC, 2 cores (AVX2, AVX-512, bf16, VNNI)"."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    fields = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", "").split()
+    known = [label for name, label in INSTRUCTIONS.items() if name in flags]
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads" + f" ({', '.join(known)})" * bool(known)
+
+
+def write(path: Path, content: dict) -> None:
+    """Write a table as JSON, one row per line, atomically."""
+    head = {key: value for key, value in content.items() if key != "rows"}
+    text = json.dumps(head, indent=1)[:-2]
+    rows = ",\n  ".join(json.dumps(row) for row in content["rows"])
+    with checkpoint.atomic(path) as file:
+        file.write(f'{text},\n "rows": [\n  {rows}\n ]\n}}\n'.encode())
+
+
+def read(path: Path) -> dict:
+    """Read a table. Raises UserError for a file that is not one."""
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT or any(key not in content for key in KEYS):
+            raise ValueError("not a table of this project")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: {reason(error)}") from None
+    return content
+
+
+def markdown(content: dict) -> list[str]:
+    """Return the lines of a table in Markdown: numbers to the right, with thousands separators."""
+    rows = [[_shown(value) for value in row] for row in content["rows"]]
+    numeric = [
+        all(isinstance(row[i], int | float) or row[i] is None for row in content["rows"])
+        for i in range(len(content["columns"]))
+    ]
+    rule = ["---:" if right else "---" for right in numeric]
+    return [f"| {' | '.join(cells)} |" for cells in ([*content["columns"]], rule, *rows)]
+
+
+def _shown(value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The reference report's own recipe, by our stages: 300 epochs, 14 rounds of pruning, its quantizer.
+#
+#     recipes/report.sh DATA [RUN]      for a GPU; DATA as for train.py, RUN a folder (runs/report)
+#
+# An interrupted run continues where it was: give the same command again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+DATA=${1:?usage: recipes/report.sh DATA [RUN]}
+make all DATA="$DATA" RUN="${2:-runs/report}" \
+  PRUNE_FLAGS="--score magnitude --schedule geometric --rate 0.2 --rounds 30 --epochs 10 \
+    --lr 0.001 --lr-schedule constant --distill 0 --augment auto" \
+  QUANTIZE_FLAGS="--method reference" SWEEP_FLAGS="--method reference"

@@ -1,0 +1,95 @@
+"""Write RESULTS.md, and the tables in README.md, from the measurements in results/*.json.
+
+    python results.py              nothing in the two files' tables is typed by hand
+    python results.py --check      write nothing; fail if they are not what the JSON says
+
+in:  results/*.json, which stages and benchmarks write (--results FILE); RESULTS.md's order is ORDER
+out: RESULTS.md; README.md between lines `<!-- table: NAME -->` and `<!-- end -->`
+"""
+
+import dataclasses
+from pathlib import Path
+
+from lib import checkpoint, config, tables
+from lib.config import UserError, flag
+
+# Section: its tables, in the order in which RESULTS.md shows them.
+ORDER = {
+    "The reference report's network": ["reference"],
+    "Our own network": ["release"],
+    "Training recipe": ["recipe_pilot"],
+    "Speed": ["train_step"],
+}
+
+
+@dataclasses.dataclass
+class Settings:
+    folder: str = flag(".", "the project's folder: results/, RESULTS.md and README.md")
+    check: bool = flag(False, "only say whether the files are up to date")
+
+
+def main(argv=None):
+    cfg = config.parse(Settings, __doc__, argv)
+    folder = Path(cfg.folder)
+    known = {path.stem: tables.read(path) for path in sorted((folder / "results").glob("*.json"))}
+    readme = folder / "README.md"
+    texts = {folder / "RESULTS.md": page(known), readme: filled(readme.read_text(), known)}
+    stale = [p for p, text in texts.items() if not p.is_file() or p.read_text() != text]
+    if cfg.check and stale:
+        raise UserError(f"{', '.join(map(str, stale))}: not what results/ says; `make results`")
+    for path in stale:
+        with checkpoint.atomic(path) as file:
+            file.write(texts[path].encode())
+    print(f"{len(known)} tables; {', '.join(p.name for p in stale) or 'nothing'} written")
+
+
+def page(measured: dict[str, dict]) -> str:
+    """Return the text of RESULTS.md. Raises UserError for a table that ORDER does not have."""
+    known = [name for names in ORDER.values() for name in names]
+    unknown = sorted(set(measured) - set(known))
+    if unknown:
+        raise UserError(f"results/{unknown[0]}.json has no place in ORDER of results.py")
+    lines = [
+        "# Results", "",
+        "Every table here was written by `make results` from a file in [results/](results), which a",
+        "stage or a benchmark wrote. Accuracy: correct answers over a whole split, by the file that",
+        "is named, read back from disk.", "",
+    ]  # fmt: skip
+    for section, names in ORDER.items():
+        present = [name for name in names if name in measured]
+        if present:
+            lines += [f"## {section}", ""]
+        for name in present:
+            lines += described(name, measured[name])
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def described(name: str, table: dict) -> list[str]:
+    """Return a table's heading, text, rows, and how it was measured."""
+    how = [table["data"], table["hardware"], table["date"], f"code {table['code']}",
+           f"[results/{name}.json](results/{name}.json)"]  # fmt: skip
+    text = [table["text"], ""] if table["text"] else []
+    return [
+        f"### {table['title']}", "", *text, *tables.markdown(table), "",
+        f"`{table['command']}`", "", "; ".join(part for part in how if part) + ".", "",
+    ]  # fmt: skip
+
+
+def filled(text: str, measured: dict[str, dict]) -> str:
+    """Return README's text with its marked tables replaced by those of the measurements."""
+    lines, inside = [], False
+    for line in text.splitlines():
+        inside = inside and line != "<!-- end -->"
+        if not inside:
+            lines.append(line)
+        if line.startswith("<!-- table: "):
+            name = line.removeprefix("<!-- table: ").removesuffix(" -->")
+            if name not in measured:
+                raise UserError(f"README.md shows the table {name}, and results/ has none")
+            lines += tables.markdown(measured[name])
+            inside = True
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    config.run(main)

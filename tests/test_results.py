@@ -1,0 +1,75 @@
+"""results.py and lib/tables.py: what is published is what was measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import results
+from lib import tables
+from lib.config import UserError
+
+ROOT = Path(__file__).parent.parent
+NAME = results.ORDER["Speed"][0]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    words = ["benchmarks/x.py", "--data=/somewhere/cifar10", "--steps", "5"]
+    monkeypatch.setattr(sys, "argv", words)
+    rows = [["step", 1234567, 0.5, None], ["epoch", 8, 120.25, 3]]
+    table = tables.table("Speed", ["what", "images", "ratio", "more"], rows, data="n=5,000")
+    tables.write(tmp_path / f"results/{NAME}.json", table)
+    (tmp_path / "README.md").write_text(f"a\n<!-- table: {NAME} -->\nold\n<!-- end -->\nb\n")
+    return tmp_path
+
+
+def test_published_tables_are_those_of_the_measurements():
+    results.main([f"--folder={ROOT}", "--check"])
+
+
+def test_tables_come_back_and_say_how_they_were_measured(folder):
+    table = tables.read(folder / f"results/{NAME}.json")
+    assert table["rows"] == [["step", 1234567, 0.5, None], ["epoch", 8, 120.25, 3]]
+    assert table["command"] == "python benchmarks/x.py --data=cifar10 --steps 5"
+    assert table["hardware"] and table["date"] and table["code"] and table["data"] == "n=5,000"
+
+
+def test_tables_are_shown_in_both_files(folder):
+    results.main([f"--folder={folder}"])
+    shown = ["| what | images | ratio | more |", "| --- | ---: | ---: | ---: |",
+             "| step | 1,234,567 | 0.50 |  |", "| epoch | 8 | 120 | 3 |"]  # fmt: skip
+    readme = (folder / "README.md").read_text().splitlines()
+    assert readme == ["a", f"<!-- table: {NAME} -->", *shown, "<!-- end -->", "b"]
+    page = (folder / "RESULTS.md").read_text()
+    assert "\n".join(shown) in page and "`python benchmarks/x.py --data=cifar10 --steps 5`" in page
+    results.main([f"--folder={folder}", "--check"])
+
+
+def test_figures_that_were_typed_by_hand_are_noticed(folder):
+    results.main([f"--folder={folder}"])
+    page = folder / "RESULTS.md"
+    page.write_text(page.read_text().replace("1,234,567", "1,234,568"))
+    with pytest.raises(UserError, match="RESULTS.md: not what results/ says"):
+        results.main([f"--folder={folder}", "--check"])
+    assert "1,234,568" in page.read_text()  # a check writes nothing
+
+
+def test_unknown_and_damaged_tables_are_refused(folder):
+    path = folder / f"results/{NAME}.json"
+    text = path.read_text()
+    (folder / "results/other.json").write_text(text)
+    with pytest.raises(UserError, match=r"results/other.json has no place in ORDER"):
+        results.main([f"--folder={folder}"])
+    (folder / "results/other.json").unlink()
+    other = json.loads(text) | {"format": 3}
+    for broken in ("{", "[]", json.dumps({"format": tables.FORMAT}), json.dumps(other)):
+        path.write_text(broken)
+        with pytest.raises(UserError, match=NAME):
+            results.main([f"--folder={folder}"])
+    path.unlink()
+    with pytest.raises(UserError, match=f"README.md shows the table {NAME}, and results/ has none"):
+        results.main([f"--folder={folder}"])
+    with pytest.raises(ValueError, match="every row must have 2 values"):
+        tables.table("x", ["a", "b"], [[1]])
