@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, config, metrics, nnz, runtime
+from lib import checkpoint, compressed, config, metrics, runtime
 from lib.config import UserError, flag
 
 
@@ -41,17 +41,17 @@ def main(argv=None):
 
 def compress(cfg) -> None:
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/int8.pth"), cfg.assume_downsample)
-    raw = nnz.encode(parent)
+    raw = compressed.encode(parent)
     out = cfg.path(cfg.out, "checkpoints/compressed.nnz")
-    decoded = nnz.decode(raw).state
-    for name, tensor in nnz.stored_state(parent).items():
+    decoded = compressed.decode(raw)["state"]
+    for name, tensor in compressed.stored_state(parent).items():
         if not torch.equal(decoded[name], tensor):
             raise UserError(f"{name} of {parent.file} would not decode as it is: nothing written")
     with checkpoint.atomic(out) as file:
         file.write(raw)
     if out.read_bytes() != raw:
         raise UserError(f"{out} does not hold what was written to it")
-    version, parts = nnz.version(raw), nnz.sections(raw)
+    version, parts = compressed.version(raw), compressed.sections(raw)
     metrics.log_stage(cfg, "compress", {"bytes": len(raw), "version": version, **parts})
     text = ", ".join(f"{kind} {size:,}" for kind, size in parts.items())
     print(f"{out}: {len(raw):,} bytes, version {version} ({text}); parent {parent.bytes:,}; "

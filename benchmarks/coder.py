@@ -1,4 +1,4 @@
-"""Bytes and seconds of lib/coder.py, beside entropy, lzma and NNCodec, on the same integers.
+"""Bytes and seconds of lib/nnz/coder.py, beside entropy, lzma and NNCodec, on the same integers.
 
     python benchmarks/coder.py [--reference ../shared/reference] [--turns 3]
     python benchmarks/coder.py --nncodec [--environment DIR]
@@ -34,8 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from lib import coder, config, packed
+from lib import config
 from lib.config import UserError, flag
+from lib.nnz import coder, v2
 
 NNCODEC = "nncodec==2.1.3"
 # The side of NNCodec: reads layers.npz; each line in is a turn, each line out its figures.
@@ -84,8 +85,8 @@ def reference(folder: str):
             raise UserError(f"{name}: pruned.pth and int8.pth are not of one network")
         levels.append(level.flatten(1).numpy().astype(np.int32))
         weights.append(layer.weight.detach().flatten(1).numpy())
-    network = packed.layers(small.settings)
-    return levels, weights, [x.kind for x in network], [x.links for x in network]
+    network = v2.layers(small.settings)
+    return levels, weights, *v2.kinds_and_groups(network)
 
 
 def requantized(weights, bits):

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from lib import coder, config, container, packed
+from lib import config
 from lib.config import UserError, flag
+from lib.nnz import coder, frame, v2
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Settings:
 
 
 def made_up(seed: int = 0, bits: int = 4, act_bits: int = 8, coarse: bool = False):
-    """(meta, tensors) of a network of a few hundred weights, for lib/packed.py.
+    """(meta, tensors) of a network of a few hundred weights, for lib/nnz/v2.py.
 
     coarse: scales of 3 mantissa bits, biases on a grid of 1/8 and dead rows of scale 1.
     """
@@ -52,9 +53,9 @@ def made_up(seed: int = 0, bits: int = 4, act_bits: int = 8, coarse: bool = Fals
                 "folded": True, "stem_stride": 2}  # fmt: skip
     scheme = {"method": "qat", "weight_bits": bits, "act_bits": act_bits, "layer_bits": {},
               "weight_scale": "channel"}  # fmt: skip
-    network = packed.layers(settings)
+    network = v2.layers(settings)
     tensors = {}
-    for name, (kind, shape) in packed.tensors_of(network, settings, scheme).items():
+    for name, (kind, shape) in v2.tensors_of(settings, scheme).items():
         if kind == "float32":
             value = draw.normal(size=shape)
             if coarse and "bias" in name:
@@ -64,13 +65,13 @@ def made_up(seed: int = 0, bits: int = 4, act_bits: int = 8, coarse: bool = Fals
                 value = np.ldexp(np.round(fraction * 16) / 16, exponent)
             tensors[name] = np.asarray(value, np.float32)
         else:
-            top = 2 ** (packed.bits_of(name.removesuffix(".weight"), scheme) - 1) - 1
+            top = 2 ** (v2.bits_of(name.removesuffix(".weight"), scheme) - 1) - 1
             levels = np.clip(np.round(draw.laplace(0, top / 3, shape)), -top, top)
             levels[draw.random(shape) < 0.4] = 0
             levels[draw.random(len(levels)) < 0.2] = 0
             tensors[name] = levels.astype(kind)
     for layer in network:
-        dead = ~tensors[f"{layer.name}.weight"].reshape(layer.matrix).any(1)
+        dead = ~tensors[f"{layer.name}.weight"].reshape(v2.matrix_shape(layer)).any(1)
         if coarse:
             tensors[f"{layer.name}.weight_scale"][dead] = 1
     ancestor = {"bytes": None, "metrics": {}, "sha256": None, "weights": None}
@@ -85,7 +86,7 @@ def made_up(seed: int = 0, bits: int = 4, act_bits: int = 8, coarse: bool = Fals
 
 def sealed(payloads) -> bytes:
     """A file of these payloads, with every CRC right."""
-    return container.pack({tag: bytes(payload) for tag, payload in payloads.items()})
+    return frame.pack({tag: bytes(payload) for tag, payload in payloads.items()})
 
 
 def fuzz(count: int, seed: int = 0) -> collections.Counter:
@@ -93,20 +94,20 @@ def fuzz(count: int, seed: int = 0) -> collections.Counter:
     draw, found = random.Random(seed), collections.Counter()
     cases = (4, 8, True), (8, 6, False), (2, 32, True), (12, 16, False)
     networks = [made_up(i, *case) for i, case in enumerate(cases)]
-    files = [packed.encode(*network) for network in networks]
+    files = [v2.encode(*network) for network in networks]
     for _ in range(count):
         at = draw.randrange(len(files))
         if draw.random() < 0.5:
             raw = damaged(files[at], draw)
         else:
-            payloads = dict(container.unpack(files[at]))
+            payloads = dict(frame.unpack(files[at]))
             tag = draw.choice(list(payloads))
             payloads[tag] = damaged(bytes(payloads[tag]), draw)
             raw = sealed(payloads)
         try:
-            meta, tensors = packed.decode(raw)
-        except container.FormatError as error:
-            assert type(error) is not container.FormatError and "\n" not in str(error)
+            meta, tensors = v2.decode(raw)
+        except frame.FormatError as error:
+            assert type(error) is not frame.FormatError and "\n" not in str(error)
             found[type(error).__name__] += 1
         else:
             assert meta == networks[at][0]
@@ -130,17 +131,17 @@ def damaged(raw: bytes, draw: random.Random) -> bytes:
 
 def times(path: str, turns: int) -> None:
     raw = Path(path).read_bytes()
-    meta, tensors = packed.decode(raw)
+    meta, tensors = v2.decode(raw)
     sides = {"plain Python": False} | ({"numba": True} if coder.numba else {})
     rows = {name: [] for name in sides}
     if coder.numba:  # compile, or load
-        packed.decode(packed.encode(*made_up(), compiled=True), compiled=True)
+        v2.decode(v2.encode(*made_up(), compiled=True), compiled=True)
     for _ in range(turns):
         for name, compiled in sides.items():
             start = time.process_time()
-            again = packed.encode(meta, tensors, compiled=compiled)
+            again = v2.encode(meta, tensors, compiled=compiled)
             middle = time.process_time()
-            _, found = packed.decode(again, compiled=compiled)
+            _, found = v2.decode(again, compiled=compiled)
             rows[name].append((middle - start, time.process_time() - middle))
             assert again == raw and all(np.array_equal(found[k], v) for k, v in tensors.items())
     print(f"{path}: {len(raw):,} bytes; CPU seconds, medians of {turns} alternating turns")
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("name one .nnz file")
     try:
         times(cfg.files[0], cfg.turns)
-    except (OSError, container.FormatError) as error:
+    except (OSError, frame.FormatError) as error:
         raise UserError(f"{cfg.files[0]}: {config.reason(error)}") from None
 
 

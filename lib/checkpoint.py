@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib import quantizers
+from lib import compressed, quantizers
 from lib.config import UserError, reason
 from lib.data import Data
 from lib.data import load as load_images
@@ -121,9 +121,7 @@ def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
         raise UserError(f"{path} is for eval.py and predict.py: give the .pth that it was made of")
     raw = path.read_bytes()
     if raw[:4] == b"\x89NNZ":
-        from lib import nnz  # which imports this module
-
-        found = nnz.decode(raw, path)
+        found = Checkpoint(**compressed.decode(raw, path))
     else:
         found = _from_dict(read(path), path, downsample)
     check_finite(found.state, path)

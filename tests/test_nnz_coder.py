@@ -7,8 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from lib import coder
-from lib.coder import CoderError, account, decode, decode_values, encode, encode_values
+from lib.nnz import coder
+from lib.nnz.coder import CoderError, account, decode, decode_values, encode, encode_values
 
 needs_numba = pytest.mark.skipif(coder.numba is None, reason="numba is not installed")
 BITS = (2, 3, 4, 5, 6, 7, 8, 12, 16)
@@ -233,7 +233,7 @@ def test_pinned_bytes():
 
 
 class SlowDecoder:
-    """Written from FORMAT.md alone: contexts by name, nothing shared with lib/coder.py."""
+    """Written from FORMAT.md alone: contexts by name, nothing shared with lib/nnz/coder.py."""
 
     def __init__(self, raw):
         self.raw, self.read = raw, 5

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.container import (
+from lib.nnz.frame import (
     ChecksumMismatch,
     FormatError,
     LimitExceeded,
@@ -22,7 +22,7 @@ from lib.container import (
     pack,
     unpack,
 )
-from lib.sparse import META_LIMIT, decode, encode, sections
+from lib.nnz.v1 import META_LIMIT, decode, encode, sections
 
 SHAPES = [(), (1,), (7,), (0,), (3, 0, 2), (1, 1, 1), (16, 8, 1, 1), (9, 1, 3, 3), (2,) * 8]
 SHAPES += [(256, 3), (257, 3), (3, 65536), (3, 65537), (65537, 1)]
