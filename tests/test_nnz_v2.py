@@ -1,16 +1,14 @@
-"""Version 2 of the .nnz file: bit-for-bit round trips, pinned files, a decoder written from
-FORMAT.md alone, and refusals by name of all that is damaged, foreign or too large.
+"""Version 2 of the .nnz file: bit-for-bit round trips, pinned files, the reference decoder
+beside the fast one, and refusals by name of all that is damaged, foreign or too large.
 
 The coder and the vectors themselves: tests/test_nnz_coder.py, tests/test_nnz_vectors.py. More
 damage than fits here: benchmarks/nnz_file.py --fuzz.
 """
 
 import copy
-import hashlib
 import json
 import random
 import re
-import struct
 import subprocess
 import sys
 import tracemalloc
@@ -19,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_nnz_coder import slow_decode as slow_levels
+import reference_decoder
 
 from benchmarks.nnz_file import damaged, fuzz, made_up, sealed
 from lib.nnz import coder, description, frame, v1, v2
@@ -156,104 +154,8 @@ def test_what_the_version_cannot_hold_is_refused(change):
 # ---- the bytes themselves ------------------------------------------------------------------------
 
 
-def slow_decode(raw):
-    """Written from FORMAT.md alone: ({name: elements as integers, floats as their bits}, JSON)."""
-    head = struct.unpack_from("<8sHBBII", raw)
-    assert head[:5] == (b"\x89NNZ\r\n\x1a\n", 2, 3, 0, len(raw))
-    assert zlib.crc32(raw[:16] + raw[20:56]) == head[5]
-    payloads, at = [], 56
-    for i, tag in enumerate((b"NETW", b"CODE", b"SIDE")):
-        found, size, crc = struct.unpack_from("<4sII", raw, 20 + 12 * i)
-        payloads.append(raw[at : at + size])
-        assert found == tag and zlib.crc32(tag + payloads[-1]) == crc
-        at += size
-    assert at == len(raw)
-    network, code, side = payloads
-
-    dictionary = re.search(r"zdict.*?```json\n(.*?)\n```", FORMAT, re.S)[1].encode()
-    assert hashlib.sha256(dictionary).hexdigest() in FORMAT
-    stream = zlib.decompressobj(-15, zdict=dictionary)
-    text = stream.decompress(network)
-    rest = stream.unused_data
-    widths_and_parent, content = rest[:-32], rest[-32:]
-    numbers = iter(rest[:-64])
-
-    def varint(data):
-        byte = next(data)
-        return byte % 128 + (128 * varint(data) if byte >= 128 else 0)
-
-    about = json.loads(text)
-    settings, scheme = about["settings"], about["quantization"]
-    layers, steps = [], ["image.step", "features.0.2.step"]  # layers: name, shape, kind, groups
-    channels, stream = varint(numbers), "S0"
-    layers.append(("features.0.0", (channels, 3, 3, 3), 0, (stream, None)))
-    for i, block in enumerate(settings["blocks"], 1):
-        place, expand, residual = f"features.{i}.", block["expand"], block["residual"]
-        hidden = varint(numbers) if expand else channels
-        out = channels if residual else varint(numbers)
-        inner = f"H{i}" if expand else stream
-        after = stream if residual else f"S{i}"
-        if expand:
-            layers.append((f"{place}conv.0.0", (hidden, channels, 1, 1), 1, (inner, stream)))
-        e = int(expand)
-        layers.append((f"{place}conv.{e}.0", (hidden, 1, 3, 3), 2, (inner, None)))
-        layers.append((f"{place}conv.{e + 1}", (out, hidden, 1, 1), 3, (after, inner)))
-        steps += [f"{place}input.step"] * (residual and scheme["act_bits"] < 8)
-        steps += [f"{place}conv.0.2.step"] + [f"{place}conv.1.2.step"] * expand
-        steps += [f"{place}addend.step"] * residual + [f"{place}stream.step"]
-        channels, stream = out, after
-    n, head, classes = len(settings["blocks"]), varint(numbers), settings["classes"]
-    layers.append((f"features.{n + 1}.0", (head, channels, 1, 1), 4, ("T", stream)))
-    layers.append(("classifier.1", (classes, head), 5, (None, "T")))
-    steps += [f"features.{n + 1}.2.step", "pooled.step"]
-    steps = steps if scheme["act_bits"] != 32 else []
-    assert next(numbers, None) is None
-
-    shapes = [(shape[0], int(np.prod(shape[1:]))) for _, shape, _, _ in layers]
-    levels = slow_levels(code, shapes, [x[2] for x in layers], [x[3] for x in layers])
-    alive = [[any(row) or not side[0] & 1 for row in layer] for layer in levels]
-    vectors_of = {}
-    groups = ("weight_scale", [sum(x) for x in alive]), ("bias", [len(x) for x in alive])
-    data = iter(side[1:])
-    for part, sizes in (*groups, ("step", [len(steps)])):
-        lengths = varint(data), varint(data)
-        stream, tail = (bytes(next(data) for _ in range(size)) for size in lengths)
-        counts = [len(sizes), len(sizes), *sizes]
-        shapes, none = [(count, 1) for count in counts], [(None, None)] * len(counts)
-        found = slow_levels(stream, shapes, [6] * len(counts), none)
-        forms, cuts, *rows = [[row[0] for row in column] for column in found]
-        bits, vectors_of[part] = int.from_bytes(tail, "little"), []
-        for form, cut, row in zip(forms, cuts, rows, strict=True):
-            values = []
-            for number in row:
-                number = number * 2**cut + bits % 2**cut
-                bits //= 2**cut
-                if form > 0:
-                    sign, size = (1, -1 - number) if number < 0 else (0, number)
-                    values.append(sign * 2**31 + size * 2 ** (24 - form))
-                else:
-                    value = struct.pack("<f", number * 2.0 ** (-150 - form))
-                    values.append(int.from_bytes(value, "little"))
-            vectors_of[part].append(values)
-        assert bits == 0
-    assert next(data, None) is None
-
-    tensors, sha = {}, hashlib.sha256(text + widths_and_parent)
-    for i, (name, *_) in enumerate(layers):
-        stored = iter(vectors_of["weight_scale"][i])
-        tensors[f"{name}.weight"] = sum(levels[i], [])
-        tensors[f"{name}.weight_scale"] = [next(stored) if x else 0x3F800000 for x in alive[i]]
-        tensors[f"{name}.bias"] = vectors_of["bias"][i]
-    tensors |= {name: [x] for name, x in zip(steps, vectors_of["step"][0], strict=True)}
-    for name, values in tensors.items():
-        kind = "h" if name.endswith(".weight") else "I"
-        sha.update(struct.pack(f"<{len(values)}{kind}", *values))
-    assert sha.digest() == content
-    return tensors, about
-
-
-def check_slow_decoder(raw):
-    slow, about = slow_decode(raw)
+def check_reference_decoder(raw):
+    slow, about = reference_decoder.decode_version_2(raw)
     meta, tensors = v2.decode(raw)
     assert list(slow) == list(tensors)
     for name, value in tensors.items():
@@ -268,8 +170,32 @@ def check_slow_decoder(raw):
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
-def test_a_decoder_written_from_the_text_agrees_on_the_pinned_files(path):
-    check_slow_decoder(path.read_bytes())
+def test_the_reference_decoder_agrees_on_the_pinned_files(path):
+    check_reference_decoder(path.read_bytes())
+
+
+def test_the_reference_decoder_agrees_where_the_stem_and_the_first_block_are_one_group():
+    """A first block without expansion that is residual, as at widths of 0.25 and less."""
+    meta, tensors = made_up(8)
+    block = meta["settings"]["blocks"][0]
+    block |= {"residual": True, "out": 3}
+    settings, scheme = meta["settings"], meta["quantization"]
+    settings["blocks"][1] |= {"out": 3}
+    _, groups = v2.kinds_and_groups(v2.layers(settings))
+    assert {*groups[0], *groups[1], *groups[2]} == {("stem", 0), None}
+    draw = np.random.default_rng(0)
+    tensors = {
+        name: (draw.normal(size=shape) * 2).astype(stored)
+        for name, (stored, shape) in v2.tensors_of(settings, scheme).items()
+    }
+    raw, _ = check_round_trip(meta, tensors)
+    check_reference_decoder(raw)
+
+
+def test_a_file_need_not_say_the_stride_of_the_stem():
+    meta, tensors = made_up(9)
+    del meta["settings"]["stem_stride"]
+    check_reference_decoder(check_round_trip(meta, tensors)[0])
 
 
 def test_the_pinned_files_are_there():
@@ -279,7 +205,7 @@ def test_the_pinned_files_are_there():
 def test_example_of_the_text():
     text = FORMAT[FORMAT.index("## 9.") : FORMAT.index("## 10.")]
     raw = bytes.fromhex(re.search(r"```hex\n(.*?)```", text, re.S)[1])
-    check_slow_decoder(raw)
+    check_reference_decoder(raw)
     meta, tensors = v2.decode(raw)
     assert tensors["classifier.1.weight"].tolist() == [[-5, 0], [2, 0]]
     assert tensors["classifier.1.weight_scale"].tolist() == [0.25, 0.3125]
