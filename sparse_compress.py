@@ -1,11 +1,11 @@
-"""Write a network as one small file that decodes to exactly the same tensors, and back.
+"""Write a network as one small `.nnz` file, and read one back. The tensors come back bit for bit.
 
-    python sparse_compress.py                                  checkpoints/int8.pth to .nnz
-    python sparse_compress.py --decompress X.nnz --out Y.pth   and back to a checkpoint
-    python sparse_compress.py --decompress X.nnz --onnx Y.onnx or to integers for onnxruntime
+    python sparse_compress.py                                   checkpoints/int8.pth to .nnz
+    python sparse_compress.py --decompress X.nnz --out Y.pth    back to a checkpoint
+    python sparse_compress.py --decompress X.nnz --onnx Y.onnx  to integers for onnxruntime
 
-in:  checkpoints/int8.pth (any checkpoint will do: its weights keep the bits that they have)
-out: checkpoints/compressed.nnz, in the version of FORMAT.md that fits it; logs/compress.jsonl
+in:  checkpoints/int8.pth, or any other checkpoint: its weights keep the bits that they have
+out: checkpoints/compressed.nnz, in the version of FORMAT.md that can hold it; logs/compress.jsonl
 """
 
 import dataclasses
@@ -40,6 +40,7 @@ def main(argv=None):
 
 
 def compress(cfg) -> None:
+    """Write the parent as a .nnz file, after checking that it decodes to the same tensors."""
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/int8.pth"), cfg.assume_downsample)
     raw = compressed.encode(parent)
     out = cfg.path(cfg.out, "checkpoints/compressed.nnz")
@@ -59,6 +60,7 @@ def compress(cfg) -> None:
 
 
 def decompress(cfg) -> None:
+    """Write a .nnz file as a checkpoint, as an .onnx file, or as both."""
     source = checkpoint.load(cfg.decompress)
     if source.stage != "compressed":
         raise UserError(f"{cfg.decompress} is not a .nnz file")

@@ -1,17 +1,19 @@
-"""The frame of a `.nnz` file (header, section table, payloads: FORMAT.md, section 2), and what the
-sections of several modules are read with: canonical JSON, deflate, varints.
+"""The frame of a `.nnz` file: header, section table and payloads (FORMAT.md, section 2).
 
-The frame knows nothing about tensors. It guarantees that a file which `unpack` accepts has exactly
-the bytes that `pack` wrote: every truncation and every single flipped bit is refused with
-certainty, other damage with a probability of 1 - 2^-32, always with one of the errors below.
+`unpack` accepts a file only if it has exactly the bytes that `pack` wrote. It refuses every
+truncation and every single flipped bit with certainty, and other damage with a probability of
+1 - 2^-32, always with one of the errors below. The frame knows nothing about tensors.
+
+At the end of the module are the tools that several sections are read and written with: canonical
+JSON, inflating, varints.
 """
-# ruff: noqa: N818 - the errors are named for what happened, and share FormatError as suffix
+# ruff: noqa: N818 - the errors are named for what happened, and share FormatError as base
 
 import json
 import struct
 import zlib
 
-MAGIC = b"\x89NNZ\r\n\x1a\n"  # a byte that is not ASCII, both line ends: text-mode copies show
+MAGIC = b"\x89NNZ\r\n\x1a\n"  # as PNG has it: copying the file as text changes these bytes
 HEADER = struct.Struct("<8sHBBII")  # magic, version, section count, reserved, file length, CRC-32
 ENTRY = struct.Struct("<4sII")  # tag, payload length, CRC-32 of tag and payload
 VERSIONS = {  # version -> its sections, in file order

@@ -97,17 +97,16 @@ def encode(
         flat = array.reshape(-1)
         if array.dtype.name == "float32":
             flat = flat.view("<u4")  # so that -0.0 and NaN are not zero
-        position = np.flatnonzero(flat)
+        positions = np.flatnonzero(flat)
         width = operator.index(bits[name])
-        entry = Entry(name, array.dtype.name, list(array.shape), width, len(position))
+        entry = Entry(name, array.dtype.name, list(array.shape), width, len(positions))
         _check_entry(entry, SPARSE_BITS, MAX_LENGTH)
-        values.append(_pack_values(name, flat[position], width))
-        index = []
-        for size in reversed([n for n in array.shape if n > 1]):
-            position, last = np.divmod(position, size)
-            index.append(last)
-        for last, (_, index_type) in zip(reversed(index), entry.indexed_dimensions, strict=True):
-            indices.append(last.astype(index_type).tobytes())
+        values.append(_pack_values(name, flat[positions], width))
+        by_dimension = []
+        for size, index_type in reversed(entry.indexed_dimensions):
+            positions, index = np.divmod(positions, size)
+            by_dimension.append(index.astype(index_type).tobytes())
+        indices += reversed(by_dimension)
         rows.append(list(entry))
     directory = {
         "dense": [[name, array.dtype.name, list(array.shape)] for name, array in dense.items()],
@@ -115,7 +114,7 @@ def encode(
         "sparse": rows,
     }
     text = canonical(directory)
-    if _parse(text, MAX_LENGTH)[0] != meta:
+    if _parse_directory(text, MAX_LENGTH)[0] != meta:
         raise Malformed("meta does not survive JSON: use string keys, and lists for tuples")
     return pack(
         {
@@ -138,8 +137,8 @@ def decode(
     """
     limit = min(limit, MAX_LENGTH)
     payloads = unpack(data, limit, version=1)
-    text = _inflate(payloads["META"], min(limit, META_LIMIT))
-    meta, sparse_entries, dense_entries = _parse(text, limit)
+    text = _inflate_meta(payloads["META"], min(limit, META_LIMIT))
+    meta, sparse_entries, dense_entries = _parse_directory(text, limit)
     raw = {tag: np.frombuffer(payloads[tag], np.uint8) for tag in ("SVAL", "SIDX", "DENS")}
     for tag, size in (
         ("SVAL", sum(entry.value_bytes for entry in sparse_entries)),
@@ -191,7 +190,7 @@ def _digest(text, arrays):
     return sha.digest()
 
 
-def _inflate(payload, limit):
+def _inflate_meta(payload, limit):
     stream = zlib.decompressobj()
     text = inflate(stream, payload, limit, "META")
     if stream.unused_data:
@@ -199,7 +198,7 @@ def _inflate(payload, limit):
     return text
 
 
-def _parse(text, limit):
+def _parse_directory(text, limit):
     """Return (meta, sparse entries, dense entries) of the directory's JSON, all of it checked."""
     if len(text) > META_LIMIT:
         raise LimitExceeded(f"metadata of {len(text)} bytes, over the limit of {META_LIMIT}")
@@ -222,6 +221,7 @@ def _parse(text, limit):
 
 
 def _check_entry(entry, legal_bits, limit):
+    """Return the entry if it is legal; legal_bits: {type: bits}, limit: bytes of a tensor."""
     name, dtype, shape, bits, nonzeros = entry
     if type(name) is not str or not 1 <= len(name) <= MAX_NAME:
         raise Malformed(f"a tensor name must be a string of 1 to {MAX_NAME} characters")
@@ -241,6 +241,7 @@ def _check_entry(entry, legal_bits, limit):
 
 
 def _pack_values(name, values, bits):
+    """Return the values as a bit string of `bits` bits per value."""
     if bits == 32:
         return values.astype("<u4").tobytes()
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
@@ -255,6 +256,7 @@ def _pack_values(name, values, bits):
 
 
 def _unpack_values(name, packed, count, bits):
+    """Return the `count` values of a bit string: int16, or uint32 for the bits of floats."""
     if bits == 32:
         return packed.view("<u4")
     stream = np.unpackbits(packed, bitorder="little")
