@@ -219,7 +219,7 @@ def product(numbers) -> int:
 
 
 def read_vectors(side, sizes: list[int]) -> list[list[int]]:
-    """Section 4.4: return a group of vectors of these sizes, floats as their bits.
+    """Section 4.4: return a set of vectors of these sizes, floats as their bits.
 
     side: an iterator over the bytes of section `SIDE`.
     """

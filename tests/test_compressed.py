@@ -1,6 +1,6 @@
 """lib/compressed.py: a network as a .nnz file and back, the same to the bit; all else is refused.
 
-The container and the encoding themselves: tests/test_nnz_frame.py, tests/test_nnz_v1.py.
+The file itself: tests/test_nnz_frame.py, tests/test_nnz_v1.py, tests/test_nnz_v2.py.
 """
 
 import random

@@ -49,6 +49,10 @@ def test_no_import_circle():
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
+def test_the_reference_decoder_shares_no_code():
+    assert not imports(ROOT / "tests/reference_decoder.py")
+
+
 def test_models_import_nothing_of_lib():
     for name, path in MODULES.items():
         if name.startswith("models."):

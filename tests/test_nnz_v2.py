@@ -219,6 +219,17 @@ def test_example_of_the_text():
         assert row[3] or len(shown) == last + 1 - first
 
 
+def test_contents_and_references_of_the_text():
+    headings = re.findall(r"^#+ (.*)$", FORMAT, re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#(.*?)\)", FORMAT)) <= anchors
+    numbers = {heading.split()[0].rstrip(".") for heading in headings}
+    decoder = (FOLDER / "reference_decoder.py").read_text()
+    assert set(re.findall(r"[Ss]ections? (\d+(?:\.\d+)?)", FORMAT + decoder)) <= numbers
+    for module in re.findall(r"`((?:lib|tests)/[\w/]+\.py)`", FORMAT):
+        assert (FOLDER.parent / module).is_file()
+
+
 def test_the_dictionary_is_that_of_the_text():
     text = re.search(r"zdict.*?```json\n(.*?)\n```", FORMAT, re.S)[1].encode()
     assert text == description.DICTIONARY and f"{len(text):,} bytes" in FORMAT
