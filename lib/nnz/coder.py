@@ -295,10 +295,12 @@ class _Stream:
         raise AssertionError
 
     def finish(self):
+        """Return the bytes of the whole stream."""
         value, n = self._tail()
         return bytes(self.written) + value.to_bytes(5, "big")[:n]
 
     def check_end(self):
+        """Raise CoderError unless the input ends as `finish` would have ended it."""
         value, n = self._tail()
         if self.state[VALUE] != value or self.state[END] != self.state[POSITION] - 5 + n:
             raise CoderError("the input does not end where its content does")
@@ -347,7 +349,7 @@ def _cells(
 
     Plain integers and flat sequences only: lists and bytes, or arrays under numba. All shifts of
     negative numbers round down, and all numbers stay under 2^63. FORMAT.md, sections 5.4 and 5.6,
-    has the same computation with reasons; its names are in brackets where they differ.
+    specifies this computation; its names are in brackets where they differ.
 
     The coder:
         low, high, value    the ends of the interval, and the input's bits there
@@ -366,7 +368,8 @@ def _cells(
         column_count, column_over, column_sum   those of all columns
         density, x_layer    share of non-zeros in the rows above, in 2^-12 [d]; its log odds
     The cell:
-        xr, xc, both        log odds of a non-zero by the row, by the column, by both
+        xr, xc, both        log odds of a non-zero by the row, by the column, by both (in 1/4 nat,
+                            from 0)
         mean, m3            mean excess so far (and of magnitudes, for the sign); 3 times that
         qr, qc, qm          mean excess of the row, of the column, of both, as shares of 2^width
         depth, node         -1: significance; 0 to width - 1: bit of the excess; width: sign. The
