@@ -1,11 +1,11 @@
-"""Write a network as one small file that decodes to exactly the same tensors, and back.
+"""Write a network as one small `.nnz` file, and read one back. The tensors come back bit for bit.
 
-    python sparse_compress.py                                  checkpoints/int8.pth to .nnz
-    python sparse_compress.py --decompress X.nnz --out Y.pth   and back to a checkpoint
-    python sparse_compress.py --decompress X.nnz --onnx Y.onnx or to integers for onnxruntime
+    python sparse_compress.py                                   checkpoints/int8.pth to .nnz
+    python sparse_compress.py --decompress X.nnz --out Y.pth    back to a checkpoint
+    python sparse_compress.py --decompress X.nnz --onnx Y.onnx  to integers for onnxruntime
 
-in:  checkpoints/int8.pth (any checkpoint will do: its weights keep the bits that they have)
-out: checkpoints/compressed.nnz, in the version of FORMAT.md that fits it; logs/compress.jsonl
+in:  checkpoints/int8.pth, or any other checkpoint: its weights keep the bits that they have
+out: checkpoints/compressed.nnz, in the version of FORMAT.md that can hold it; logs/compress.jsonl
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, config, metrics, nnz, runtime
+from lib import checkpoint, compressed, config, metrics, runtime
 from lib.config import UserError, flag
 
 
@@ -40,18 +40,19 @@ def main(argv=None):
 
 
 def compress(cfg) -> None:
+    """Write the parent as a .nnz file, after checking that it decodes to the same tensors."""
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/int8.pth"), cfg.assume_downsample)
-    raw = nnz.encode(parent)
+    raw = compressed.encode(parent)
     out = cfg.path(cfg.out, "checkpoints/compressed.nnz")
-    decoded = nnz.decode(raw).state
-    for name, tensor in nnz.stored_state(parent).items():
+    decoded = compressed.decode(raw)["state"]
+    for name, tensor in compressed.stored_state(parent).items():
         if not torch.equal(decoded[name], tensor):
             raise UserError(f"{name} of {parent.file} would not decode as it is: nothing written")
     with checkpoint.atomic(out) as file:
         file.write(raw)
     if out.read_bytes() != raw:
         raise UserError(f"{out} does not hold what was written to it")
-    version, parts = nnz.version(raw), nnz.sections(raw)
+    version, parts = compressed.version(raw), compressed.sections(raw)
     metrics.log_stage(cfg, "compress", {"bytes": len(raw), "version": version, **parts})
     text = ", ".join(f"{kind} {size:,}" for kind, size in parts.items())
     print(f"{out}: {len(raw):,} bytes, version {version} ({text}); parent {parent.bytes:,}; "
@@ -59,6 +60,7 @@ def compress(cfg) -> None:
 
 
 def decompress(cfg) -> None:
+    """Write a .nnz file as a checkpoint, as an .onnx file, or as both."""
     source = checkpoint.load(cfg.decompress)
     if source.stage != "compressed":
         raise UserError(f"{cfg.decompress} is not a .nnz file")

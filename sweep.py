@@ -22,7 +22,17 @@ import math
 import time
 from pathlib import Path
 
-from lib import checkpoint, config, engine, measure, metrics, nnz, plots, ptq, quantizers
+from lib import (
+    checkpoint,
+    compressed,
+    config,
+    engine,
+    measure,
+    metrics,
+    plots,
+    ptq,
+    quantizers,
+)
 from lib.compaction import compact
 from lib.config import UserError, flag
 from lib.rate import KILOBYTE
@@ -145,7 +155,7 @@ def cell(
         scheme = ptq.scheme(weight_bits, act_bits)
         sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
         model, _ = ptq.quantize(compact(model)[0], sample, scheme, rate=rate / KILOBYTE)
-    raw = nnz.encode(
+    raw = compressed.encode(
         dataclasses.replace(
             parent,
             stage="quantized",

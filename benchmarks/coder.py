@@ -1,21 +1,23 @@
-"""Bytes and seconds of lib/coder.py, beside entropy, lzma and NNCodec, on the same integers.
+"""Compare lib/nnz/coder.py with entropy, lzma and NNCodec on the same integers: bytes and seconds.
 
     python benchmarks/coder.py [--reference ../shared/reference] [--turns 3]
     python benchmarks/coder.py --nncodec [--environment DIR]
     python benchmarks/coder.py --scale 25
 
-The integers: the reference report's int8 weights that are left after exact compaction; the same
-network's weights again at 4, 3 and 2 bits, one scale a row; and made-up matrices, dense and sparse.
-Entropy is the zero-order one of each tensor, the counts that it needs not counted: for a tensor of
-many symbols and few cells no coder can reach it. lzma is `-9e` over the bytes of all tensors.
+The integers are the reference report's int8 weights that are left after exact compaction; the
+weights of the same network at 4, 3 and 2 bits with one scale per row; and random matrices, dense
+and sparse. Entropy is the zero-order entropy of each tensor, without the bytes for its symbol
+counts: no coder can reach it for a tensor of many symbols and few cells. lzma is `-9e` over the
+bytes of all tensors.
 
---nncodec: Fraunhofer's implementation of ISO/IEC 15938-17 (deepCABAC) in an environment of its own
-(a temporary one, or DIR, which is kept and used again), through its public functions. Turns of each
-side alternate, each in a process that sleeps while the other computes; medians count. Seconds are
-of that process on a CPU, not of the clock, so that neighbours on the machine disturb less.
+--nncodec: also Fraunhofer's implementation of ISO/IEC 15938-17 (deepCABAC), installed in a separate
+environment (a temporary one, or DIR, which is kept and used again) and called through its public
+functions. The two sides take alternating turns, each in a process that sleeps while the other
+computes; the medians are reported. Seconds are CPU seconds of that process, so that other load on
+the machine matters less.
 
---scale N: our seconds and peak memory a million weights, of one square layer, 1 to N million, 80%
-zeros; it needs numba (plain Python takes about 6 seconds a million).
+--scale N: only our seconds and peak memory per million weights, for one square layer of 1 to N
+million weights, 80% of them zero. It needs numba (plain Python takes about 6 seconds per million).
 """
 
 import json
@@ -34,11 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from lib import coder, config, packed
+from lib import config
 from lib.config import UserError, flag
+from lib.nnz import coder, v2
 
 NNCODEC = "nncodec==2.1.3"
-# The side of NNCodec: reads layers.npz; each line in is a turn, each line out its figures.
+# The process of NNCodec: reads layers.npz; a line in asks for a turn, a line out has its figures.
 THEIRS = """
 import sys, json, time, numpy as np
 from nncodec.nn import encode, decode
@@ -65,7 +68,11 @@ class Settings:
 
 
 def reference(folder: str):
-    """(levels, weights, kinds, links) of the report's network after compaction, in its order."""
+    """Return (levels, weights, kinds, groups) of the report's network after compaction.
+
+    Levels and weights are lists of matrices (output channels, inputs); kinds and groups as
+    coder.encode takes them.
+    """
     import torch
 
     from lib import checkpoint
@@ -84,14 +91,17 @@ def reference(folder: str):
             raise UserError(f"{name}: pruned.pth and int8.pth are not of one network")
         levels.append(level.flatten(1).numpy().astype(np.int32))
         weights.append(layer.weight.detach().flatten(1).numpy())
-    network = packed.layers(small.settings)
-    return levels, weights, [x.kind for x in network], [x.links for x in network]
+    network = v2.layers(small.settings)
+    return levels, weights, *v2.kinds_and_groups(network)
 
 
 def requantized(weights, bits):
-    """One scale a row, from its largest magnitude, to nearest; zeros stay zeros."""
-    top = 2 ** (bits - 1) - 1
-    scales = [np.abs(w).max(1, keepdims=True) / top for w in weights]
+    """Return the levels of weight matrices, rounded to nearest with one scale per row.
+
+    The scale maps the largest magnitude of a row to the largest level; zeros stay zeros.
+    """
+    largest = 2 ** (bits - 1) - 1
+    scales = [np.abs(w).max(1, keepdims=True) / largest for w in weights]
     return [
         np.round(w / np.where(s > 0, s, 1)).astype(np.int32)
         for w, s in zip(weights, scales, strict=True)
@@ -99,6 +109,7 @@ def requantized(weights, bits):
 
 
 def made_up():
+    """Yield (name, matrix of levels) of random matrices."""
     rng = np.random.default_rng(47)
     for name, draw in (("Gauss", rng.standard_normal), ("Laplace", rng.laplace)):
         for bits in (16, 8, 4, 3, 2):
@@ -111,29 +122,31 @@ def made_up():
 
 
 def entropy(layer) -> float:
+    """Return the zero-order entropy of a matrix, in bytes."""
     counts = np.unique(layer, return_counts=True)[1]
     return float(-np.sum(counts * np.log2(counts / layer.size))) / 8
 
 
 def compressed_lzma(layers) -> int:
+    """Return the bytes that lzma takes for all layers together."""
     wide = max(np.abs(layer).max() for layer in layers) > 127
     data = b"".join(layer.astype(np.int16 if wide else np.int8).tobytes() for layer in layers)
     return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
 
 
-def our_turn(layers, kinds, links, compiled):
-    """Bytes, seconds of encode and decode; the round trip is checked."""
+def our_turn(layers, kinds, groups, compiled):
+    """Return (bytes, CPU seconds of encoding, of decoding); the round trip is checked."""
     start = time.process_time()
-    raw = coder.encode(layers, kinds, links, compiled=compiled)
+    raw = coder.encode(layers, kinds, groups, compiled=compiled)
     middle = time.process_time()
-    found = coder.decode(raw, [x.shape for x in layers], kinds, links, compiled=compiled)
+    decoded = coder.decode(raw, [x.shape for x in layers], kinds, groups, compiled=compiled)
     end = time.process_time()
-    assert all(np.array_equal(a, b) for a, b in zip(layers, found, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(layers, decoded, strict=True))
     return len(raw), middle - start, end - middle
 
 
 class NNCodec:
-    """Its process: installed where it must be, asleep between turns."""
+    """A process that runs NNCodec, which it installs if it has to; asleep between turns."""
 
     def __init__(self, folder: Path, layers):
         python = folder / "environment" / "bin" / "python"
@@ -152,7 +165,7 @@ class NNCodec:
         self.line("ready")
 
     def line(self, start):
-        for text in self.process.stdout:  # it prints of its own, too
+        for text in self.process.stdout:  # NNCodec itself prints to it, too
             if text.startswith(start):
                 return text
         raise UserError("NNCodec ended early")
@@ -170,25 +183,26 @@ class NNCodec:
         self.process.wait()
 
 
-def times(cfg, folder, layers, kinds, links):
-    sides = {"ours, plain Python": lambda: our_turn(layers, kinds, links, False)}
+def times(cfg, folder, layers, kinds, groups):
+    """Print bytes and seconds of each side, medians of alternating turns."""
+    sides = {"ours, plain Python": lambda: our_turn(layers, kinds, groups, False)}
     if coder.numba:
         our_turn(layers[:1], kinds[:1], None, True)  # compile, or load
-        sides["ours, numba"] = lambda: our_turn(layers, kinds, links, True)
+        sides["ours, numba"] = lambda: our_turn(layers, kinds, groups, True)
     theirs = NNCodec(folder, layers) if cfg.nncodec else None
     if theirs:
         sides["NNCodec 2.1.3"] = theirs.turn
         theirs.turn()
-    found = {name: [] for name in sides}
+    results = {name: [] for name in sides}
     for _ in range(cfg.turns):
         for name, turn in sides.items():
-            found[name].append(turn())
+            results[name].append(turn())
     if theirs:
         theirs.close()
     head = "the reference, same integers back"
     print(f"\n{head:36s}{'bytes':>9s}{'encode s':>10s}{'decode s':>10s}   ratios to the first")
     first = None
-    for name, rows in found.items():
+    for name, rows in results.items():
         row = [statistics.median(column) for column in zip(*rows, strict=True)]
         first = first or row
         ratios = " ".join(f"{a / b:.3f}" for a, b in zip(row, first, strict=True))
@@ -197,11 +211,12 @@ def times(cfg, folder, layers, kinds, links):
 
 
 def scaling(cfg):
+    """Print seconds and memory per million weights."""
     if not coder.numba:
         raise UserError("--scale needs numba")
     our_turn([np.ones((2, 2), np.int8)], [1], None, True)
-    print(f"{'million weights':>16s}{'bytes':>12s}{'encode':>9s}{'decode':>9s}   seconds a million;"
-          " peak bytes a weight, int8 input included")  # fmt: skip
+    print(f"{'million weights':>16s}{'bytes':>12s}{'encode':>9s}{'decode':>9s}"
+          "   seconds per million; peak bytes per weight, int8 input included")  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rng = np.random.default_rng(47)
     for million in [m for m in (1, 2, 5, 10, 25, 50, 100) if m <= cfg.scale]:
@@ -219,25 +234,25 @@ def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(Settings, __doc__, argv)
     if cfg.scale:
         return scaling(cfg)
-    levels, weights, kinds, links = reference(cfg.reference)
-    inputs = [("the reference's int8", levels, kinds, links)]
+    levels, weights, kinds, groups = reference(cfg.reference)
+    inputs = [("the reference's int8", levels, kinds, groups)]
     inputs += [
-        (f"the same at {b} bits a row", requantized(weights, b), kinds, links) for b in (4, 3, 2)
+        (f"the same at {b} bits", requantized(weights, b), kinds, groups) for b in (4, 3, 2)
     ]
     inputs += [(name, [layer], [coder.EXPAND], None) for name, layer in made_up()]
     print(f"{'bytes':36s}{'ours':>9s}{'entropy':>9s}{'lzma -9e':>9s}   ours to each")
-    for name, layers, of_kind, linked in inputs:
-        raw = coder.encode(layers, of_kind, linked)
-        ideal, packed = sum(map(entropy, layers)), compressed_lzma(layers)
-        print(f"{name:36s}{len(raw):9,d}{ideal:9,.0f}{packed:9,d}"
-              f"{len(raw) / ideal:9.3f}{len(raw) / packed:7.3f}", flush=True)  # fmt: skip
+    for name, layers, of_kind, of_group in inputs:
+        raw = coder.encode(layers, of_kind, of_group)
+        ideal, by_lzma = sum(map(entropy, layers)), compressed_lzma(layers)
+        print(f"{name:36s}{len(raw):9,d}{ideal:9,.0f}{by_lzma:9,d}"
+              f"{len(raw) / ideal:9.3f}{len(raw) / by_lzma:7.3f}", flush=True)  # fmt: skip
         if layers is levels:
-            parts = coder.account(raw, [x.shape for x in layers], of_kind, linked)
+            parts = coder.account(raw, [x.shape for x in layers], of_kind, of_group)
             print("    " + ", ".join(f"{part} {n:,}" for part, n in parts.items()))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(cfg.environment or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        times(cfg, folder, levels, kinds, links)
+        times(cfg, folder, levels, kinds, groups)
     return None
 
 

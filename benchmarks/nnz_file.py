@@ -1,16 +1,17 @@
-"""A whole .nnz file of version 2: seconds of encode and decode; and what damage does to one.
+"""Time a whole .nnz file of version 2, encoding and decoding; or damage many and decode them.
 
     python benchmarks/nnz_file.py checkpoints/compressed.nnz [--turns 3]
     python benchmarks/nnz_file.py --fuzz 100000
 
-Seconds are CPU seconds, of plain Python and (if it is installed) numba, in alternating turns after
-one to compile or load; medians count. The decoded tensors are compared with the encoded ones.
+Seconds are CPU seconds of plain Python and, if it is installed, numba. The two take alternating
+turns, after a first one that compiles or loads the function; the medians are reported. The decoded
+tensors are compared with the encoded ones.
 
---fuzz N: decodes N damaged copies of small made-up files. Half have random bytes changed, cut out
-or put in; in half, what is changed is a section's payload, and the CRCs are made right again, so
-that the parsers and the coder get to see it. Each must end in one of the named errors or, where the
-damage does not matter (the same text, deflated otherwise), in the same network. Prints how often
-each error came; anything else is a traceback.
+--fuzz N: decode N damaged copies of small random files. In half of them, random bytes of the file
+are changed, cut out or inserted. In the other half this is done to one section's payload and the
+CRCs are corrected, so that the parsers and the coder get to see the damage. Each copy must end in
+one of the named errors or, where the damage does not matter (the same text, deflated differently),
+in the same network. The number of each error is printed; anything else is a traceback.
 """
 
 import collections
@@ -25,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from lib import coder, config, container, packed
+from lib import config
 from lib.config import UserError, flag
+from lib.nnz import coder, frame, v2
 
 
 @dataclass
@@ -37,9 +39,9 @@ class Settings:
 
 
 def made_up(seed: int = 0, bits: int = 4, act_bits: int = 8, coarse: bool = False):
-    """(meta, tensors) of a network of a few hundred weights, for lib/packed.py.
+    """Return random (meta, tensors) of a network of a few hundred weights, for lib/nnz/v2.py.
 
-    coarse: scales of 3 mantissa bits, biases on a grid of 1/8 and dead rows of scale 1.
+    coarse: scales have 3 mantissa bits, biases lie on a grid of 1/8, dead rows have a scale of 1.
     """
     draw = np.random.default_rng(seed)
     blocks, channels = [], 3
@@ -52,9 +54,9 @@ def made_up(seed: int = 0, bits: int = 4, act_bits: int = 8, coarse: bool = Fals
                 "folded": True, "stem_stride": 2}  # fmt: skip
     scheme = {"method": "qat", "weight_bits": bits, "act_bits": act_bits, "layer_bits": {},
               "weight_scale": "channel"}  # fmt: skip
-    network = packed.layers(settings)
+    network = v2.layers(settings)
     tensors = {}
-    for name, (kind, shape) in packed.tensors_of(network, settings, scheme).items():
+    for name, (kind, shape) in v2.tensors_of(settings, scheme).items():
         if kind == "float32":
             value = draw.normal(size=shape)
             if coarse and "bias" in name:
@@ -64,13 +66,13 @@ def made_up(seed: int = 0, bits: int = 4, act_bits: int = 8, coarse: bool = Fals
                 value = np.ldexp(np.round(fraction * 16) / 16, exponent)
             tensors[name] = np.asarray(value, np.float32)
         else:
-            top = 2 ** (packed.bits_of(name.removesuffix(".weight"), scheme) - 1) - 1
+            top = 2 ** (v2.bits_of(name.removesuffix(".weight"), scheme) - 1) - 1
             levels = np.clip(np.round(draw.laplace(0, top / 3, shape)), -top, top)
             levels[draw.random(shape) < 0.4] = 0
             levels[draw.random(len(levels)) < 0.2] = 0
             tensors[name] = levels.astype(kind)
     for layer in network:
-        dead = ~tensors[f"{layer.name}.weight"].reshape(layer.matrix).any(1)
+        dead = ~tensors[f"{layer.name}.weight"].reshape(v2.matrix_shape(layer)).any(1)
         if coarse:
             tensors[f"{layer.name}.weight_scale"][dead] = 1
     ancestor = {"bytes": None, "metrics": {}, "sha256": None, "weights": None}
@@ -84,39 +86,40 @@ def made_up(seed: int = 0, bits: int = 4, act_bits: int = 8, coarse: bool = Fals
 
 
 def sealed(payloads) -> bytes:
-    """A file of these payloads, with every CRC right."""
-    return container.pack({tag: bytes(payload) for tag, payload in payloads.items()})
+    """Return the file of these payloads, with every CRC right."""
+    return frame.pack({tag: bytes(payload) for tag, payload in payloads.items()})
 
 
 def fuzz(count: int, seed: int = 0) -> collections.Counter:
-    """How often each error came."""
-    draw, found = random.Random(seed), collections.Counter()
+    """Decode `count` damaged files; return how often each error came."""
+    draw, outcomes = random.Random(seed), collections.Counter()
     cases = (4, 8, True), (8, 6, False), (2, 32, True), (12, 16, False)
     networks = [made_up(i, *case) for i, case in enumerate(cases)]
-    files = [packed.encode(*network) for network in networks]
+    files = [v2.encode(*network) for network in networks]
     for _ in range(count):
         at = draw.randrange(len(files))
         if draw.random() < 0.5:
             raw = damaged(files[at], draw)
         else:
-            payloads = dict(container.unpack(files[at]))
+            payloads = dict(frame.unpack(files[at]))
             tag = draw.choice(list(payloads))
             payloads[tag] = damaged(bytes(payloads[tag]), draw)
             raw = sealed(payloads)
         try:
-            meta, tensors = packed.decode(raw)
-        except container.FormatError as error:
-            assert type(error) is not container.FormatError and "\n" not in str(error)
-            found[type(error).__name__] += 1
+            meta, tensors = v2.decode(raw)
+        except frame.FormatError as error:
+            assert type(error) is not frame.FormatError and "\n" not in str(error)
+            outcomes[type(error).__name__] += 1
         else:
             assert meta == networks[at][0]
             for name, value in networks[at][1].items():
                 assert value.tobytes() == tensors[name].tobytes(), name
-            found["the same network"] += 1
-    return found
+            outcomes["the same network"] += 1
+    return outcomes
 
 
 def damaged(raw: bytes, draw: random.Random) -> bytes:
+    """Return the bytes with up to three places changed, cut out or inserted."""
     raw = bytearray(raw)
     for _ in range(draw.randint(1, 3)):
         at, size = draw.randrange(len(raw) + 1), draw.choice((0, 1, 1, 2, 4, 30))
@@ -129,20 +132,21 @@ def damaged(raw: bytes, draw: random.Random) -> bytes:
 
 
 def times(path: str, turns: int) -> None:
+    """Print the CPU seconds of encoding and decoding a file."""
     raw = Path(path).read_bytes()
-    meta, tensors = packed.decode(raw)
+    meta, tensors = v2.decode(raw)
     sides = {"plain Python": False} | ({"numba": True} if coder.numba else {})
     rows = {name: [] for name in sides}
     if coder.numba:  # compile, or load
-        packed.decode(packed.encode(*made_up(), compiled=True), compiled=True)
+        v2.decode(v2.encode(*made_up(), compiled=True), compiled=True)
     for _ in range(turns):
         for name, compiled in sides.items():
             start = time.process_time()
-            again = packed.encode(meta, tensors, compiled=compiled)
+            again = v2.encode(meta, tensors, compiled=compiled)
             middle = time.process_time()
-            _, found = packed.decode(again, compiled=compiled)
+            _, decoded = v2.decode(again, compiled=compiled)
             rows[name].append((middle - start, time.process_time() - middle))
-            assert again == raw and all(np.array_equal(found[k], v) for k, v in tensors.items())
+            assert again == raw and all(np.array_equal(decoded[k], v) for k, v in tensors.items())
     print(f"{path}: {len(raw):,} bytes; CPU seconds, medians of {turns} alternating turns")
     first = None
     for name, pairs in rows.items():
@@ -162,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("name one .nnz file")
     try:
         times(cfg.files[0], cfg.turns)
-    except (OSError, container.FormatError) as error:
+    except (OSError, frame.FormatError) as error:
         raise UserError(f"{cfg.files[0]}: {config.reason(error)}") from None
 
 

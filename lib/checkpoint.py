@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib import quantizers
+from lib import compressed, quantizers
 from lib.config import UserError, reason
 from lib.data import Data
 from lib.data import load as load_images
@@ -33,7 +33,7 @@ RELEASE = Path(__file__).parent.parent / "release/mobilenetv2-cifar10.nnz"  # th
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What a file holds, and how to make the network that it describes."""
+    """What a file holds. It can build the network that it describes."""
 
     stage: str
     settings: dict  # the network's: see models.mobilenetv2.standard
@@ -49,7 +49,10 @@ class Checkpoint:
     bytes: int | None = None
 
     def build(self, device="cpu") -> nn.Module:
-        """The network with its weights, in eval mode, channels last."""
+        """Return the network with its weights, in eval mode, channels last.
+
+        Raises UserError if the state does not fit the settings.
+        """
         try:
             model = MobileNetV2(self.settings)
             if self.quantization:
@@ -64,55 +67,59 @@ class Checkpoint:
 
     @property
     def weights(self) -> int:
-        """Positions in Conv2d and Linear weights, zeros included."""
+        """The number of weights in Conv2d and Linear layers, zeros included."""
         return sum(t.numel() for n, t in self.state.items() if n.endswith(".weight") and t.ndim > 1)
 
     @property
     def original_weights(self) -> int:
-        """Those of the network that the chain began with, before any compaction."""
+        """The number of weights of the network that the chain began with, before any compaction."""
         return self.ancestors[0]["weights"] if self.ancestors else self.weights
 
     def lineage(self) -> list[dict]:
-        """Its ancestors and itself: what a child records as its own ancestors."""
-        own = {
+        """Return its ancestors and itself: what a child records as its ancestors."""
+        itself = {
             "stage": self.stage, "sha256": self.sha256, "bytes": self.bytes,
             "weights": self.weights, "metrics": self.metrics,
         }  # fmt: skip
-        return [*self.ancestors, own]
+        return [*self.ancestors, itself]
 
     def val_size(self, given: int | None) -> int | None:
-        """The flag if it was given, else what this file was trained with."""
+        """Return the size of the validation split: `given`, or if None that of the training."""
         return self.data.get("val_size") if given is None else given
 
     def images(self, given: str | None, val_size: int | None, device) -> Data:
-        """The data set that it was trained on, split as it was then, unless flags say otherwise.
+        """Return the data set that it was trained on, split as then.
 
-        Raises UserError where the images given are of another set.
+        given and val_size: what the flags say, which goes before what the file says; None: nothing.
+        Raises UserError if the images are of another set than those of the training.
         """
-        own = self.data.get("source")
-        if given is None and own == "synthetic":
-            given = own
+        trained_on = self.data.get("source")
+        if given is None and trained_on == "synthetic":
+            given = trained_on
         images = load_images(given, self.val_size(val_size), device)
-        if own not in (None, images.source):
-            raise UserError(f"{self.file} was trained on {own}, the images are {images.source}")
+        if trained_on not in (None, images.source):
+            raise UserError(
+                f"{self.file} was trained on {trained_on}, the images are {images.source}"
+            )
         self.check_classes(images.classes)
         return images
 
     def check_classes(self, names: tuple[str, ...]) -> None:
-        """UserError where the network does not tell these classes apart."""
+        """Raise UserError unless the network has as many outputs as there are names."""
         classes = self.settings.get("classes")
         if classes != len(names):
             raise UserError(f"{self.file} tells {classes} classes apart, not {len(names)}")
 
 
 def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
-    """Read any file of ours, or a plain torchvision MobileNetV2 state dict.
+    """Return the checkpoint in a .pth or .nnz file of this program, or in a plain state dict.
 
-    downsample: the strides of a plain state dict, which does not hold them (see
-        models.mobilenetv2.standard). None: those of the report, and a line on the standard error
-        says so. Files of ours know their own.
-    Raises UserError for a file that is missing, damaged or foreign, or that holds NaN or infinite
-    values. Nothing is unpickled but tensors and plain types.
+    A plain state dict is that of torchvision's MobileNetV2. It does not hold the strides, which
+    downsample gives (see models.mobilenetv2.standard); None takes those of the report, and a line
+    on the standard error says so. For other files downsample is ignored.
+
+    Nothing is unpickled but tensors and plain types. Raises UserError for a file that is missing,
+    damaged or foreign, or that holds NaN or infinite values.
     """
     path = Path(path)
     if not path.is_file():
@@ -121,15 +128,13 @@ def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
         raise UserError(f"{path} is for eval.py and predict.py: give the .pth that it was made of")
     raw = path.read_bytes()
     if raw[:4] == b"\x89NNZ":
-        from lib import nnz  # which imports this module
-
-        found = nnz.decode(raw, path)
+        loaded = Checkpoint(**compressed.decode(raw, path))
     else:
-        found = _from_dict(read(path), path, downsample)
-    check_finite(found.state, path)
-    found.file, found.bytes = path, len(raw)
-    found.sha256 = hashlib.sha256(raw).hexdigest()
-    return found
+        loaded = _from_dict(read(path), path, downsample)
+    check_finite(loaded.state, path)
+    loaded.file, loaded.bytes = path, len(raw)
+    loaded.sha256 = hashlib.sha256(raw).hexdigest()
+    return loaded
 
 
 def check_finite(state: dict, path: Path) -> None:
@@ -140,8 +145,8 @@ def check_finite(state: dict, path: Path) -> None:
         and not tensor.isfinite().all()
     ]  # fmt: skip
     if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(f"{path} holds NaN or infinite values in {bad[0]}{more}: it is of no use")
+        others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(f"{path} holds NaN or infinite values in {bad[0]}{others}: it is of no use")
 
 
 def _how_to_make(name: str) -> str:
@@ -150,7 +155,10 @@ def _how_to_make(name: str) -> str:
 
 
 def read(path: Path):
-    """Tensors and plain types from a torch file; UserError where it is damaged or foreign."""
+    """Return what a torch file holds, tensors and plain types only.
+
+    Raises UserError for a file that is damaged or foreign.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):  # of what is refused in a moment anyway
             return torch.load(path, map_location="cpu", weights_only=True)

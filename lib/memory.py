@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lib import checkpoint, nnz
+from lib import checkpoint, compressed
 from lib.checkpoint import Checkpoint
 from lib.metrics import weight_layers
 
 WEIGHTS, INDICES, REST = "weights: values", "weights: indices", "BN, biases, scales"
-# What lib.nnz.sections calls the parts of a .nnz file; any other section codes weights.
+# What lib.compressed.sections calls the parts of a .nnz file; any other section codes weights.
 SECTIONS = {"values": WEIGHTS, "indices": INDICES, "dense": REST, "scales": "scales",
             "biases": "biases", "steps": "activation steps", "metadata": "metadata",
             "frame": "frame"}  # fmt: skip
@@ -91,7 +91,7 @@ def parts(source: Checkpoint) -> dict[str, int]:
     """
     if source.stage == "compressed":
         sizes = {}
-        for kind, size in nnz.sections(Path(source.file).read_bytes()).items():
+        for kind, size in compressed.sections(Path(source.file).read_bytes()).items():
             part = SECTIONS.get(kind, f"weights: {kind}")
             sizes[part] = sizes.get(part, 0) + size
         return sizes

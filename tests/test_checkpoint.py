@@ -12,7 +12,7 @@ import torch
 from torchvision.models import mobilenet_v2
 
 import train
-from lib import checkpoint, nnz, quantizers
+from lib import checkpoint, compressed, quantizers
 from lib.config import UserError
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -143,8 +143,8 @@ def test_lineage_has_every_ancestor_oldest_first(tmp_path):
     for record, source in zip(last.lineage(), chain, strict=True):
         assert record["sha256"] == source.sha256 and record["bytes"] == source.bytes
         assert record["metrics"] == {"of": source.stage}
-    packed = nnz.decode(nnz.encode(last))
-    assert [a["stage"] for a in packed.ancestors] == list(stages)
+    fields = compressed.decode(compressed.encode(last))
+    assert [a["stage"] for a in fields["ancestors"]] == list(stages)
 
 
 # ---- writing -------------------------------------------------------------------------------------

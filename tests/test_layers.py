@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from lib import packed, quantizers
+from lib import quantizers
 from lib.metrics import weight_layers
+from lib.nnz import v2
 from models.layers import blocks, layers, places
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -78,4 +79,4 @@ def test_places_are_where_quantizers_stand(settings, bits):
     modules = dict(model.named_modules())
     known = [p for p in places(settings) if isinstance(modules[p], quantizers.Quantizer)]
     assert sorted(steps) == sorted(known)
-    assert [f"{place}.step" for place in known] == packed.places(settings, bits)
+    assert [f"{place}.step" for place in known] == v2.scale_names(settings, bits)

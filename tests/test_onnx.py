@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 import train
-from lib import checkpoint, data, graph, integer, nnz, ptq, quantizers, runtime, synthetic
+from lib import checkpoint, compressed, data, graph, integer, ptq, quantizers, runtime, synthetic
 from lib.config import UserError
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -196,7 +196,7 @@ def test_the_optimized_graph_has_no_float_convolution(exported, tmp_path):
 def test_the_same_bytes_every_time_and_from_the_compressed_file(source, exported, tmp_path):
     assert runtime.export(source, tmp_path / "again.onnx").graph == exported.graph
     packed = tmp_path / "x.nnz"
-    packed.write_bytes(nnz.encode(source))
+    packed.write_bytes(compressed.encode(source))
     unpacked = runtime.export(checkpoint.load(packed), tmp_path / "nnz.onnx")
     a, b = (onnx.load_from_string(x.graph) for x in (exported, unpacked))
     assert a.graph == b.graph

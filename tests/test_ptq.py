@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib import coder, data, ptq, quantizers
+from lib import data, ptq, quantizers
 from lib.compaction import compact, take
 from lib.metrics import weight_layers
+from lib.nnz import coder
 from lib.quantizers import Quantizer, integer_state, largest
 
 

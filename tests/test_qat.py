@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import quantize
-from lib import checkpoint, coder, pruning, ptq, qat, quantizers
+from lib import checkpoint, pruning, ptq, qat, quantizers
 from lib.metrics import Log, weight_layers
+from lib.nnz import coder
 from lib.quantizers import Quantizer, largest, per_row
 
 MIXED = ptq.scheme(3, 4, method="qat", last_act_bits=8,

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib import coder, rate
+from lib import rate
+from lib.nnz import coder
 
 
 def levels(largest: int, spread: float) -> torch.Tensor:

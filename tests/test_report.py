@@ -14,8 +14,9 @@ import report
 import sparse_compress
 import to_int8
 import train
-from lib import checkpoint, container, memory, metrics, plots, quantizers
+from lib import checkpoint, memory, metrics, plots, quantizers
 from lib.config import UserError
+from lib.nnz import frame
 from models.mobilenetv2 import MobileNetV2, standard
 
 FILES = ("baseline.pth", "quantized.pth", "int8.pth", "compressed.nnz")
@@ -80,7 +81,7 @@ def test_report_of_a_chain(run, tiny, capsys, monkeypatch):
         *(f"weights: {part}" for part in ("liveness", "significance", "signs", "magnitudes")),
         "scales", "biases", "activation steps", "metadata", "frame",
     ]  # fmt: skip
-    code = container.unpack((run / "checkpoints/compressed.nnz").read_bytes(), version=2)["CODE"]
+    code = frame.unpack((run / "checkpoints/compressed.nnz").read_bytes(), version=2)["CODE"]
     assert nnz["weight_bytes"] == len(code)
     assert nnz["ratios"]["model"] == baseline["bytes"] / nnz["bytes"]
     assert nnz["ratios"]["weights"] == 4 * weights / nnz["weight_bytes"]

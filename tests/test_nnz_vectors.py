@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lib import coder, vectors
-from lib.container import FormatError, Malformed
+from lib.nnz import coder, vectors
+from lib.nnz.frame import FormatError, Malformed
 
 EDGES = np.array(
     [0, 0x80000000, 1, 0x80000001, 0x7FFFFF, 0x800000, 0x3F800000, 0xBF800000, 0x7F7FFFFF,

@@ -1,6 +1,6 @@
-"""lib/nnz.py: a network as a .nnz file and back, the same to the bit; all else is refused.
+"""lib/compressed.py: a network as a .nnz file and back, the same to the bit; all else is refused.
 
-The container and the encoding themselves: tests/test_container.py, tests/test_sparse.py.
+The file itself: tests/test_nnz_frame.py, tests/test_nnz_v1.py, tests/test_nnz_v2.py.
 """
 
 import random
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import train
-from lib import checkpoint, data, metrics, nnz, ptq, quantizers, sparse
+from lib import checkpoint, compressed, data, metrics, ptq, quantizers
 from lib.config import UserError
+from lib.nnz import v1
 from models.mobilenetv2 import MobileNetV2, standard
 
 
@@ -60,10 +61,10 @@ def logits(found):
 )
 def test_round_trip(tmp_path, bits, act_bits):
     parent = source(tmp_path, bits, act_bits)
-    raw = nnz.encode(parent)
+    raw = compressed.encode(parent)
     (tmp_path / "x.nnz").write_bytes(raw)
     found = checkpoint.load(tmp_path / "x.nnz")
-    assert identical(found.state, nnz.stored_state(parent))
+    assert identical(found.state, compressed.stored_state(parent))
     for name, tensor in parent.state.items():
         assert torch.equal(quantizers.float_state(found.state)[name], tensor)
     assert torch.equal(logits(found), logits(parent))
@@ -71,34 +72,34 @@ def test_round_trip(tmp_path, bits, act_bits):
     assert found.settings == parent.settings and found.quantization == parent.quantization
     assert (found.val_size(None), found.seed) == (30, 47)
     assert found.ancestors[-1]["sha256"] == parent.sha256
-    assert nnz.encode(parent) == raw  # the same bytes every time
+    assert compressed.encode(parent) == raw  # the same bytes every time
 
 
 def test_only_what_is_not_zero_takes_bytes(tmp_path):
     """Negative zeros, which a mask leaves where a negative weight was, are zeros."""
     parent = source(tmp_path, None)
     assert any((torch.signbit(t) & (t == 0)).any() for t in parent.state.values())
-    values = sparse.sections(nnz.encode(parent))["values"]
+    values = v1.sections(compressed.encode(parent))["values"]
     assert values == 4 * sum(z for _, _, z in metrics.layer_counts(parent.build()))
 
 
 def test_fewer_bits_are_fewer_bytes(tmp_path):
-    sizes = [len(nnz.encode(source(tmp_path, bits))) for bits in (2, 4, 8, 12, 16, None)]
+    sizes = [len(compressed.encode(source(tmp_path, bits))) for bits in (2, 4, 8, 12, 16, None)]
     assert sizes == sorted(sizes) and len(set(sizes)) == len(sizes)
 
 
 def test_a_file_can_be_encoded_again(tmp_path):
     """From a .nnz, and from a checkpoint of integers, come the same tensors."""
     parent = source(tmp_path, 8)
-    (tmp_path / "a.nnz").write_bytes(nnz.encode(parent))
+    (tmp_path / "a.nnz").write_bytes(compressed.encode(parent))
     first = checkpoint.load(tmp_path / "a.nnz")
-    second = nnz.decode(nnz.encode(first))
-    assert identical(first.state, second.state)
-    assert len(second.ancestors) == len(first.ancestors) + 1
+    second = compressed.decode(compressed.encode(first))
+    assert identical(first.state, second["state"])
+    assert len(second["ancestors"]) == len(first.ancestors) + 1
 
 
 def test_tells_how_to_use_it(tmp_path):
-    meta, weights, dense, bits = sparse.decode(nnz.encode(source(tmp_path, 4)))
+    meta, weights, dense, bits = v1.decode(compressed.encode(source(tmp_path, 4)))
     assert (meta["mean"], meta["std"]) == (list(data.MEAN), list(data.STD))
     assert meta["data"]["classes"] == list(data.CLASSES)
     assert set(bits.values()) == {4} and len(weights) == 53
@@ -135,11 +136,11 @@ def folded(small, pixels, tmp_path_factory):
 ])  # fmt: skip
 def test_a_folded_network_comes_back_from_version_2(tmp_path, folded, bits, act_bits, more):
     parent = folded(bits, act_bits, **more)
-    raw = nnz.encode(parent)
-    assert nnz.version(raw) == 2 and sum(nnz.sections(raw).values()) == len(raw)
+    raw = compressed.encode(parent)
+    assert compressed.version(raw) == 2 and sum(compressed.sections(raw).values()) == len(raw)
     (tmp_path / "x.nnz").write_bytes(raw)
     found = checkpoint.load(tmp_path / "x.nnz")
-    assert identical(found.state, nnz.stored_state(parent))
+    assert identical(found.state, compressed.stored_state(parent))
     assert torch.equal(logits(found), logits(parent))
     assert found.settings == parent.settings and found.quantization == parent.quantization
     assert found.data == {"classes": list(data.CLASSES)} | parent.data
@@ -148,7 +149,7 @@ def test_a_folded_network_comes_back_from_version_2(tmp_path, folded, bits, act_
     assert [a["sha256"] for a in found.ancestors] == [None, parent.sha256]
     assert found.original_weights == parent.original_weights
     # From the file itself, too.
-    assert identical(nnz.decode(nnz.encode(found)).state, found.state)
+    assert identical(compressed.decode(compressed.encode(found))["state"], found.state)
 
 
 @pytest.mark.parametrize(("bits", "act_bits", "more"), [
@@ -156,13 +157,13 @@ def test_a_folded_network_comes_back_from_version_2(tmp_path, folded, bits, act_
 ])  # fmt: skip
 def test_what_is_not_quantized_throughout_is_of_version_1(folded, bits, act_bits, more):
     parent = folded(bits, act_bits, **more)
-    raw = nnz.encode(parent)
-    assert nnz.version(raw) == 1
-    assert identical(nnz.decode(raw).state, nnz.stored_state(parent))
+    raw = compressed.encode(parent)
+    assert compressed.version(raw) == 1
+    assert identical(compressed.decode(raw)["state"], compressed.stored_state(parent))
 
 
 def test_damage_to_version_2_is_one_line(tmp_path, folded):
-    raw, rng = nnz.encode(folded(4, 6)), random.Random(0)
+    raw, rng = compressed.encode(folded(4, 6)), random.Random(0)
     for _ in range(20):
         flipped = bytearray(raw)
         flipped[rng.randrange(4, len(raw))] ^= 1 << rng.randrange(8)
@@ -183,7 +184,7 @@ def refused(path, raw, what=""):
 
 
 def test_damaged_files(tmp_path):
-    raw, rng = nnz.encode(source(tmp_path, 8)), random.Random(0)
+    raw, rng = compressed.encode(source(tmp_path, 8)), random.Random(0)
     for _ in range(60):
         flipped = bytearray(raw)
         flipped[rng.randrange(4, len(raw))] ^= 1 << rng.randrange(8)
@@ -206,18 +207,18 @@ def test_damaged_files(tmp_path):
     (lambda m: m | {"quantization": {"weight_bits": "8", "act_bits": 8}}, "does not fit"),
 ])  # fmt: skip
 def test_foreign_metadata(tmp_path, change, what):
-    meta, weights, dense, bits = sparse.decode(nnz.encode(source(tmp_path, 8)))
-    refused(tmp_path / "x.nnz", sparse.encode(change(meta), weights, dense, bits), what)
+    meta, weights, dense, bits = v1.decode(compressed.encode(source(tmp_path, 8)))
+    refused(tmp_path / "x.nnz", v1.encode(change(meta), weights, dense, bits), what)
 
 
 def test_other_tensors(tmp_path):
-    meta, weights, dense, bits = sparse.decode(nnz.encode(source(tmp_path, 8)))
+    meta, weights, dense, bits = v1.decode(compressed.encode(source(tmp_path, 8)))
     path, what = tmp_path / "x.nnz", "does not fit its own description"
-    refused(path, sparse.encode(meta, {}, dense, {}), what)
+    refused(path, v1.encode(meta, {}, dense, {}), what)
     extra = dense | {"extra": np.zeros(3, np.float32)}
-    refused(path, sparse.encode(meta, weights, extra, bits), what)
+    refused(path, v1.encode(meta, weights, extra, bits), what)
     scaleless = {k: v for k, v in dense.items() if not k.endswith("_scale")}
-    refused(path, sparse.encode(meta, weights, scaleless, bits), what)
+    refused(path, v1.encode(meta, weights, scaleless, bits), what)
 
 
 @pytest.mark.parametrize(("change", "what"), [
@@ -228,11 +229,11 @@ def test_weights_of_other_types_cannot_be_encoded(tmp_path, change, what):
     parent = source(tmp_path, None)
     parent.state["classifier.1.weight"] = change(parent.state["classifier.1.weight"])
     with pytest.raises(UserError, match=what):
-        nnz.encode(parent)
+        compressed.encode(parent)
 
 
 def test_weights_off_their_grid_cannot_be_encoded(tmp_path):
     parent = source(tmp_path, 8)
     parent.state["classifier.1.weight"] += 1e-3
     with pytest.raises(UserError, match=r"8\.pth: classifier.1.weight does not lie on its 8-bit"):
-        nnz.encode(parent)
+        compressed.encode(parent)

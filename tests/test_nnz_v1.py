@@ -1,10 +1,10 @@
-"""The sparse encoding: bit-for-bit round trips, a slow decoder beside the fast one, refusals."""
+"""Version 1 of the .nnz file: bit-for-bit round trips, the reference decoder beside the fast one,
+refusals by name."""
 
 import hashlib
 import json
 import random
 import re
-import struct
 import time
 import tracemalloc
 import zlib
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference_decoder
 
-from lib.container import (
+from lib.nnz.frame import (
     ChecksumMismatch,
     FormatError,
     LimitExceeded,
@@ -22,7 +23,7 @@ from lib.container import (
     pack,
     unpack,
 )
-from lib.sparse import META_LIMIT, decode, encode, sections
+from lib.nnz.v1 import META_LIMIT, decode, encode, sections
 
 SHAPES = [(), (1,), (7,), (0,), (3, 0, 2), (1, 1, 1), (16, 8, 1, 1), (9, 1, 3, 3), (2,) * 8]
 SHAPES += [(256, 3), (257, 3), (3, 65536), (3, 65537), (65537, 1)]
@@ -81,47 +82,6 @@ def small_file():
     return {"a": [1, 0.5, None, "é"]}, sparse, dense, {"w": 4, "f": 32, "i": 12}
 
 
-def slow_decode(data):
-    """Written from FORMAT.md, plain Python: {name: elements as unsigned integers, in C order}."""
-    payloads, at = {}, 20 + 12 * data[10]
-    for i in range(data[10]):
-        tag, size, _ = struct.unpack_from("<4sII", data, 20 + 12 * i)
-        payloads[tag.decode()] = data[at : at + size]
-        at += size
-    directory = json.loads(zlib.decompress(payloads["META"]))
-    values, indices, dense = payloads["SVAL"], payloads["SIDX"], payloads["DENS"]
-    tensors = {}
-    for name, dtype, shape, bits, count in directory["sparse"]:
-        width = {"int8": 8, "int16": 16, "float32": 32}[dtype]
-        used = -(-count * bits // 8)
-        stream = int.from_bytes(values[:used], "little")
-        values = values[used:]
-        positions = [0] * count
-        size = 1
-        for n in shape:
-            size *= n
-            step = 0 if n < 2 else 1 if n <= 256 else 2 if n <= 65536 else 4
-            for k in range(count):
-                here = int.from_bytes(indices[k * step : (k + 1) * step], "little")
-                positions[k] = positions[k] * n + here
-            indices = indices[count * step :]
-        elements = [0] * size
-        for k, position in enumerate(positions):
-            level = stream >> (k * bits) & ((1 << bits) - 1)
-            if level >> (bits - 1):
-                level += (1 << width) - (1 << bits)
-            elements[position] = level
-        tensors[name] = elements
-    for name, dtype, shape in directory["dense"]:
-        step = np.dtype(dtype).itemsize
-        size = int(np.prod(shape))
-        tensors[name] = [int.from_bytes(dense[k * step : (k + 1) * step], "little")
-                         for k in range(size)]  # fmt: skip
-        dense = dense[size * step :]
-    assert not values and not indices and not dense
-    return tensors
-
-
 def seal(directory, values=b"", indices=b"", dense=b"", content=b"", text=None):
     """A file with every CRC right, and the SHA-256 of `content`, from parts that may be illegal."""
     if text is None:
@@ -171,7 +131,7 @@ def test_round_trip_of_random_networks():
             shape = tuple(int(n) for n in rng.integers(0, 7, rng.integers(0, 5)))
             dense[f"d{9 - k}"] = random_dense(rng, rng.choice(dense_types), shape)
         data = check_round_trip({"scale": rng.random()}, sparse, dense, bits)
-        slow = slow_decode(data)
+        slow = reference_decoder.decode_version_1(data)
         for name, array in [*sparse.items(), *dense.items()]:
             unsigned = array.reshape(-1).view(f"u{array.dtype.itemsize}")
             assert slow[name] == unsigned.tolist()
@@ -428,6 +388,8 @@ def test_example_of_the_text():
     assert meta == {"classes": ["cat", "dog"]} and bits == {"w": 4}
     assert sparse["w"].dtype == np.int8 and sparse["w"].tolist() == [[0, -3, 0], [7, 0, 1]]
     assert dense["b"].tobytes() == np.array([0.5, -0.0], np.float32).tobytes()
+    slow = reference_decoder.decode(data)
+    assert slow == {"w": [0, 0xFD, 0, 7, 0, 1], "b": [0x3F000000, 0x80000000]}
     again = encode(meta, sparse, dense, bits)
     assert zlib.decompress(unpack(again)["META"]) == text.encode()
     if "ng" not in zlib.ZLIB_RUNTIME_VERSION:  # zlib-ng deflates differently, which is legal

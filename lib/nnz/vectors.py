@@ -1,30 +1,34 @@
-"""Float vectors as short integers, without loss (FORMAT.md, section 4.4): scales, biases, steps.
+"""Vectors of floats as short integers, without loss (FORMAT.md, section 4.4).
 
-A vector becomes integers in one of two forms, whichever is shorter: the numbers' own bits without
-the mantissa's trailing zeros, or multiples of a power of two. So numbers that were rounded, to few
-mantissa bits or to a grid, take few bits, and any others come back just as well. Knows no torch.
+Version 2 of the file stores weight scales, biases and activation scales this way. A vector becomes
+integers in one of two forms, whichever is shorter: the floats' own bits without the trailing zeros
+of the mantissa, or multiples of a power of two. So floats that were rounded, to few mantissa bits
+or to a grid, take few bits, and all others come back just as exactly.
 """
 
 import numpy as np
 
-from lib import coder
-from lib.container import Malformed
+from lib.nnz import coder
+from lib.nnz.frame import Malformed, varint
 
-# A vector's form: 1 to 24 is 1 + the mantissa bits of its floats; -1 to -277 is -150 - e, of
-# multiples of 2^e.
-LONGEST_CUT = 17  # low bits that are stored as they are: 32 - 17 bits the coder can hold
+# The form of a vector is 1 + its mantissa bits (1 to 24), or -150 - e for multiples of 2^e (-1 to
+# -277).
+MAX_CUT = 17  # low bits that bypass the coder: it can hold the 32 - 17 others
 
 
 def pack(vectors: list[np.ndarray], compiled: bool | None = None) -> bytes:
-    """The bytes of float32 vectors of any values: two lengths, the coder's stream, low bits."""
+    """Return the bytes of float32 vectors, of any values: two lengths, a coder stream, low bits.
+
+    compiled: as in coder.encode.
+    """
     forms, cuts, high, low = [], [], [], [np.zeros(0, np.uint8)]
     for vector in vectors:
-        form, numbers = _shortest(np.asarray(vector, "<f4"))
-        cut = _cut(numbers)
+        form, numbers = _shortest_form(np.asarray(vector, "<f4"))
+        cut = _low_bits_to_cut(numbers)
         forms.append(form)
         cuts.append(cut)
         high.append(numbers >> cut)
-        low.append(_bits(numbers, cut))
+        low.append(_low_bits(numbers, cut))
     heads = np.array([forms, cuts], np.int64)
     stream = coder.encode_values([*heads, *high], compiled=compiled)
     tail = np.packbits(np.concatenate(low), bitorder="little").tobytes()
@@ -34,38 +38,33 @@ def pack(vectors: list[np.ndarray], compiled: bool | None = None) -> bytes:
 def unpack(
     stream: bytes, tail: bytes, sizes: list[int], compiled: bool | None = None
 ) -> list[np.ndarray]:
-    """The vectors, float32, of these sizes, from what follows the lengths. Raises Malformed."""
+    """Return the float32 vectors, of these sizes, from the coder stream and the low bits.
+
+    compiled: as in coder.decode. Raises Malformed unless the bytes are legal for these sizes.
+    """
     try:
-        found = coder.decode_values(stream, [len(sizes)] * 2 + sizes, compiled=compiled)
+        forms, cuts, *high = coder.decode_values(
+            stream, [len(sizes)] * 2 + sizes, compiled=compiled
+        )
     except coder.CoderError as error:
         raise Malformed(f"section SIDE: {error}") from None
-    forms, cuts, *high = found
-    if ((cuts < 0) | (cuts > LONGEST_CUT)).any():
+    if ((cuts < 0) | (cuts > MAX_CUT)).any():
         raise Malformed("section SIDE: an illegal number of low bits")
     bits = np.unpackbits(np.frombuffer(tail, np.uint8), bitorder="little")
     needed = int(cuts @ np.array(sizes, np.int64)) if sizes else 0
     if len(tail) != (needed + 7) // 8 or bits[needed:].any():
         raise Malformed("section SIDE: not as many low bits as the vectors need")
-    vectors, at = [], 0
+    vectors, start = [], 0
     for form, cut, numbers in zip(forms.tolist(), cuts.tolist(), high, strict=True):
-        end = at + cut * len(numbers)
-        low = bits[at:end].reshape(len(numbers), cut) @ (1 << np.arange(cut, dtype=np.int64))
+        end = start + cut * len(numbers)
+        low = bits[start:end].reshape(len(numbers), cut) @ (1 << np.arange(cut, dtype=np.int64))
         vectors.append(_floats(form, (numbers.astype(np.int64) << cut) + low))
-        at = end
+        start = end
     return vectors
 
 
-def varint(number: int) -> bytes:
-    """Seven bits a byte, the lowest first; the top bit says that more follow."""
-    out = []
-    while number >> 7:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def _shortest(vector):
-    """(form, integers, int64)."""
+def _shortest_form(vector):
+    """Return (form, integers as int64) of a float32 vector, in the form that codes shorter."""
     bits = vector.view("<u4").astype(np.int64)
     sign, size = bits >> 31, bits & 0x7FFFFFFF
     mantissa = 23 - _trailing_zeros(size, 23)
@@ -84,16 +83,18 @@ def _shortest(vector):
 
 
 def _span(numbers):
-    """How far magnitudes differ: zeros and signs are cheap."""
+    """Return largest minus smallest magnitude of the non-zeros: zeros and signs are cheap."""
     return np.ptp(np.abs(numbers[numbers != 0]))
 
 
 def _trailing_zeros(numbers, most):
+    """Return how many low bits are 0 in all numbers, at most `most`."""
     union = int(np.bitwise_or.reduce(np.atleast_1d(numbers), initial=0))
     return min((union & -union).bit_length() - 1, most) if union else most
 
 
-def _cut(numbers):
+def _low_bits_to_cut(numbers):
+    """Return how many low bits must go for the coder to hold the rest."""
     cut = 0
     while len(numbers) and max(int(numbers.max()) >> cut, -(int(numbers.min()) >> cut)) > (
         coder.LARGEST
@@ -102,11 +103,13 @@ def _cut(numbers):
     return cut
 
 
-def _bits(numbers, cut):
+def _low_bits(numbers, cut):
+    """Return the `cut` low bits of each number, lowest first, as one array of 0 and 1."""
     return (numbers[:, None] >> np.arange(cut) & 1).astype(np.uint8).reshape(-1)
 
 
 def _floats(form, numbers):
+    """Return the float32 vector of these integers in this form; raises Malformed."""
     if 1 <= form <= 24:
         size = np.where(numbers < 0, ~numbers, numbers)
         if size.size and int(size.max()) >> 7 + form:

@@ -1,16 +1,14 @@
-"""Version 2 of the .nnz file: bit-for-bit round trips, pinned files, a decoder written from
-FORMAT.md alone, and refusals by name of all that is damaged, foreign or too large.
+"""Version 2 of the .nnz file: bit-for-bit round trips, pinned files, the reference decoder
+beside the fast one, and refusals by name of all that is damaged, foreign or too large.
 
-The coder and the vectors themselves: tests/test_coder.py, tests/test_vectors.py. More damage than
-fits here: benchmarks/nnz_file.py --fuzz.
+The coder and the vectors themselves: tests/test_nnz_coder.py, tests/test_nnz_vectors.py. More
+damage than fits here: benchmarks/nnz_file.py --fuzz.
 """
 
 import copy
-import hashlib
 import json
 import random
 import re
-import struct
 import subprocess
 import sys
 import tracemalloc
@@ -19,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_coder import slow_decode as slow_levels
+import reference_decoder
 
 from benchmarks.nnz_file import damaged, fuzz, made_up, sealed
-from lib import coder, container, description, packed, sparse, vectors
-from lib.container import (
+from lib.nnz import coder, description, frame, v1, v2
+from lib.nnz.frame import (
     ChecksumMismatch,
     FormatError,
     LimitExceeded,
@@ -39,15 +37,15 @@ GOLDEN = sorted((FOLDER / "golden").glob("*.nnz"))
 
 
 def check_round_trip(meta, tensors):
-    raw = packed.encode(meta, tensors)
-    found, decoded = packed.decode(raw)
+    raw = v2.encode(meta, tensors)
+    found, decoded = v2.decode(raw)
     assert found == meta
     assert list(decoded) == list(tensors)
     for name, value in tensors.items():
         assert decoded[name].dtype == value.dtype and decoded[name].shape == value.shape, name
         assert decoded[name].tobytes() == value.tobytes(), name
         assert decoded[name].flags.writeable
-    sizes = packed.sections(raw)
+    sizes = v2.sections(raw)
     assert list(sizes) == [*coder.PARTS, "scales", "biases", "steps", "metadata", "frame"]
     assert sum(sizes.values()) == len(raw) and min(sizes.values()) >= 0
     return raw, sizes
@@ -101,12 +99,12 @@ def test_networks_without_a_live_weight_or_known_ancestor():
 
 def test_only_scales_of_dead_rows_that_are_1_are_left_out():
     meta, tensors = made_up(5, coarse=True)
-    assert packed.unpack(packed.encode(meta, tensors))["SIDE"][0] == packed.DEAD
+    assert frame.unpack(v2.encode(meta, tensors))["SIDE"][0] == v2.DEAD
     name = "features.0.0"
     tensors[f"{name}.weight"][1] = 0
     tensors[f"{name}.weight_scale"][1] = 1.5
     raw, _ = check_round_trip(meta, tensors)
-    assert packed.unpack(raw)["SIDE"][0] == 0
+    assert frame.unpack(raw)["SIDE"][0] == 0
 
 
 def test_the_usual_network_takes_few_bytes_beside_its_tensors():
@@ -120,9 +118,9 @@ def test_numba_writes_the_same_file():
     if coder.numba is None:
         pytest.skip("numba is not installed")
     network = made_up(6, 8)
-    raw = packed.encode(*network, compiled=True)
-    assert raw == packed.encode(*network, compiled=False)
-    assert packed.sections(raw, compiled=True) == packed.sections(raw, compiled=False)
+    raw = v2.encode(*network, compiled=True)
+    assert raw == v2.encode(*network, compiled=False)
+    assert v2.sections(raw, compiled=True) == v2.sections(raw, compiled=False)
 
 
 @pytest.mark.parametrize("change", [
@@ -150,126 +148,54 @@ def test_what_the_version_cannot_hold_is_refused(change):
     meta, tensors = made_up(7)
     change(meta, tensors)
     with pytest.raises(Malformed):
-        packed.encode(meta, tensors)
+        v2.encode(meta, tensors)
 
 
 # ---- the bytes themselves ------------------------------------------------------------------------
 
 
-def slow_decode(raw):
-    """Written from FORMAT.md alone: ({name: elements as integers, floats as their bits}, JSON)."""
-    head = struct.unpack_from("<8sHBBII", raw)
-    assert head[:5] == (b"\x89NNZ\r\n\x1a\n", 2, 3, 0, len(raw))
-    assert zlib.crc32(raw[:16] + raw[20:56]) == head[5]
-    payloads, at = [], 56
-    for i, tag in enumerate((b"NETW", b"CODE", b"SIDE")):
-        found, size, crc = struct.unpack_from("<4sII", raw, 20 + 12 * i)
-        payloads.append(raw[at : at + size])
-        assert found == tag and zlib.crc32(tag + payloads[-1]) == crc
-        at += size
-    assert at == len(raw)
-    network, code, side = payloads
-
-    dictionary = re.search(r"zdict.*?```json\n(.*?)\n```", FORMAT, re.S)[1].encode()
-    assert hashlib.sha256(dictionary).hexdigest() in FORMAT
-    stream = zlib.decompressobj(-15, zdict=dictionary)
-    text = stream.decompress(network)
-    rest = stream.unused_data
-    widths_and_parent, content = rest[:-32], rest[-32:]
-    numbers = iter(rest[:-64])
-
-    def varint(data):
-        byte = next(data)
-        return byte % 128 + (128 * varint(data) if byte >= 128 else 0)
-
-    about = json.loads(text)
-    settings, scheme = about["settings"], about["quantization"]
-    layers, steps = [], ["image.step", "features.0.2.step"]  # layers: name, shape, kind, groups
-    channels, stream = varint(numbers), "S0"
-    layers.append(("features.0.0", (channels, 3, 3, 3), 0, (stream, None)))
-    for i, block in enumerate(settings["blocks"], 1):
-        place, expand, residual = f"features.{i}.", block["expand"], block["residual"]
-        hidden = varint(numbers) if expand else channels
-        out = channels if residual else varint(numbers)
-        inner = f"H{i}" if expand else stream
-        after = stream if residual else f"S{i}"
-        if expand:
-            layers.append((f"{place}conv.0.0", (hidden, channels, 1, 1), 1, (inner, stream)))
-        e = int(expand)
-        layers.append((f"{place}conv.{e}.0", (hidden, 1, 3, 3), 2, (inner, None)))
-        layers.append((f"{place}conv.{e + 1}", (out, hidden, 1, 1), 3, (after, inner)))
-        steps += [f"{place}input.step"] * (residual and scheme["act_bits"] < 8)
-        steps += [f"{place}conv.0.2.step"] + [f"{place}conv.1.2.step"] * expand
-        steps += [f"{place}addend.step"] * residual + [f"{place}stream.step"]
-        channels, stream = out, after
-    n, head, classes = len(settings["blocks"]), varint(numbers), settings["classes"]
-    layers.append((f"features.{n + 1}.0", (head, channels, 1, 1), 4, ("T", stream)))
-    layers.append(("classifier.1", (classes, head), 5, (None, "T")))
-    steps += [f"features.{n + 1}.2.step", "pooled.step"]
-    steps = steps if scheme["act_bits"] != 32 else []
-    assert next(numbers, None) is None
-
-    shapes = [(shape[0], int(np.prod(shape[1:]))) for _, shape, _, _ in layers]
-    levels = slow_levels(code, shapes, [x[2] for x in layers], [x[3] for x in layers])
-    alive = [[any(row) or not side[0] & 1 for row in layer] for layer in levels]
-    vectors_of = {}
-    groups = ("weight_scale", [sum(x) for x in alive]), ("bias", [len(x) for x in alive])
-    data = iter(side[1:])
-    for part, sizes in (*groups, ("step", [len(steps)])):
-        lengths = varint(data), varint(data)
-        stream, tail = (bytes(next(data) for _ in range(size)) for size in lengths)
-        counts = [len(sizes), len(sizes), *sizes]
-        shapes, none = [(count, 1) for count in counts], [(None, None)] * len(counts)
-        found = slow_levels(stream, shapes, [6] * len(counts), none)
-        forms, cuts, *rows = [[row[0] for row in column] for column in found]
-        bits, vectors_of[part] = int.from_bytes(tail, "little"), []
-        for form, cut, row in zip(forms, cuts, rows, strict=True):
-            values = []
-            for number in row:
-                number = number * 2**cut + bits % 2**cut
-                bits //= 2**cut
-                if form > 0:
-                    sign, size = (1, -1 - number) if number < 0 else (0, number)
-                    values.append(sign * 2**31 + size * 2 ** (24 - form))
-                else:
-                    value = struct.pack("<f", number * 2.0 ** (-150 - form))
-                    values.append(int.from_bytes(value, "little"))
-            vectors_of[part].append(values)
-        assert bits == 0
-    assert next(data, None) is None
-
-    tensors, sha = {}, hashlib.sha256(text + widths_and_parent)
-    for i, (name, *_) in enumerate(layers):
-        stored = iter(vectors_of["weight_scale"][i])
-        tensors[f"{name}.weight"] = sum(levels[i], [])
-        tensors[f"{name}.weight_scale"] = [next(stored) if x else 0x3F800000 for x in alive[i]]
-        tensors[f"{name}.bias"] = vectors_of["bias"][i]
-    tensors |= {name: [x] for name, x in zip(steps, vectors_of["step"][0], strict=True)}
-    for name, values in tensors.items():
-        kind = "h" if name.endswith(".weight") else "I"
-        sha.update(struct.pack(f"<{len(values)}{kind}", *values))
-    assert sha.digest() == content
-    return tensors, about
-
-
-def check_slow_decoder(raw):
-    slow, about = slow_decode(raw)
-    meta, tensors = packed.decode(raw)
+def check_reference_decoder(raw):
+    slow, about = reference_decoder.decode_version_2(raw)
+    meta, tensors = v2.decode(raw)
     assert list(slow) == list(tensors)
     for name, value in tensors.items():
         flat = value.reshape(-1)
         assert slow[name] == (flat.view("<u4") if flat.dtype == np.float32 else flat).tolist(), name
     assert about["quantization"] == meta["quantization"]
-    again = packed.encode(meta, tensors)
-    old, new = container.unpack(raw), container.unpack(again)
+    again = v2.encode(meta, tensors)
+    old, new = frame.unpack(raw), frame.unpack(again)
     assert new["CODE"] == old["CODE"] and new["SIDE"] == old["SIDE"]
     if "ng" not in zlib.ZLIB_RUNTIME_VERSION:  # zlib-ng deflates differently, which is legal
         assert again == raw
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
-def test_a_decoder_written_from_the_text_agrees_on_the_pinned_files(path):
-    check_slow_decoder(path.read_bytes())
+def test_the_reference_decoder_agrees_on_the_pinned_files(path):
+    check_reference_decoder(path.read_bytes())
+
+
+def test_the_reference_decoder_agrees_where_the_stem_and_the_first_block_are_one_group():
+    """A first block without expansion that is residual, as at widths of 0.25 and less."""
+    meta, tensors = made_up(8)
+    block = meta["settings"]["blocks"][0]
+    block |= {"residual": True, "out": 3}
+    settings, scheme = meta["settings"], meta["quantization"]
+    settings["blocks"][1] |= {"out": 3}
+    _, groups = v2.kinds_and_groups(v2.layers(settings))
+    assert {*groups[0], *groups[1], *groups[2]} == {("stem", 0), None}
+    draw = np.random.default_rng(0)
+    tensors = {
+        name: (draw.normal(size=shape) * 2).astype(stored)
+        for name, (stored, shape) in v2.tensors_of(settings, scheme).items()
+    }
+    raw, _ = check_round_trip(meta, tensors)
+    check_reference_decoder(raw)
+
+
+def test_a_file_need_not_say_the_stride_of_the_stem():
+    meta, tensors = made_up(9)
+    del meta["settings"]["stem_stride"]
+    check_reference_decoder(check_round_trip(meta, tensors)[0])
 
 
 def test_the_pinned_files_are_there():
@@ -279,18 +205,29 @@ def test_the_pinned_files_are_there():
 def test_example_of_the_text():
     text = FORMAT[FORMAT.index("## 9.") : FORMAT.index("## 10.")]
     raw = bytes.fromhex(re.search(r"```hex\n(.*?)```", text, re.S)[1])
-    check_slow_decoder(raw)
-    meta, tensors = packed.decode(raw)
+    check_reference_decoder(raw)
+    meta, tensors = v2.decode(raw)
     assert tensors["classifier.1.weight"].tolist() == [[-5, 0], [2, 0]]
     assert tensors["classifier.1.weight_scale"].tolist() == [0.25, 0.3125]
     assert meta["ancestors"][1]["sha256"] == "ab" * 32
     written = re.search(r"```json\n(.*?)\n```", text, re.S)[1].encode()
-    found, _ = description.inflate(container.unpack(raw)["NETW"], 1000)
+    found, _ = description.inflate(frame.unpack(raw)["NETW"], 1000)
     assert found == written and len(found) == 389
     for row in re.findall(r"^\| (\d+)-(\d+) \|.*\| `([0-9A-F ]+)( \.\.\.)?` \|$", text, re.M):
         first, last, shown = int(row[0]), int(row[1]), bytes.fromhex(row[2])
         assert raw[first : last + 1][: len(shown)] == shown
         assert row[3] or len(shown) == last + 1 - first
+
+
+def test_contents_and_references_of_the_text():
+    headings = re.findall(r"^#+ (.*)$", FORMAT, re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#(.*?)\)", FORMAT)) <= anchors
+    numbers = {heading.split()[0].rstrip(".") for heading in headings}
+    decoder = (FOLDER / "reference_decoder.py").read_text()
+    assert set(re.findall(r"[Ss]ections? (\d+(?:\.\d+)?)", FORMAT + decoder)) <= numbers
+    for module in re.findall(r"`((?:lib|tests)/[\w/]+\.py)`", FORMAT):
+        assert (FOLDER.parent / module).is_file()
 
 
 def test_the_dictionary_is_that_of_the_text():
@@ -303,14 +240,14 @@ def test_the_dictionary_is_that_of_the_text():
 
 def refuse(raw, error=FormatError, **limit):
     with pytest.raises(error) as caught:
-        packed.decode(raw, **limit)
+        v2.decode(raw, **limit)
     assert type(caught.value) is not FormatError
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 @pytest.fixture(scope="module")
 def small():
-    return packed.encode(*made_up(0, 4, 8, coarse=True))
+    return v2.encode(*made_up(0, 4, 8, coarse=True))
 
 
 def test_every_truncation(small):
@@ -334,7 +271,7 @@ def test_random_damage():
 def test_every_byte_of_a_sealed_section_counts(small):
     """With the CRCs made right again, the parsers, the coder or the SHA-256 refuse."""
     draw = random.Random(2)
-    payloads = dict(container.unpack(small))
+    payloads = dict(frame.unpack(small))
     for tag, payload in payloads.items():
         for _ in range(25):
             changed = damaged(bytes(payload), draw)
@@ -342,11 +279,11 @@ def test_every_byte_of_a_sealed_section_counts(small):
                 continue
             raw = sealed(payloads | {tag: changed})
             try:
-                found = packed.decode(raw)
+                found = v2.decode(raw)
             except FormatError as error:
                 assert type(error) is not FormatError
             else:  # deflated otherwise, but the same
-                assert tag == "NETW" and found[0] == packed.decode(small)[0]
+                assert tag == "NETW" and found[0] == v2.decode(small)[0]
 
 
 @pytest.mark.parametrize("raw", [
@@ -357,18 +294,18 @@ def test_foreign_files(raw):
 
 
 def test_version_1_is_another_module_s():
-    refuse(sparse.encode({}, {}, {}, {}), UnsupportedVersion)
+    refuse(v1.encode({}, {}, {}, {}), UnsupportedVersion)
     with pytest.raises(UnsupportedVersion):
-        sparse.decode(packed.encode(*made_up()))
+        v1.decode(v2.encode(*made_up()))
 
 
 def described(change, widths=None, text=None, tail=b""):
     """A file of a description that may be illegal, sealed, with the right SHA-256 of no tensors."""
     found = json.loads(description.DICTIONARY)
     change(found)
-    text = sparse.canonical(found) if text is None else text
+    text = frame.canonical(found) if text is None else text
     stream = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=description.DICTIONARY)
-    numbers = b"".join(map(vectors.varint, [1] * 25)) if widths is None else widths
+    numbers = b"".join(map(frame.varint, [1] * 25)) if widths is None else widths
     payload = stream.compress(text) + stream.flush() + numbers + bytes(64) + tail
     return sealed({"NETW": payload, "CODE": b"\1", "SIDE": b"\0" * 7})
 
@@ -418,7 +355,7 @@ def test_huge_sizes_are_refused_before_anything_is_allocated():
     tracemalloc.start()
     try:
         refuse(described(lambda d: None, widths=b"\xff\xff\3" * 25), LimitExceeded)
-        many = vectors.varint(2000) * 25  # within what a long section may hold: not of one byte
+        many = frame.varint(2000) * 25  # within what a long section may hold: not of one byte
         refuse(described(lambda d: None, widths=many), LimitExceeded)
         bomb = zlib.compressobj(9, zlib.DEFLATED, -15)
         stream = b"".join(bomb.compress(b" " * (1 << 20)) for _ in range(64)) + bomb.flush()
@@ -430,7 +367,7 @@ def test_huge_sizes_are_refused_before_anything_is_allocated():
 
 
 def test_limit(small):
-    packed.decode(small, limit=1 << 14)
+    v2.decode(small, limit=1 << 14)
     refuse(small, LimitExceeded, limit=len(small) - 1)
     refuse(small, LimitExceeded, limit=len(small) + 1)  # the file is not, its tensors are
 
@@ -438,12 +375,12 @@ def test_limit(small):
 def side(flags=0, groups=None, **changed):
     """A file of the small network with another SIDE, and its own SHA-256."""
     meta, tensors = made_up(0, 4, 8, coarse=True)
-    payloads = dict(container.unpack(packed.encode(meta, tensors)))
+    payloads = dict(frame.unpack(v2.encode(meta, tensors)))
     return sealed(payloads | {"SIDE": bytes([flags]) + (groups or bytes(payloads["SIDE"][1:]))})
 
 
 def test_illegal_sides(small):
-    body = bytes(container.unpack(small)["SIDE"][1:])
+    body = bytes(frame.unpack(small)["SIDE"][1:])
     refuse(side(2, body), Malformed)  # a reserved flag
     refuse(side(0, body), Malformed)  # scales for all rows, but only those of some
     refuse(side(1, body + b"\0"), Malformed)
@@ -454,25 +391,25 @@ def test_illegal_sides(small):
 
 def test_levels_outside_their_bits(small):
     meta, tensors = made_up(0, 4, 8, coarse=True)
-    network = packed.layers(meta["settings"])
-    matrices = [tensors[f"{x.name}.weight"].reshape(x.matrix).copy() for x in network]
+    network = v2.layers(meta["settings"])
+    matrices = [tensors[f"{x.name}.weight"].reshape(v2.matrix_shape(x)).copy() for x in network]
     matrices[-1][0, 0] = 8
-    code = coder.encode(matrices, [x.kind for x in network], [x.links for x in network])
-    refuse(sealed(dict(container.unpack(small)) | {"CODE": code}), Malformed)
+    code = coder.encode(matrices, *v2.kinds_and_groups(network))
+    refuse(sealed(dict(frame.unpack(small)) | {"CODE": code}), Malformed)
 
 
 def test_other_tensors_than_were_hashed(small):
     meta, tensors = made_up(0, 4, 8, coarse=True)
     other = copy.deepcopy(tensors)
     other["classifier.1.bias"][0] += 0.125
-    raw = packed.encode(meta, other)
-    mixed = dict(container.unpack(small)) | {"SIDE": container.unpack(raw)["SIDE"]}
+    raw = v2.encode(meta, other)
+    mixed = dict(frame.unpack(small)) | {"SIDE": frame.unpack(raw)["SIDE"]}
     refuse(sealed(mixed), ChecksumMismatch)
     other = made_up(0, 4, 8, coarse=True)[0]
     other["ancestors"][1]["sha256"] = "ff" * 32
-    head = bytearray(container.unpack(small)["NETW"])
+    head = bytearray(frame.unpack(small)["NETW"])
     head[-64:-32] = b"\xff" * 32  # the parent is hashed, too
-    refuse(sealed(dict(container.unpack(small)) | {"NETW": head}), ChecksumMismatch)
+    refuse(sealed(dict(frame.unpack(small)) | {"NETW": head}), ChecksumMismatch)
 
 
 def test_the_command_line_of_the_benchmark(tmp_path, small):

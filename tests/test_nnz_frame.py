@@ -8,8 +8,8 @@ import zlib
 
 import pytest
 
-from lib import container
-from lib.container import (
+from lib.nnz import frame
+from lib.nnz.frame import (
     ChecksumMismatch,
     FormatError,
     LimitExceeded,
@@ -21,7 +21,7 @@ from lib.container import (
     unpack,
 )
 
-TAGS = container.VERSIONS[1]
+TAGS = frame.VERSIONS[1]
 SMALL = dict(zip(TAGS, [b"meta", b"", b"\0" * 7, b"NNZ", bytes(range(32))], strict=True))
 
 
@@ -32,7 +32,7 @@ def seal(table, version=1, count=None, reserved=0, length=None):
     )
     total = 20 + len(body) + sum(len(payload) for _, payload, _ in table)
     count = len(table) if count is None else count
-    head = container.MAGIC + struct.pack(
+    head = frame.MAGIC + struct.pack(
         "<HBBI", version, count, reserved, total if length is None else length
     )
     crc = struct.pack("<I", zlib.crc32(head + body))
@@ -120,7 +120,7 @@ def test_future_version_is_named_before_its_checksum():
 def test_a_reader_of_one_version_refuses_the_other():
     assert unpack(pack(SMALL), version=1) == SMALL
     refuse(pack(SMALL), UnsupportedVersion, version=2)
-    refuse(pack(dict.fromkeys(container.VERSIONS[2], b"")), UnsupportedVersion, version=1)
+    refuse(pack(dict.fromkeys(frame.VERSIONS[2], b"")), UnsupportedVersion, version=1)
     refuse(seal(rows(), version=2), Malformed)  # the sections of the other
 
 
@@ -160,7 +160,7 @@ def test_limit():
 
 
 def test_pack_refuses_lengths_over_32_bits(monkeypatch):
-    monkeypatch.setattr(container, "MAX_LENGTH", len(pack(SMALL)))
+    monkeypatch.setattr(frame, "MAX_LENGTH", len(pack(SMALL)))
     pack(SMALL)
     with pytest.raises(LimitExceeded):
         pack({**SMALL, "SVAL": b"x"})
@@ -168,7 +168,7 @@ def test_pack_refuses_lengths_over_32_bits(monkeypatch):
 
 def test_decoder_needs_no_torch_and_the_frame_no_numpy():
     code = (
-        "import sys, lib.container; assert 'numpy' not in sys.modules;"
-        "import lib.sparse, lib.packed; assert 'torch' not in sys.modules"
+        "import sys, lib.nnz.frame; assert 'numpy' not in sys.modules;"
+        "import lib.nnz.v1, lib.nnz.v2; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

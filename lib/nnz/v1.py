@@ -1,11 +1,11 @@
-"""The report's sparse encoding in a `.nnz` file (FORMAT.md, section 3): of each weight tensor the
-non-zero values, bit-packed, and an index a dimension; every other tensor raw; one JSON directory.
+"""A `.nnz` file of version 1: the reference report's sparse encoding (FORMAT.md, section 3).
 
-`decode(encode(...))` gives back the same content bit for bit. Knows no torch.
+It holds, for each weight tensor, its non-zero values, bit-packed, and one index per dimension for
+each of them; every other tensor as it is; and a JSON directory. `decode(encode(...))` gives back
+the same content, bit for bit.
 """
 
 import hashlib
-import json
 import math
 import operator
 import zlib
@@ -13,31 +13,34 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.container import (
+from lib.nnz.frame import (
     LIMIT,
     MAX_LENGTH,
     ChecksumMismatch,
     LimitExceeded,
     Malformed,
+    canonical,
     inflate,
     pack,
+    parse_canonical,
     unpack,
 )
 
 SPARSE_BITS = {"int8": range(2, 9), "int16": range(2, 17), "float32": range(32, 33)}
 DENSE_TYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
 META_LIMIT = 1 << 20  # bytes of JSON
-MAX_RANK, MAX_NAME, MAX_DIM = 8, 255, 1 << 32  # dimensions, characters, positions
-CHUNK = 1 << 16  # non-zeros (un)packed at a time; a multiple of 8, so a chunk begins on a byte
+MAX_RANK, MAX_NAME = 8, 255  # dimensions of a tensor; characters of its name
+MAX_DIM = 1 << 32  # size of a dimension
+CHUNK = 1 << 16  # non-zeros packed at a time; a multiple of 8, so that a chunk begins on a byte
 
 
 class Entry(NamedTuple):
-    """A row of the directory; a dense tensor has no `bits` and no `nonzeros`."""
+    """A row of the directory: one tensor. A dense tensor has no `bits` and no `nonzeros`."""
 
     name: str
     dtype: str
     shape: list[int]
-    bits: int = 0  # a stored value
+    bits: int = 0  # per stored value
     nonzeros: int = 0
 
     @property
@@ -45,22 +48,28 @@ class Entry(NamedTuple):
         return np.dtype(self.dtype).newbyteorder("<")
 
     @property
-    def nbytes(self) -> int:  # decoded
+    def nbytes(self) -> int:
+        """Bytes of the decoded tensor."""
         return math.prod(self.shape) * self.numpy_type.itemsize
 
     @property
     def value_bytes(self) -> int:
+        """Bytes of its values in section SVAL."""
         return (self.nonzeros * self.bits + 7) // 8
 
     @property
-    def columns(self) -> list[tuple[int, np.dtype]]:
-        """(size, index type) of each dimension that has indices: those of more than one position"""
+    def indexed_dimensions(self) -> list[tuple[int, np.dtype]]:
+        """(size, type of an index) of each dimension longer than 1: no other has indices."""
         types = ((1 << 8, "u1"), (1 << 16, "<u2"), (MAX_DIM, "<u4"))
-        return [(n, np.dtype(next(t for m, t in types if n <= m))) for n in self.shape if n > 1]
+        return [
+            (size, np.dtype(next(name for most, name in types if size <= most)))
+            for size in self.shape if size > 1
+        ]  # fmt: skip
 
     @property
     def index_bytes(self) -> int:
-        return self.nonzeros * sum(index.itemsize for _, index in self.columns)
+        """Bytes of its indices in section SIDX."""
+        return self.nonzeros * sum(index.itemsize for _, index in self.indexed_dimensions)
 
 
 def encode(
@@ -69,11 +78,15 @@ def encode(
     dense: dict[str, np.ndarray],
     bits: dict[str, int],
 ) -> bytes:
-    """A `.nnz` file. `meta`: JSON with string keys, lists and finite numbers. `sparse`: int8 or
-    int16 levels of 2 to 8 or 16 bits, or float32 at 32; `bits` has the width of each of them.
+    """Return the bytes of a `.nnz` file.
+
+    meta: anything that JSON can hold, with string keys, lists and finite numbers. sparse: tensors
+    of any shape, of int8 levels of 2 to 8 bits, int16 levels of 2 to 16 bits, or float32. dense:
+    tensors of one of DENSE_TYPES. bits: for each sparse tensor the bits per value (float32: 32).
+    The order of the tensors is kept, that of the keys in `meta` is not.
 
     Raises a FormatError for what a file cannot hold, TypeError or ValueError for a `meta` that
-    is not JSON. The order of tensors is kept, that of keys in `meta` is not.
+    is not JSON.
     """
     if set(bits) != set(sparse):
         raise Malformed("`bits` must name exactly the sparse tensors")
@@ -84,17 +97,16 @@ def encode(
         flat = array.reshape(-1)
         if array.dtype.name == "float32":
             flat = flat.view("<u4")  # so that -0.0 and NaN are not zero
-        position = np.flatnonzero(flat)
+        positions = np.flatnonzero(flat)
         width = operator.index(bits[name])
-        entry = Entry(name, array.dtype.name, list(array.shape), width, len(position))
+        entry = Entry(name, array.dtype.name, list(array.shape), width, len(positions))
         _check_entry(entry, SPARSE_BITS, MAX_LENGTH)
-        values.append(_pack_values(name, flat[position], width))
-        index = []
-        for size in reversed([n for n in array.shape if n > 1]):
-            position, last = np.divmod(position, size)
-            index.append(last)
-        for last, (_, index_type) in zip(reversed(index), entry.columns, strict=True):
-            indices.append(last.astype(index_type).tobytes())
+        values.append(_pack_values(name, flat[positions], width))
+        by_dimension = []
+        for size, index_type in reversed(entry.indexed_dimensions):
+            positions, index = np.divmod(positions, size)
+            by_dimension.append(index.astype(index_type).tobytes())
+        indices += reversed(by_dimension)
         rows.append(list(entry))
     directory = {
         "dense": [[name, array.dtype.name, list(array.shape)] for name, array in dense.items()],
@@ -102,7 +114,7 @@ def encode(
         "sparse": rows,
     }
     text = canonical(directory)
-    if _parse(text, MAX_LENGTH)[0] != meta:
+    if _parse_directory(text, MAX_LENGTH)[0] != meta:
         raise Malformed("meta does not survive JSON: use string keys, and lists for tuples")
     return pack(
         {
@@ -118,15 +130,15 @@ def encode(
 def decode(
     data: bytes, limit: int = LIMIT
 ) -> tuple[dict, dict[str, np.ndarray], dict[str, np.ndarray], dict[str, int]]:
-    """(meta, sparse, dense, bits) as given to `encode`; new, writable arrays.
+    """Return (meta, sparse, dense, bits) as given to `encode`, in new, writable arrays.
 
     Raises a FormatError for any file that is damaged or illegal, or whose tensors would take more
-    than `limit` bytes: that is known, and checked, before any of them is allocated.
+    than `limit` bytes; their size is checked before any of them is allocated.
     """
     limit = min(limit, MAX_LENGTH)
     payloads = unpack(data, limit, version=1)
-    text = _inflate(payloads["META"], min(limit, META_LIMIT))
-    meta, sparse_entries, dense_entries = _parse(text, limit)
+    text = _inflate_meta(payloads["META"], min(limit, META_LIMIT))
+    meta, sparse_entries, dense_entries = _parse_directory(text, limit)
     raw = {tag: np.frombuffer(payloads[tag], np.uint8) for tag in ("SVAL", "SIDX", "DENS")}
     for tag, size in (
         ("SVAL", sum(entry.value_bytes for entry in sparse_entries)),
@@ -137,26 +149,29 @@ def decode(
             raise Malformed(f"section {tag} has {len(raw[tag])} bytes, the directory needs {size}")
 
     sparse, dense = {}, {}
-    value_at = index_at = dense_at = 0
+    value_start = index_start = dense_start = 0
     for entry in sparse_entries:
-        packed = raw["SVAL"][value_at : value_at + entry.value_bytes]
-        index = raw["SIDX"][index_at : index_at + entry.index_bytes]
+        packed = raw["SVAL"][value_start : value_start + entry.value_bytes]
+        index = raw["SIDX"][index_start : index_start + entry.index_bytes]
         sparse[entry.name] = _scatter(entry, packed, index)
-        value_at += entry.value_bytes
-        index_at += entry.index_bytes
+        value_start += entry.value_bytes
+        index_start += entry.index_bytes
     for entry in dense_entries:
-        block = raw["DENS"][dense_at : dense_at + entry.nbytes]
+        block = raw["DENS"][dense_start : dense_start + entry.nbytes]
         if entry.dtype == "bool" and (block > 1).any():
             raise Malformed(f"{entry.name!r}: a bool that is neither 0 nor 1")
         dense[entry.name] = block.view(entry.numpy_type).reshape(entry.shape).copy()
-        dense_at += entry.nbytes
+        dense_start += entry.nbytes
     if _digest(text, [*sparse.values(), *dense.values()]) != payloads["HASH"]:
         raise ChecksumMismatch("the decoded content is not what was encoded (SHA-256)")
     return meta, sparse, dense, {entry.name: entry.bits for entry in sparse_entries}
 
 
 def sections(data: bytes, limit: int = LIMIT) -> dict[str, int]:
-    """Bytes by kind; they add up to len(data). The frame is header, section table and SHA-256."""
+    """Return {part: bytes} of a file; they add up to len(data).
+
+    The parts are values, indices, dense, metadata and frame (header, section table and SHA-256).
+    """
     kinds = {"values": "SVAL", "indices": "SIDX", "dense": "DENS", "metadata": "META"}
     payloads = unpack(data, limit)
     sizes = {kind: len(payloads[tag]) for kind, tag in kinds.items()}
@@ -175,24 +190,7 @@ def _digest(text, arrays):
     return sha.digest()
 
 
-def canonical(value) -> bytes:
-    """JSON as section 3.1 of FORMAT.md has it."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def parse_canonical(text: bytes, section: str):
-    """The content of canonical JSON; Malformed for any other text."""
-    try:
-        content = json.loads(text)
-        again = canonical(content)
-    except (ValueError, RecursionError) as error:
-        raise Malformed(f"section {section} is not legal JSON: {error}") from None
-    if again != text:  # also catches duplicate keys
-        raise Malformed(f"section {section} is not canonical JSON")
-    return content
-
-
-def _inflate(payload, limit):
+def _inflate_meta(payload, limit):
     stream = zlib.decompressobj()
     text = inflate(stream, payload, limit, "META")
     if stream.unused_data:
@@ -200,8 +198,8 @@ def _inflate(payload, limit):
     return text
 
 
-def _parse(text, limit):
-    """(meta, sparse entries, dense entries) of the directory's JSON, all of it checked."""
+def _parse_directory(text, limit):
+    """Return (meta, sparse entries, dense entries) of the directory's JSON, all of it checked."""
     if len(text) > META_LIMIT:
         raise LimitExceeded(f"metadata of {len(text)} bytes, over the limit of {META_LIMIT}")
     match parse_canonical(text, "META"):
@@ -223,6 +221,7 @@ def _parse(text, limit):
 
 
 def _check_entry(entry, legal_bits, limit):
+    """Return the entry if it is legal; legal_bits: {type: bits}, limit: bytes of a tensor."""
     name, dtype, shape, bits, nonzeros = entry
     if type(name) is not str or not 1 <= len(name) <= MAX_NAME:
         raise Malformed(f"a tensor name must be a string of 1 to {MAX_NAME} characters")
@@ -242,6 +241,7 @@ def _check_entry(entry, legal_bits, limit):
 
 
 def _pack_values(name, values, bits):
+    """Return the values as a bit string of `bits` bits per value."""
     if bits == 32:
         return values.astype("<u4").tobytes()
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
@@ -256,6 +256,7 @@ def _pack_values(name, values, bits):
 
 
 def _unpack_values(name, packed, count, bits):
+    """Return the `count` values of a bit string: int16, or uint32 for the bits of floats."""
     if bits == 32:
         return packed.view("<u4")
     stream = np.unpackbits(packed, bitorder="little")
@@ -267,13 +268,13 @@ def _unpack_values(name, packed, count, bits):
 
 
 def _scatter(entry, packed, index):
-    """The tensor of these values and indices (uint8 views). Temporary arrays are of CHUNK."""
+    """Return the tensor of these values and indices, uint8 arrays; CHUNK bounds its temporaries."""
     count, bits, name = entry.nonzeros, entry.bits, entry.name
-    columns, at = [], 0
-    for size, index_type in entry.columns:
-        end = at + count * index_type.itemsize
-        columns.append((size, index[at:end].view(index_type)))
-        at = end
+    dimensions, start = [], 0
+    for size, index_type in entry.indexed_dimensions:
+        end = start + count * index_type.itemsize
+        dimensions.append((size, index[start:end].view(index_type)))
+        start = end
     out = np.zeros(entry.shape, entry.numpy_type)
     flat = out.reshape(-1)  # a view
     if bits == 32:
@@ -282,10 +283,10 @@ def _scatter(entry, packed, index):
     for start in range(0, count, CHUNK):
         stop = min(start + CHUNK, count)
         position = np.zeros(stop - start, np.int64)
-        for size, column in columns:
-            if column[start:stop].max() >= size:
+        for size, indices in dimensions:
+            if indices[start:stop].max() >= size:
                 raise Malformed(f"{name!r}: an index outside its dimension")
-            position = position * size + column[start:stop]
+            position = position * size + indices[start:stop]
         if position[0] <= last or (position[1:] <= position[:-1]).any():
             raise Malformed(f"{name!r}: positions are not strictly increasing")
         last = position[-1]
