@@ -183,7 +183,7 @@ def train(cfg, model, teacher, latent, scheme, images, out, parent) -> None:
             latent[name][layer.weight == 0] = 0
     qat.begin(model, scheme, latent)
     mask = pruning.Mask(model)
-    price = cfg.rate / KILOBYTE * qat.NATS  # of a bit
+    price = cfg.rate / KILOBYTE * qat.LOSS_PER_SQUARED_ERROR  # of a bit
 
     def after_step(progress: float) -> None:
         if cfg.dampen:

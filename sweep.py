@@ -121,7 +121,7 @@ def main(argv=None):
         plots.heatmap(first, cfg.path(None, "plots/sweep_heatmap.png"), title)
         plots.parallel_coordinates(first, cfg.path(None, "plots/sweep_parallel.png"), title)
         if len(rows) > len(first):
-            plots.rate(rows, cfg.path(None, "plots/sweep_rate.png"), title, cfg.marks())
+            plots.accuracy_bytes(rows, cfg.path(None, "plots/sweep_rate.png"), title, cfg.marks())
         if cfg.wandb:
             log_wandb(cfg, rows)
         print(f"{cfg.path(cfg.out, 'logs/sweep.csv')}: {len(rows)} cells")

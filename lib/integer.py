@@ -11,7 +11,7 @@ at most 8 bits, of weights int8; a sum of their products is a 32-bit accumulator
     classifier  logits = acc * scale, the only float
 
 An accumulator counts in units of (input's step) * (weight's step), its bias too, as that of the
-fake-quantized network (quantizers.whole_bias). M, the ratio of two scales in float32, one for each
+fake-quantized network (quantizers.bias_in_accumulator_units). M, the ratio of two scales in float32, one for each
 output channel, is a fixed-point number, and `round` the one rounding there is, halves up:
 lib/fixedpoint.py. Clipping to [0, high] is ReLU6; signed levels go from -128 to 127.
 
@@ -196,7 +196,7 @@ def _image_table(image: Quantizer) -> Tensor:
     return levels.view(256, 3).T.contiguous().to(torch.int16)
 
 
-def why_not(scheme: dict | None) -> str | None:
+def why_no_integer_network(scheme: dict | None) -> str | None:
     """Why a scheme has no integer network, or None if it has one."""
     if not scheme:
         return "it is not quantized"
@@ -214,7 +214,7 @@ def convert(source) -> IntegerNetwork:
 
     Raises ValueError, saying why, for a scheme that has none.
     """
-    if reason := why_not(source.quantization):
+    if reason := why_no_integer_network(source.quantization):
         raise ValueError(reason)
     model = source.build()
     return IntegerNetwork(model, quantizers.integer_state(model.state_dict(), source.quantization))

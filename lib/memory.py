@@ -83,7 +83,7 @@ def activations(model: nn.Module, size: int = 32, image: Tensor | None = None) -
     }  # fmt: skip
 
 
-def parts(source: Checkpoint) -> dict[str, int]:
+def bytes_by_part(source: Checkpoint) -> dict[str, int]:
     """Bytes of the file by what they hold; they add up to its size.
 
     In a torch file: the tensors' own bytes, and the rest of it, which is pickled names, settings

@@ -437,7 +437,7 @@ def heatmap(cells, path, title):
     return _save(figure, path)
 
 
-def rate(cells, path, title, marks=None):
+def accuracy_bytes(cells, path, title, marks=None):
     """Accuracy against bytes on a log scale: a line for each pair of bits, over the rates.
 
     cells: dicts of weight_bits, act_bits, rate, accuracy, total, bytes. marks: {name: (bytes,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lib import quantizers, rate
 from lib.metrics import weight_layers
-from lib.quantizers import FakeQuantize, Quantizer, largest, per_row
+from lib.quantizers import FakeQuantize, Quantizer, max_level, per_row
 
 
 class _Conv2d(nn.Conv2d):
@@ -35,27 +35,27 @@ class _Quantizer(Quantizer):
         return FakeQuantize.apply(x, self.step, self.low, self.high)
 
 
-NATS = 0.01  # of loss for a squared error of 1 in the logits: 0.008 for the reference at W4A8
-STEP_RATE = 5.0  # of the learning rate: a logarithm is moved by its share, not by its size
+LOSS_PER_SQUARED_ERROR = 0.01  # of loss for a squared error of 1 in the logits: 0.008 for the reference at W4A8
+SCALE_LR_FACTOR = 5.0  # of the learning rate: a logarithm is moved by its share, not by its size
 TRAINED = {
-    nn.Conv2d: _Conv2d, nn.Linear: _Linear, quantizers.Conv2d: _Conv2d, quantizers.Linear: _Linear,
+    nn.Conv2d: _Conv2d, nn.Linear: _Linear, quantizers.QuantConv2d: _Conv2d, quantizers.QuantLinear: _Linear,
     Quantizer: _Quantizer,
 }  # fmt: skip
 
 
 def _on_grid(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias as `finish` will leave them."""
-    high, step = largest(layer.weight_bits), _step(layer)
+    high, step = max_level(layer.weight_bits), _step(layer)
     weight = FakeQuantize.apply(layer.weight, step, -high, high)
-    bias = quantizers.short_bias(layer)
+    bias = quantizers.bias_on_grid(layer)
     if hasattr(layer, "reads"):
-        bias = quantizers.whole_bias(layer, bias, weight)
+        bias = quantizers.bias_in_accumulator_units(layer, bias, weight)
     return weight, _straight_through(layer.bias, bias)
 
 
 def _step(layer: nn.Module) -> Tensor:
     step = layer.log_step.exp()
-    return _straight_through(step, quantizers.short(step, layer.scale_bits))
+    return _straight_through(step, quantizers.round_mantissa(step, layer.scale_bits))
 
 
 def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def begin(model: nn.Module, scheme: dict, latent: dict[str, Tensor]) -> None:
 
 def _learn(module: nn.Module, step: str) -> None:
     module.log_step = nn.Parameter(getattr(module, step).log())
-    module.log_step.rate = STEP_RATE
+    module.log_step.rate = SCALE_LR_FACTOR
     delattr(module, step)
     module.plain, module.__class__ = type(module), TRAINED[type(module)]
 
@@ -94,7 +94,7 @@ def _learn(module: nn.Module, step: str) -> None:
 def bits(model: nn.Module) -> Tensor:
     """What the coder will take for the weights, estimated, (), with gradients: see lib/rate.py."""
     return sum(
-        rate.bits(layer.weight.flatten(1), _step(layer)[:, None], largest(layer.weight_bits))
+        rate.bits(layer.weight.flatten(1), _step(layer)[:, None], max_level(layer.weight_bits))
         for layer in weight_layers(model).values() if hasattr(layer, "log_step")
     )  # fmt: skip
 
@@ -111,7 +111,7 @@ def dampen(model: nn.Module, share: float) -> None:
         if hasattr(layer, "log_step"):
             step, bits = per_row(_step(layer), layer.weight), layer.weight_bits
             level = quantizers.to_levels(layer.weight, step, bits) * step
-            inside = layer.weight.clamp(-largest(bits) * step, largest(bits) * step)
+            inside = layer.weight.clamp(-max_level(bits) * step, max_level(bits) * step)
             layer.weight.add_(level - inside, alpha=share)
 
 
@@ -127,6 +127,6 @@ def finish(model: nn.Module) -> None:
             module.register_buffer("weight_scale" if is_layer else "step", step)
             if is_layer:
                 # + 0.0: of what rounds to -0.0, which no grid of integers has (4.5 KB in a file).
-                module.bias.copy_(quantizers.short_bias(module) + 0.0)
+                module.bias.copy_(quantizers.bias_on_grid(module) + 0.0)
                 quantizers.put_on_grid(module, module.weight_bits)
                 step[~module.weight.flatten(1).any(1)] = 1.0

@@ -25,7 +25,7 @@ the layers that differ from weight_bits. Activations have one static step a tens
 Weight levels are symmetric and zero is a level, so pruned weights stay zero (Jacob et al. 2018;
 Nagel et al. 2021, "A white paper on neural network quantization", section 2). Signed activations
 use all levels, -128 to 127 at 8 bits. A bias counts in what its accumulator does, (input's step) *
-(weight's step): see `whole_bias`.
+(weight's step): see `bias_in_accumulator_units`.
 """
 
 import copy
@@ -43,14 +43,14 @@ BITS = (*range(2, 17), 32)
 LARGEST_PIXEL = max(max(m, 1 - m) / s for m, s in zip(MEAN, STD, strict=True))
 
 
-def largest(bits: int) -> int:
+def max_level(bits: int) -> int:
     """The largest level of a signed quantizer: 127 at 8 bits, 1 at 2. Weights leave -128 unused."""
     return 2 ** (bits - 1) - 1
 
 
 def symmetric_scale(x: Tensor, bits: int) -> Tensor:
     """One step for a whole tensor, from its largest magnitude; a tensor of zeros gets 1."""
-    top = x.abs().amax() / largest(bits)
+    top = x.abs().amax() / max_level(bits)
     return torch.where(top > 0, top, torch.ones_like(top))
 
 
@@ -59,18 +59,18 @@ def to_levels(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
     scale: a step for all, or one for each index of the first dimension.
     """
-    return torch.round(x / per_row(scale, x)).clamp_(-largest(bits), largest(bits))
+    return torch.round(x / per_row(scale, x)).clamp_(-max_level(bits), max_level(bits))
 
 
-def short(x: Tensor, bits: int, rounding: Callable = torch.round) -> Tensor:
+def round_mantissa(x: Tensor, bits: int, rounding: Callable = torch.round) -> Tensor:
     """x rounded to so many mantissa bits, the leading one not counted: 23 is float32 itself."""
     fraction, exponent = torch.frexp(x)  # 0.5 <= |fraction| < 1
     return torch.ldexp(rounding(fraction * 2 ** (bits + 1)), exponent - (bits + 1))
 
 
-def short_bias(layer: nn.Module) -> Tensor:
-    """The layer's bias on its grid, if lib.ptq gave it one (`bias_step`)."""
-    step = getattr(layer, "bias_step", None)
+def bias_on_grid(layer: nn.Module) -> Tensor:
+    """The layer's bias on its grid, if lib.ptq gave it one (`bias_scale`)."""
+    step = getattr(layer, "bias_scale", None)
     return layer.bias if step is None else torch.round(layer.bias / step) * step
 
 
@@ -123,7 +123,7 @@ class Quantizer(nn.Module):
     def __init__(self, bits: int, signed: bool):
         super().__init__()
         self.bits, self.signed = bits, signed
-        self.high = largest(bits) if signed else 2**bits - 1
+        self.high = max_level(bits) if signed else 2**bits - 1
         self.low = -self.high - 1 if signed else 0  # as saturating runtimes clip
         self.register_buffer("step", torch.ones(()))
 
@@ -134,22 +134,22 @@ class Quantizer(nn.Module):
         return f"bits={self.bits}, signed={self.signed}"
 
 
-class Conv2d(nn.Conv2d):
+class QuantConv2d(nn.Conv2d):
     """With quantized weights and inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight, whole_bias(self, self.bias, self.weight))
+        return self._conv_forward(x, self.weight, bias_in_accumulator_units(self, self.bias, self.weight))
 
 
-class Linear(nn.Linear):
+class QuantLinear(nn.Linear):
     """With quantized weights and inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, whole_bias(self, self.bias, self.weight))
+        return nn.functional.linear(x, self.weight, bias_in_accumulator_units(self, self.bias, self.weight))
 
 
 @torch.no_grad()
-def whole_bias(layer: nn.Module, bias: Tensor, weight: Tensor) -> Tensor:
+def bias_in_accumulator_units(layer: nn.Module, bias: Tensor, weight: Tensor) -> Tensor:
     """The layer's bias rounded to whole numbers of what the layer's accumulator counts in.
 
     It moves an output by a thousandth of a level or so. But an integer network that alone did it
@@ -175,9 +175,9 @@ def attach(model: MobileNetV2, scheme: dict) -> None:
     if not reference and scheme["act_bits"] < 32:
         bits = scheme["act_bits"]
         _attach_quantizers(model, bits, scheme.get("last_act_bits", bits))
-        for layer, reads in inputs(model):
+        for layer, reads in layers_with_input_quantizers(model):
             if hasattr(layer, "weight_scale") and isinstance(reads, Quantizer):
-                layer.__class__ = Conv2d if isinstance(layer, nn.Conv2d) else Linear
+                layer.__class__ = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
                 layer.reads = (reads,)  # a tuple, so that it is no part of this layer's state
         model.to(device)
 
@@ -186,7 +186,7 @@ def _attach_quantizers(model: MobileNetV2, bits: int, last_bits: int) -> None:
     """See the module's text for what has how many bits."""
     kept = max(bits, 8)  # where it is only added or averaged
     model.image = Quantizer(8, signed=True)
-    model.image.step.fill_(LARGEST_PIXEL / largest(8))
+    model.image.step.fill_(LARGEST_PIXEL / max_level(8))
     blocks = [m for m in model.features if isinstance(m, InvertedResidual)]
     for number, (block, after) in enumerate(zip(blocks, [*blocks[1:], None], strict=True)):
         added = after is not None and after.residual
@@ -243,8 +243,8 @@ def grid_scale(x: Tensor, bits: int) -> Tensor:
     at most `bits` bits (so that integers which were dequantized are found again, even where the
     largest of them has gone); else from its largest magnitude."""
     scale = symmetric_scale(x, bits)
-    top = largest(bits) * scale
-    for level in range(1, largest(bits) + 1) if bits <= 8 else ():
+    top = max_level(bits) * scale
+    for level in range(1, max_level(bits) + 1) if bits <= 8 else ():
         ratio = x * (level / top)
         if torch.all((ratio - ratio.round()).abs() <= 1e-5 * ratio.abs()):
             return top / level
@@ -282,7 +282,7 @@ def put_on_grid(layer: nn.Module, bits: int) -> None:
     layer.weight.copy_(levels * per_row(layer.weight_scale, levels) + 0.0)
 
 
-def inputs(model: MobileNetV2) -> Iterator[tuple[nn.Module, nn.Module]]:
+def layers_with_input_quantizers(model: MobileNetV2) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Each layer, in order, and the quantizer of what it reads: a Quantizer, or none at 32 bits."""
     reads = model.image
     for module in model.features:

@@ -106,7 +106,7 @@ def export(source: Checkpoint, path: Path) -> OnnxFile:
 
 def why_no_onnx(scheme: dict | None) -> str | None:
     """Why a scheme has no graph of integers, or None if it has one."""
-    if why := integer.why_not(scheme):
+    if why := integer.why_no_integer_network(scheme):
         return why
     bits = min(scheme["act_bits"], scheme.get("last_act_bits", 8))
     return None if bits == 8 else f"its activations have {bits} bits, and ONNX's integers have 8"
@@ -119,7 +119,7 @@ def network(source: Checkpoint, device="cpu", *, integers=True, threads=None) ->
     """
     if isinstance(source, OnnxFile):
         return _Session(source.graph, threads, source.file)
-    if integers and holds_integers(source) and integer.why_not(source.quantization) is None:
+    if integers and holds_integers(source) and integer.why_no_integer_network(source.quantization) is None:
         return _Integers(source)
     return _Float(source, device)
 

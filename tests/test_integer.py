@@ -76,7 +76,7 @@ def layer_of(module: nn.Module, reads=UNSIGNED, writes=UNSIGNED, bits=8) -> tupl
     out = module.weight.shape[0]
     step = torch.empty(out).uniform_(0.001, 0.01)
     module.register_buffer("weight_scale", step * torch.where(torch.rand(out) < 0.3, -1, 1))
-    high = quantizers.largest(bits)
+    high = quantizers.max_level(bits)
     levels = torch.randint(-high, high + 1, module.weight.shape, dtype=torch.int8)
     levels *= torch.rand(levels.shape) < 0.6
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_the_table_is_what_the_float_network_sees():
 
 
 def test_schemes_without_an_integer_network_say_why():
-    assert integer.why_not(ptq.scheme(8, 8)) is None and integer.why_not(ptq.scheme(2, 2)) is None
+    assert integer.why_no_integer_network(ptq.scheme(8, 8)) is None and integer.why_no_integer_network(ptq.scheme(2, 2)) is None
     for scheme, what in [
         (None, "not quantized"),
         ({"method": "reference", "weight_bits": 8, "act_bits": 8}, "change with every batch"),
@@ -238,7 +238,7 @@ def test_schemes_without_an_integer_network_say_why():
         (ptq.scheme(8, 32), "32, and 8 is most"), (ptq.scheme(8, 8, last_act_bits=16), "16, and"),
         (ptq.scheme(8, 8, layer_bits={"features.0.0": 9}), "9 bits"),
     ]:  # fmt: skip
-        assert what in integer.why_not(scheme)
+        assert what in integer.why_no_integer_network(scheme)
 
 
 def test_grids_say_their_sign():

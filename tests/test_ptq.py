@@ -13,7 +13,8 @@ from torch import nn
 from lib import coder, data, ptq, quantizers
 from lib.compaction import compact, take
 from lib.metrics import weight_layers
-from lib.quantizers import Quantizer, integer_state, largest
+from lib.quantizers import Quantizer, integer_state, max_level
+from lib.reconstruct import IntegerLeastSquares, as_matrix_product, reconstruct
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_zeros_stay_zero_and_all_weights_are_levels(quantized, weight_bits, act_
         zero = layer.weight == 0
         found = levels[f"{name}.weight"]
         assert found.dtype == (torch.int8 if weight_bits <= 8 else torch.int16)
-        assert zero.any() and not found[zero].any() and found.abs().max() <= largest(weight_bits)
+        assert zero.any() and not found[zero].any() and found.abs().max() <= max_level(weight_bits)
         assert torch.equal(latent[name] == 0, zero)
         scale = model.get_submodule(name).weight_scale
         assert scale.shape == (len(layer.weight),) and (scale > 0).all()
@@ -111,7 +112,7 @@ def test_bits_of_a_layer_are_honoured(small, pixels):
         if bits == 32:
             assert weight.dtype == torch.float32
         else:
-            assert largest(bits) // 2 < weight.abs().max() <= largest(bits)
+            assert max_level(bits) // 2 < weight.abs().max() <= max_level(bits)
     assert model.pooled.bits == 8 and model.features[1].conv[0][2].bits == 4
 
 
@@ -126,15 +127,15 @@ def test_the_images_step_covers_every_pixel(quantized):
 # ---- its parts -----------------------------------------------------------------------------------
 
 
-def problem(columns: int, bits: int, rows: int = 40) -> ptq._Rows:
+def problem(columns: int, bits: int, rows: int = 40) -> IntegerLeastSquares:
     """Rows of correlated inputs, about a fifth of the weights pruned."""
     x = torch.randn(200, columns) @ torch.randn(columns, columns)
     weight = torch.randn(1, rows, columns) * (torch.rand(1, rows, columns) < 0.8)
     gram = (x.T @ x / 200)[None]
-    return ptq._Rows(weight, weight != 0, gram, weight @ gram, bits)
+    return IntegerLeastSquares(weight, gram, weight @ gram, bits)
 
 
-def errors(fit: ptq._Rows) -> torch.Tensor:
+def errors(fit: IntegerLeastSquares) -> torch.Tensor:
     return fit.error(fit.weight).flatten()
 
 
@@ -142,24 +143,24 @@ def errors(fit: ptq._Rows) -> torch.Tensor:
 def test_no_move_of_the_descent_makes_it_worse(bits):
     fit = problem(12, bits)
     mask, full = fit.mask.clone(), fit.error(fit.weight).abs().flatten()
-    fit.choose_steps()
+    fit.choose_scales()
     last = errors(fit)
     for _ in range(4):
-        for move in (lambda: fit.descend(1), fit.refit_steps, lambda: fit.descend(2)):
+        for move in (lambda: fit.descend(1), fit.refit_scales, lambda: fit.descend(2)):
             move()
             assert (errors(fit) <= last + 1e-4 * full).all()
             last = errors(fit)
             assert not fit.weight[~mask].any()
-            levels = fit.weight / fit.step
-            assert (levels - levels.round()).abs().max() < 1e-4 * largest(bits)
-            assert levels.abs().max() < largest(bits) + 1e-3
+            levels = fit.weight / fit.scale
+            assert (levels - levels.round()).abs().max() < 1e-4 * max_level(bits)
+            assert levels.abs().max() < max_level(bits) + 1e-3
 
 
 @pytest.mark.parametrize("columns", [3, 4])
 def test_descent_against_every_choice_there_is(columns):
     fit = problem(columns, 2)
-    fit.choose_steps()
-    rounded, step, mask = errors(fit), fit.step, fit.mask
+    fit.choose_scales()
+    rounded, step, mask = errors(fit), fit.scale, fit.mask
     fit.descend(20)
     choices = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=columns)))
     every = choices[:, None, None] * step * mask  # (choices, 1, rows, columns)
@@ -177,8 +178,8 @@ def test_descent_against_every_choice_there_is(columns):
 
 def test_a_refitted_step_is_the_best_for_its_levels():
     fit = problem(8, 3)
-    fit.choose_steps()
-    fit.refit_steps()
+    fit.choose_scales()
+    fit.refit_scales()
     found = errors(fit)
     for factor in (0.9, 0.99, 1.01, 1.1):
         assert (fit.error(fit.weight * factor).flatten() >= found - 1e-4 * found.abs()).all()
@@ -204,7 +205,7 @@ def test_a_layer_is_the_product_of_its_rows(kind):
     layer = LAYERS[kind]()
     x = inputs_of(layer)
     z = layer(x)
-    inputs, outputs = ptq._rows(layer, x, z)
+    inputs, outputs = as_matrix_product(layer, x, z)
     groups, _, columns = inputs.shape
     weight = layer.weight.reshape(groups, -1, columns)
     product = inputs @ weight.transpose(1, 2) + layer.bias.view(groups, 1, -1)
@@ -227,11 +228,11 @@ def test_reconstruction_beats_the_best_rounding(kind, bits):
     best, top = torch.full((len(weight),), torch.inf), weight.flatten(1).abs().amax(1)
     for share in torch.linspace(0.3, 1, 50):  # rounding to nearest, each row with its best step
         layer.weight.copy_(weight)
-        layer.weight_scale.copy_(top * share / largest(bits))
+        layer.weight_scale.copy_(top * share / max_level(bits))
         quantizers.put_on_grid(layer, bits)
         best = torch.minimum(best, error())
     layer.weight.copy_(weight)
-    ptq._reconstruct(layer, x, z, bits)
+    reconstruct(layer, x, z, bits)
     assert error().sum() < best.sum()
     assert (error() <= best * 1.1 + 1e-8).float().mean() > 0.8
 
@@ -259,7 +260,7 @@ def test_biases_leave_no_error_on_average(small, quantized, pixels):
 @torch.no_grad()
 def test_outputs_are_whole_numbers_of_what_accumulators_count_in(quantized, pixels):
     _, model, _, _ = quantized(4, 4)
-    pairs, seen = dict(quantizers.inputs(model)), {}
+    pairs, seen = dict(quantizers.layers_with_input_quantizers(model)), {}
     assert list(pairs) == list(weight_layers(model).values())
     for layer in pairs:
         layer.register_forward_hook(lambda m, x, y: seen.__setitem__(m, (x[0], y)))
@@ -271,7 +272,7 @@ def test_outputs_are_whole_numbers_of_what_accumulators_count_in(quantized, pixe
         number = y.movedim(1, -1).double() / unit
         live = layer.weight.flatten(1).any(1)
         assert live.any() and (number - number.round())[..., live].abs().max() < 0.02
-        whole = quantizers.whole_bias(layer, layer.bias, layer.weight)
+        whole = quantizers.bias_in_accumulator_units(layer, layer.bias, layer.weight)
         assert (whole - layer.bias).abs().le(unit / 2 * 1.001).all()
         assert torch.equal(whole[~live], layer.bias[~live])
         layer._forward_hooks.clear()
@@ -299,7 +300,7 @@ def test_a_clip_sees_all_channels(channels, signed):
     x = torch.rand(512, channels, 8, 8) - 0.5 * signed
     x[:, 1::2] *= 10
     quantizer = Quantizer(4, signed)
-    clip = ptq._best_step(x, x, None, quantizer) * quantizer.high
+    clip = ptq._best_scale(x, x, None, quantizer) * quantizer.high
     assert 0.7 * x.abs().max() < clip < 1.1 * x.abs().max()
 
 
@@ -309,7 +310,7 @@ def test_a_clip_sees_all_channels(channels, signed):
 @pytest.mark.parametrize("act_bits", [8, 32])
 def test_integers_of_a_dequantized_network_are_kept(small, pixels, act_bits):
     model = small(2)
-    with torch.no_grad():  # the largest weights are in channels that compaction removes
+    with torch.no_grad():  # the max_level weights are in channels that compaction removes
         project = model.features[3].conv[2].weight
         project[:, 5] = 0
         model.features[3].conv[0][0].weight[5] *= 3
@@ -363,15 +364,16 @@ def test_side_values_are_short_and_little_is_lost(small, pixels, scale):
     rounded = 0
     for name, layer in weight_layers(short).items():
         step = layer.weight_scale
-        assert torch.equal(quantizers.short(step, 4), step)
+        assert torch.equal(quantizers.round_mantissa(step, 4), step)
         dead = ~layer.weight.flatten(1).any(1)
         assert (step[dead] == 1).all()
         if name != "classifier.1":  # its output is on no grid
-            grid = layer.bias_step
+            grid = layer.bias_scale
             assert grid == 2.0 ** round(np.log2(grid))
             assert torch.equal(torch.round(layer.bias / grid) * grid, layer.bias)
             other = exact.get_submodule(name)
-            rounded += int((quantizers.short(other.weight_scale, 4) != other.weight_scale).sum())
+            scale = other.weight_scale
+            rounded += int((quantizers.round_mantissa(scale, 4) != scale).sum())
     assert rounded > 100
     assert distance(short, model, pixels) < distance(exact, model, pixels) + 0.05
 
@@ -382,7 +384,7 @@ def test_a_coarser_grid_costs_more_and_takes_less(small, pixels):
     for bits in (8, 2, 0):
         found, _ = ptq.quantize(model, pixels, ptq.scheme(8, 8), scale_bits=23, bias_bits=bits)
         layers = list(weight_layers(found).values())[:-1]
-        numbers = torch.cat([(m.bias / m.bias_step).abs() for m in layers])
+        numbers = torch.cat([(m.bias / m.bias_scale).abs() for m in layers])
         biases.append(float(numbers.log2().clamp(0).sum()))
         errors.append(distance(found, model, pixels))
     assert biases == sorted(biases, reverse=True) and errors[2] > errors[0]
@@ -419,11 +421,11 @@ def test_sensitivity_tells_what_noise_does_to_the_logits(small, pixels):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_a_rate_buys_bytes_with_error(small, pixels, bits):
+def test_a_lambda_buys_bytes_with_error(small, pixels, bits):
     model, sizes, errors, zeros = small(0), [], [], []
     scheme = ptq.scheme(bits, 8)
-    for rate in (0.0, 1e-4, 1e-3, 1e-2):
-        found, latent = ptq.quantize(model, pixels, scheme, rate=rate)
+    for rd_lambda in (0.0, 1e-4, 1e-3, 1e-2):
+        found, latent = ptq.quantize(model, pixels, scheme, rd_lambda=rd_lambda)
         levels = integer_state(found.state_dict(), scheme)
         matrices = [levels[f"{n}.weight"].flatten(1).numpy() for n in weight_layers(found)]
         sizes.append(len(coder.encode(matrices, [coder.EXPAND] * len(matrices))))
@@ -438,17 +440,17 @@ def test_a_rate_buys_bytes_with_error(small, pixels, bits):
 def test_a_layer_of_zeros_has_no_price(small, pixels):
     model = small(0)
     torch.nn.init.zeros_(model.features[3].conv[2].weight)
-    found, _ = ptq.quantize(model, pixels, ptq.scheme(4, 8), rate=1e-3)
+    found, _ = ptq.quantize(model, pixels, ptq.scheme(4, 8), rd_lambda=1e-3)
     assert not found.features[3].conv[2].weight.any() and found(pixels).isfinite().all()
 
 
 @torch.no_grad()
 def test_prices_move_levels_only_where_it_pays():
-    """Every choice of a sweep is the best of its candidates, by error + rate * bits."""
+    """Every choice of a sweep is the best of its candidates, by error + rd_lambda * bits."""
     torch.manual_seed(0)
     fit = problem(12, 4)
-    fit.choose_steps()
-    fit.price(torch.full((1, 40), 0.05))
+    fit.choose_scales()
+    fit.set_prices(torch.full((1, 40), 0.05))
     def objective():
         cost = (fit.cost(fit.levels()) * fit.mask).sum(2, keepdim=True)
         return fit.error(fit.weight) + cost

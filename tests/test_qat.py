@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import quantize
 from lib import checkpoint, coder, pruning, ptq, qat, quantizers
 from lib.metrics import Log, weight_layers
-from lib.quantizers import Quantizer, largest, per_row
+from lib.quantizers import Quantizer, max_level, per_row
 
 MIXED = ptq.scheme(3, 4, method="qat", last_act_bits=8,
                    layer_bits={"features.0.0": 8, "features.4.conv.2": 32})  # fmt: skip
@@ -159,7 +159,7 @@ def test_dampening_goes_towards_the_level_and_never_across(quantized):
     layers = trained_layers(model)
     for layer in layers:  # anywhere, beyond the range as well
         step = per_row(layer.log_step.exp(), layer.weight)
-        far = (torch.rand_like(layer.weight) - 0.5) * 3 * largest(layer.weight_bits) * step
+        far = (torch.rand_like(layer.weight) - 0.5) * 3 * max_level(layer.weight_bits) * step
         layer.weight.copy_(torch.where(layer.weight == 0, 0, far))
     before = [layer.weight.clone() for layer in layers]
     plain = model.features[4].conv[2].weight.clone()
@@ -169,7 +169,7 @@ def test_dampening_goes_towards_the_level_and_never_across(quantized):
         qat.dampen(model, share)
         for layer, weight in zip(layers, before, strict=True):
             step = per_row(layer.log_step.exp(), layer.weight)
-            high = largest(layer.weight_bits)
+            high = max_level(layer.weight_bits)
             level = quantizers.to_levels(weight, step, layer.weight_bits)
             inside = (weight / step).abs() <= high
             assert torch.equal(layer.weight[~inside], weight[~inside])
@@ -261,7 +261,7 @@ def test_other_bits_of_a_layer_are_another_run(tiny, parent, tmp_path, monkeypat
 
 def test_short_side_values_stay_short(quantized, pixels):
     model = begun(quantized, ptq.scheme(3, 8))
-    grids = {n: layer.bias_step for n, layer in weight_layers(model).items() if n[0] == "f"}
+    grids = {n: layer.bias_scale for n, layer in weight_layers(model).items() if n[0] == "f"}
     before = copy.deepcopy(model.state_dict())
     steps(model, pixels, 5, 1e-2, pruning.Mask(model).apply)
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_short_side_values_stay_short(quantized, pixels):
         assert torch.equal(model(pixels), expected)
     for name, layer in weight_layers(model).items():
         live = layer.weight.flatten(1).any(1)
-        assert torch.equal(quantizers.short(layer.weight_scale, 3), layer.weight_scale)
+        assert torch.equal(quantizers.round_mantissa(layer.weight_scale, 3), layer.weight_scale)
         assert (layer.weight_scale[~live] == 1).all()
         if name in grids:
             assert torch.equal(torch.round(layer.bias / grids[name]) * grids[name], layer.bias)
