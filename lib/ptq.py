@@ -232,7 +232,7 @@ class _Walk:
         for module, output in outputs.items():
             clips = _channel_clips(output, self.scheme["act_bits"])
             # The next layer's columns are multiplied by the ranges. A depthwise row is one column,
-            # so its scale takes them in whole. The rows of a projection would be widened: half each.
+            # so its scale takes all of them. The rows of a projection would be widened: half each.
             self.ranges[module] = clips.sqrt() if module in depthwise else clips
         if self.target.blocks[0].residual:  # the stem's outputs are part of a residual stream
             del self.ranges[self.target.stem]

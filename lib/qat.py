@@ -39,8 +39,8 @@ class _Quantizer(Quantizer):
         return FakeQuantize.apply(x, self.step, self.low, self.high)
 
 
-# What a squared error of 1 in an image's logits adds to the cross-entropy, about: 0.008 was measured
-# on the reference report's network at W4A8. Turns a price in squared error into one in loss.
+# What a squared error of 1 in an image's logits adds to the cross-entropy, about: 0.008 was
+# measured on the reference report's network at W4A8. Turns a price in error into one in loss.
 LOSS_PER_SQUARED_ERROR = 0.01
 # Scales learn this many times faster than weights: a step changes a logarithm, so a scale moves by
 # a share of itself.
@@ -120,7 +120,7 @@ def finish(model: nn.Module) -> None:
             module.__class__ = module.plain
             module.register_buffer("weight_scale" if is_layer else "step", scale)
             if is_layer:
-                # + 0.0: small negative biases round to -0.0, which is no integer (4.5 KB in a file).
+                # + 0.0: small negative biases round to -0.0, no integer (it took 4.5 KB in a file).
                 module.bias.copy_(quantizers.bias_on_grid(module) + 0.0)
                 quantizers.put_on_grid(module, module.weight_bits)
                 scale[~module.weight.flatten(1).any(1)] = 1.0

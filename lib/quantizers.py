@@ -7,9 +7,9 @@ that its scheme needs, so that its state dict loads strictly. 32 bits means: not
     {"method": "ptq" or "qat", "weight_bits", "act_bits", "weight_scale", "layer_bits"} and perhaps
         "last_act_bits", of the classifier's input
 
-"weight_scale" is a granularity there, `channel` or `tensor`; in a state dict, `<layer>.weight_scale`
-is the tensor of a layer's scales. The state dict calls the scale of an activation `<place>.step`.
-Both names are kept for the sake of files that exist; all others say granularity and scale.
+"weight_scale" is a granularity there, `channel` or `tensor`; in a state dict, on the other hand,
+`<layer>.weight_scale` is the tensor of a layer's scales, and `<place>.step` the scale of an
+activation. Files that exist have these names; everything else says granularity and scale.
 
 **reference**: the report's method. One weight scale per tensor; activation scales are dynamic.
 
@@ -50,7 +50,7 @@ LARGEST_PIXEL = max(max(m, 1 - m) / s for m, s in zip(MEAN, STD, strict=True))
 
 
 def max_level(bits: int) -> int:
-    """Return the largest level of a signed quantizer: 127 at 8 bits, 1 at 2. Weights never use -128."""
+    """Return the largest level of a signed quantizer: 127 at 8 bits. Weights never use -128."""
     return 2 ** (bits - 1) - 1
 
 

@@ -5,9 +5,9 @@
 A layer is linear in its inputs, so the mean squared error of its output is a quadratic form with
 the Gram matrix of the inputs (Nagel et al. 2020, "Up or Down?", equation 20; Frantar et al. 2022,
 GPTQ). Its minimum over integer levels is approached by coordinate descent on all rows at once: each
-weight in turn goes to the best level given the other weights, and each row's scale to the best scale
-given its levels. Pruned weights (zeros) are no coordinates: they stay zero. With `rd_lambda` the
-descent minimizes error + rd_lambda * bits, with the bits of lib/rate.py.
+weight in turn goes to the best level given the other weights, and each row's scale to the best
+scale given its levels. Pruned weights (zeros) are no coordinates: they stay zero. With `rd_lambda`
+the descent minimizes error + rd_lambda * bits, with the bits of lib/rate.py.
 
 This module knows one layer and nothing of the network around it.
 

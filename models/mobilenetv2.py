@@ -90,7 +90,7 @@ def conv_norm(
 ) -> list[nn.Module]:
     """Return a convolution and its batch norm.
 
-    folded: the batch norm is part of the convolution's weight and bias; an Identity takes its place.
+    folded: the batch norm is part of the convolution's weight and bias; an Identity replaces it.
     """
     pad = kernel // 2
     conv = nn.Conv2d(inputs, outputs, kernel, stride, pad, groups=groups, bias=folded)

@@ -206,5 +206,6 @@ def test_wilson_interval():
 def test_marks_of_the_rate_show_wherever_they_are(tmp_path):
     files = [{**cell, "rate": 0} for cell in cells([8, 4], [8])]
     marks = [{}, {"near": (files[0]["bytes"], 0.9)}, {"far": (10**9, 0.9)}, {"best": (9, 1.0)}]
-    drawn = [plots.accuracy_bytes(files, tmp_path / "a.png", "t", mark).read_bytes() for mark in marks]
+    path = tmp_path / "a.png"
+    drawn = [plots.accuracy_bytes(files, path, "t", mark).read_bytes() for mark in marks]
     assert len(set(drawn)) == 4

@@ -55,7 +55,8 @@ def test_levels(kind, bits):
     assert scale.ndim == 0 and scale > 0
     levels = to_levels(x, scale, bits)
     assert torch.equal(levels, levels.round())  # integers
-    assert levels.abs().max() == (0 if kind == "zero" else max_level(bits))  # all the range, no more
+    top = 0 if kind == "zero" else max_level(bits)
+    assert levels.abs().max() == top  # all the range, no more
     assert not levels[x == 0].any()
     assert ((levels == 0) | (levels.sign() == x.sign())).all()
     # At most half a step away; 1e-2 of a step is for float32 at 32,767 steps.

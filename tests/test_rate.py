@@ -15,7 +15,9 @@ def levels(max_level: int, spread: float) -> torch.Tensor:
     return torch.from_numpy(x).float()
 
 
-@pytest.mark.parametrize(("max_level", "spread"), [(127, 20), (7, 2), (3, 1), (1, 0.8), (9999, 900)])
+@pytest.mark.parametrize(
+    ("max_level", "spread"), [(127, 20), (7, 2), (3, 1), (1, 0.8), (9999, 900)]
+)
 def test_prices_are_close_to_what_is_paid(max_level, spread):
     x = levels(max_level, spread)
     zero, nonzero, size = rate.prices(x, max_level)
