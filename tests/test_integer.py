@@ -110,7 +110,7 @@ def test_accumulators_are_the_sums(kind, reads):
         floats = module(x * reads.scale)
     scale = layer.scale.view(layer.per_channel)
     assert ((layer.accumulate(x) * scale - floats).abs() <= 0.5 * scale + 1e-4).all()
-    layer.kind, layer.kernel = torch.float64, layer.kernel.double()
+    layer.dtype, layer.kernel = torch.float64, layer.kernel.double()
     assert torch.equal(layer.accumulate(x).double(), exact(x.double()))
 
 
