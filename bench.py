@@ -117,6 +117,10 @@ def main(argv=None):
 
 
 def contestants(dense, small, ours, sample, device) -> list[Contestant]:
+    """Return the networks to measure, dense torch first.
+
+    dense, small: fp32 models; ours: runtime.OnnxFile; sample: normalized calibration images.
+    """
     field = []
     for name, model in (("dense fp32", dense), ("compacted fp32", small)):
         size, peak = fp32_bytes(model), 4 * memory.activations(model)["peak_values"]
@@ -135,6 +139,7 @@ def contestants(dense, small, ours, sample, device) -> list[Contestant]:
 
 
 def by_torch(name: str, model, weights: int, peak: int, device=None) -> Contestant:
+    """Return a model as run by torch, on the CPU unless a device is given."""
     device = device or torch.device("cpu")
 
     def start(threads: int) -> Callable:
@@ -152,6 +157,8 @@ def by_torch(name: str, model, weights: int, peak: int, device=None) -> Contesta
 
 
 def by_onnx(name: str, raw: bytes, prepare: Callable, peak: int) -> Contestant:
+    """Return a graph as run by onnxruntime."""
+
     def start(threads: int) -> Callable:
         session = runtime.session(raw, threads, name)
         return lambda x: torch.from_numpy(session.run(None, {"images": x})[0])
@@ -254,6 +261,7 @@ def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:
 
 
 def table(rows: list[dict]) -> str:
+    """Return the rows as text, one part per thread count and batch size."""
     lines = []
     for threads, batch in dict.fromkeys((r["threads"], r["batch"]) for r in rows):
         some = [r for r in rows if (r["threads"], r["batch"]) == (threads, batch)]

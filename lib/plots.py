@@ -95,6 +95,7 @@ def _save(figure, path):
 
 
 def _rows(rows):
+    """Return the rows as a list; ValueError if there are none."""
     rows = list(rows)
     if not rows:
         raise ValueError("nothing to plot: the list is empty")

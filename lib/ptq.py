@@ -380,8 +380,7 @@ def _multiply_ranges_in(
 
 
 def _add_to_bias(layer: nn.Module, change: Tensor, outputs: Tensor) -> Tensor:
-    """Change a layer's bias; return its outputs as they are now, with the bias as the forward pass
-    rounds it."""
+    """Add to a layer's bias; return its outputs with the new bias as the forward pass rounds it."""
     before = layer.bias.clone()
     layer.bias[:] = layer.bias + change
     if isinstance(layer, quantizers.QuantConv2d | quantizers.QuantLinear):

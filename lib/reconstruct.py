@@ -198,8 +198,10 @@ class IntegerLeastSquares:
         self.scale, self.weight = self.scale * factor, self.weight * factor
 
     def round_scales(self, bits: int) -> None:
-        """Round each scale to so many mantissa bits, down or up, whichever loses less. At many bits
-        that is up: below the exact scale the largest weights would be clipped."""
+        """Round each scale to so many mantissa bits, down or up, whichever loses less.
+
+        At many bits of weights that is up: below the exact scale the largest would be clipped.
+        """
         below, above = (round_mantissa(self.scale, bits, r) for r in (torch.floor, torch.ceil))
         weights = self.on_grid(self.weight, below), self.on_grid(self.weight, above)
         better = self.error(weights[0]) <= self.error(weights[1])

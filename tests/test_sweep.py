@@ -158,6 +158,18 @@ def test_lambdas_give_a_curve_of_files(tiny, parent, tmp_path):
     assert (tmp_path / "plots/sweep_rate.png").stat().st_size > 0
 
 
+def test_records_of_older_sweeps_are_read(tiny, parent, tmp_path, monkeypatch):
+    """They call the lambda `rate`."""
+    grid = [*flags(tiny, parent, tmp_path), "--weight-bits=8", "--act-bits=32"]
+    sweep.main(grid)
+    first = rows(tmp_path)
+    record = tmp_path / "checkpoints/sweep/w8a32.json"
+    record.write_text(record.read_text().replace('"rd_lambda"', '"rate"'))
+    monkeypatch.setattr(sweep, "cell", lambda *_: 1 / 0)
+    sweep.main(grid)
+    assert rows(tmp_path) == first
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
