@@ -105,8 +105,11 @@ class _Parts:
 
     @property
     def first_is_residual(self) -> bool:
-        """Whether the first block adds the stem's output to its own. If so, the stem's channels,
-        the block's hidden channels and those of its stream are the same."""
+        """Return whether the first block adds the stem's output to its own.
+
+        If so, the stem's channels, the block's hidden channels and those of its stream are the
+        same channels.
+        """
         return self.blocks[0].residual
 
     def reader(self, number: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:

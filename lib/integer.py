@@ -53,9 +53,11 @@ class Layer:
         self, name: str, layer: nn.Module, levels: Tensor, input_grid: Grid,
         output_grid: Grid | None,
     ):  # fmt: skip
-        """layer: the fake-quantized one; levels: its weights, int8; output_grid: None for the
-        classifier, whose outputs are logits. Asserts that no accumulator, partial sums included,
-        can exceed 32 bits."""
+        """Convert a fake-quantized layer; levels: its weights, int8.
+
+        output_grid: None for the classifier, whose outputs are logits. Asserts that no accumulator,
+        partial sums included, can exceed 32 bits.
+        """
         self.name, self.input_grid, self.output_grid = name, input_grid, output_grid
         conv = isinstance(layer, nn.Conv2d)
         self.stride, self.padding = (layer.stride[0], layer.padding[0]) if conv else (1, 0)
@@ -135,7 +137,7 @@ class IntegerNetwork:
     """
 
     def __init__(self, model: MobileNetV2, state: dict[str, Tensor]):
-        """model: fake-quantized (see `convert`); state: what quantizers.integer_state returns."""
+        """Convert a fake-quantized model; state: what quantizers.integer_state makes of its own."""
         self.settings = model.settings
         self.image = grid(model.image)
         self.table = _image_table(model.image)  # int16 (3, 256)

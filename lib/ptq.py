@@ -199,9 +199,13 @@ class _Walk:
         scale_bits: int = 23, bias_bits: int = 32, rd_lambda: float = 0.0,
         importance: dict[str, Tensor] | None = None, alone: bool = False,
     ):  # fmt: skip
-        """unfolded: the network before folding, whose weights may lie on a grid per tensor.
-        scale_bits, bias_bits, rd_lambda: see `quantize`. importance: see `sensitivity`; needed
-        where rd_lambda is not 0. alone: quantize each layer as if all others were fp32."""
+        """Prepare a walk over two folded networks.
+
+        unfolded: the network before folding, whose weights may lie on a grid per tensor.
+        scale_bits, bias_bits, rd_lambda: see `quantize`.
+        importance: what `sensitivity` returns; needed if rd_lambda is not 0.
+        alone: quantize each layer as if all others were fp32.
+        """
         self.target, self.quantized, self.scheme, self.unfolded = (
             target, quantized, scheme, unfolded
         )  # fmt: skip

@@ -180,7 +180,7 @@ SCHEMES = {
     "W8A8": ptq.scheme(8, 8), "W4A8": ptq.scheme(4, 8), "W8A4": ptq.scheme(8, 4),
     "W3A6": ptq.scheme(3, 6), "mixed": ptq.scheme(4, 6, layer_bits={"features.0.0": 8},
                                                   last_act_bits=8),
-    "a step a tensor": ptq.scheme(8, 8, weight_scale="tensor"),
+    "a scale per tensor": ptq.scheme(8, 8, weight_scale="tensor"),
 }  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def test_the_network_is_its_fake_quantized_parent(small, pixels, images, name):
         x = network.stem(network.table[torch.arange(3).view(3, 1, 1), images.long()])
         y = model.features[0](model.image(pixels)) / model.features[0][2].step
         assert (x - y.round()).abs().max() <= 1 and (x != y.round()).float().mean() < 1e-4
-    if name == "a step a tensor":
+    if name == "a scale per tensor":
         assert any((m.weight_scale < 0).any() for m in quantizers.weight_layers(model).values())
     for layer in [*network.layers(), network.classifier]:
         assert layer.weight.dtype == torch.int8 and layer.bias.dtype == torch.int32
