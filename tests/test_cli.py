@@ -426,7 +426,7 @@ def test_from_the_compressed_file_to_onnx(run, chain, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "why"), [
-    (["--method=reference"], "the reference method's steps change with every batch"),
+    (["--method=reference"], "the reference method's scales change with every batch"),
     (["--act-bits=6", "--calibration=64"], "its activations have 6 bits"),
     (["--act-bits=32", "--calibration=64"], "of its activations 32"),
 ])  # fmt: skip
