@@ -1,4 +1,4 @@
-"""How fast is it? Latency and throughput of the fp32 networks and of the integers, side by side.
+"""Measure latency and throughput of the fp32 networks and of the integer network, side by side.
 
     python bench.py --data DIR
     python bench.py --dense FILE.pth --pruned FILE.pth --int8 FILE.onnx
@@ -7,17 +7,19 @@ in:  the dense fp32 network (checkpoints/baseline.pth), the pruned one (checkpoi
      dead channels are removed first), checkpoints/int8.onnx
 out: a table on the standard output, logs/bench.jsonl, plots/bench.png
 
-Six networks: dense and compacted in fp32, by torch (eager, channels last) and by onnxruntime; what
-onnxruntime's own quantize_static makes of the compacted one (QDQ, a step a channel, calibrated on
-training images; weights of 7 bits, as its documentation advises for processors that would saturate
-in 16, see lib/graph.py); and ours. On CUDA also dense and compacted by torch in bf16.
+Six networks: dense and compacted in fp32, each in torch (eager, channels last) and in onnxruntime;
+what onnxruntime's own quantize_static makes of the compacted one (QDQ, one scale per channel,
+calibrated on training images; weights of 7 bits, as its documentation advises for processors whose
+16-bit sums would saturate, see lib/graph.py); and ours. On CUDA also dense and compacted in torch
+with bf16.
 
-They take turns, after one each to warm up, so that a neighbour on the machine disturbs all alike; a
-turn is the median of its calls, a figure the median of its turns, a ratio the median over the turns
-of dense torch's time by its own; of the processor's time as well, all threads together, which says
-more where the cores are shared. Ours makes its inputs from uint8 within the time; the others have
-them normalized beforehand. Weights are all tensors but the images that a network keeps. Activations
-are the most that is alive at once for one image (lib/memory.py), ours with the padding.
+The networks take turns, after one turn each to warm up, so that other load on the machine disturbs
+all alike. The time of a turn is the median of its calls, a network's time the median of its turns,
+and a ratio the median over turns of dense torch's time divided by the network's own. CPU time, of
+all threads together, is given as well: it says more where cores are shared. Ours converts its uint8
+input within the measured time; the others get normalized images. Weights: the bytes of all tensors
+that a network stores. Activations: the most bytes alive at once for one image (lib/memory.py), ours
+with padding.
 """
 
 import contextlib
@@ -46,9 +48,11 @@ class Settings(config.Common):
     pruned: str | None = flag(None, "pruned fp32 network; default: checkpoints/pruned.pth")
     int8: str | None = flag(None, "ours; default: checkpoints/int8.onnx")
     threads: list[int] = flag([1, 2], "thread counts")
-    batches: list[int] = flag([1, 250], "batch sizes: the first for latency, the last throughput")
-    turns: int = flag(9, "turns each, after one to warm up")
-    calls: int = flag(20, "calls a turn at batch 1; one at larger batches")
+    batches: list[int] = flag(
+        [1, 250], "batch sizes: the smallest for latency, the largest for throughput"
+    )
+    turns: int = flag(9, "turns per network, after one to warm up")
+    calls: int = flag(20, "calls per turn at batch 1; one call at larger batches")
     calibration: int = flag(1024, "training images for quantize_static: as quantize.py's ptq has")
     split: str = flag("test", "images for the accuracy", choices=("val", "test", "train"))
 
@@ -60,11 +64,13 @@ class Settings(config.Common):
 
 @dataclasses.dataclass
 class Contestant:
+    """A network to measure."""
+
     name: str
-    prepare: Callable  # uint8 images to its input, outside of the time
-    start: Callable  # a number of threads to a function of that input to logits
+    prepare: Callable  # from uint8 images to the network's input; not timed
+    start: Callable  # from a number of threads to a function from that input to logits
     weights: int  # bytes
-    peak: int  # bytes of activations of an image
+    peak: int  # bytes of activations per image
 
 
 def main(argv=None):
@@ -111,6 +117,10 @@ def main(argv=None):
 
 
 def contestants(dense, small, ours, sample, device) -> list[Contestant]:
+    """Return the networks to measure, dense torch first.
+
+    dense, small: fp32 models; ours: runtime.OnnxFile; sample: normalized calibration images.
+    """
     field = []
     for name, model in (("dense fp32", dense), ("compacted fp32", small)):
         size, peak = fp32_bytes(model), 4 * memory.activations(model)["peak_values"]
@@ -120,13 +130,16 @@ def contestants(dense, small, ours, sample, device) -> list[Contestant]:
         if device.type == "cuda":
             name = f"{name}, torch, CUDA bf16"
             field.append(by_torch(name, copy.deepcopy(model).to(device), size, peak, device))
-    own = by_onnx("int8.onnx (ours)", ours.graph, lambda x: x.numpy(), padded_peak(ours.settings))
+    integers = by_onnx(
+        "int8.onnx (ours)", ours.graph, lambda x: x.numpy(), padded_peak(ours.settings)
+    )
     theirs = quantize_static(raw, sample.contiguous().numpy())
     peak = memory.activations(small)["peak_values"]
-    return [*field, by_onnx("quantize_static", theirs, normalized, peak), own]
+    return [*field, by_onnx("quantize_static", theirs, normalized, peak), integers]
 
 
 def by_torch(name: str, model, weights: int, peak: int, device=None) -> Contestant:
+    """Return a model as run by torch, on the CPU unless a device is given."""
     device = device or torch.device("cpu")
 
     def start(threads: int) -> Callable:
@@ -144,6 +157,8 @@ def by_torch(name: str, model, weights: int, peak: int, device=None) -> Contesta
 
 
 def by_onnx(name: str, raw: bytes, prepare: Callable, peak: int) -> Contestant:
+    """Return a graph as run by onnxruntime."""
+
     def start(threads: int) -> Callable:
         session = runtime.session(raw, threads, name)
         return lambda x: torch.from_numpy(session.run(None, {"images": x})[0])
@@ -158,7 +173,10 @@ def normalized(images) -> np.ndarray:
 
 
 def quantize_static(raw: bytes, images: np.ndarray) -> bytes:
-    """onnxruntime's own post-training quantization of an fp32 graph."""
+    """Return what onnxruntime's own post-training quantization makes of an fp32 graph.
+
+    images: (n, 3, 32, 32), normalized, to calibrate with.
+    """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -187,7 +205,7 @@ def fp32_bytes(model) -> int:
 
 
 def padded_peak(settings: dict) -> int:
-    """Bytes of the integer network's activations, channels as many as the graph has."""
+    """Return the bytes of the integer network's activations, padded channels included."""
 
     def up(count: int) -> int:
         return count + -count % graph.MULTIPLE
@@ -206,13 +224,16 @@ def accuracy_of(contestant: Contestant, split) -> engine.Evaluation:
 
 
 def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:
-    """Times of a call, images a second, and times faster than the first, by name."""
+    """Time all networks in turns; return times per call, images per second and ratios, by name.
+
+    A ratio is the time of the first network divided by this network's.
+    """
     ready = [(c.name, c.start(threads), c.prepare(images)) for c in field]
     turns = {c.name: [] for c in field}
     calls = cfg.calls if len(images) == 1 else 1
     note = engine.progress(f"{threads} threads, batch {len(images)}")
     for turn in note(range(cfg.turns + 1)):
-        first = turn % len(ready)  # nobody is always behind the one that fills the caches
+        first = turn % len(ready)  # or one would always run behind the one that fills the caches
         for name, run, x in ready[first:] + ready[:first]:
             wall = []
             worked = time.process_time()
@@ -223,23 +244,24 @@ def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:
             worked = (time.process_time() - worked) / calls
             if turn:
                 turns[name].append((statistics.median(wall), worked))
-    found, dense = {}, list(zip(*turns[field[0].name], strict=True))
+    figures, dense = {}, list(zip(*turns[field[0].name], strict=True))
     for name, pairs in turns.items():
         wall, cpu = times = list(zip(*pairs, strict=True))
         ratios = [
-            statistics.median(a / b for a, b in zip(theirs, own, strict=True))
-            for theirs, own in zip(dense, times, strict=True)
+            statistics.median(a / b for a, b in zip(of_dense, of_this, strict=True))
+            for of_dense, of_this in zip(dense, times, strict=True)
         ]
-        found[name] = {
+        figures[name] = {
             "milliseconds": 1000 * statistics.median(wall), "fastest": 1000 * min(wall),
             "images_a_second": len(images) / statistics.median(wall), "ratio": ratios[0],
             "cpu_milliseconds": 1000 * statistics.median(cpu), "cpu_ratio": ratios[1],
             "turns": len(wall),
         }  # fmt: skip
-    return found
+    return figures
 
 
 def table(rows: list[dict]) -> str:
+    """Return the rows as text, one part per thread count and batch size."""
     lines = []
     for threads, batch in dict.fromkeys((r["threads"], r["batch"]) for r in rows):
         some = [r for r in rows if (r["threads"], r["batch"]) == (threads, batch)]

@@ -147,7 +147,8 @@ def sweep(path: Path, rows: dict[str, dict]) -> list[dict]:
     evaluated = {row["sha256"] for row in rows.values()}
     if not all(cell.get("parent_sha256") in evaluated for cell in cells):
         raise UserError(f"{path} is of another network than those evaluated: run sweep.py anew")
-    return [{key: number(text) for key, text in cell.items()} for cell in cells]
+    renamed = {"rate": "rd_lambda"}  # columns of older tables
+    return [{renamed.get(k, k): number(text) for k, text in cell.items()} for cell in cells]
 
 
 def number(text: str):

@@ -1,23 +1,29 @@
 """Quantize the weights and activations of a network.
 
     python quantize.py                                         PTQ, W8A8: no labels, no training
-    python quantize.py --weight-bits 4 --act-bits 4            any bits from 2 to 16; 32 is off
-    python quantize.py --method qat --weight-bits 4 --epochs 2 then trained at those bits
+    python quantize.py --weight-bits 4 --act-bits 4            any bits from 2 to 16; 32: off
+    python quantize.py --method qat --weight-bits 4 --epochs 2 PTQ, then training at those bits
+    python quantize.py --weight-bits 4 --layer-bits first=8,last=8,features.3.conv.0.0=6
     python quantize.py --method reference                      the reference report's quantizer
 
 in:  checkpoints/pruned.pth, or any fp32 network (dead channels are removed first, exactly)
-out: checkpoints/quantized.pth: batch norm folded, weights on their grid, static activation steps;
-     logs/quantize.jsonl (qat: a line an epoch), plots/quantize.png (qat); while it trains,
+out: checkpoints/quantized.pth: batch norm folded, weights on their grid, static activation scales;
+     logs/quantize.jsonl (qat: one line per epoch), plots/quantize.png (qat); during training,
      quantized.pth.resume beside it
 
-ptq: equalization, layer reconstruction, bias correction, clips by mean squared error (lib/ptq.py).
-qat: learned steps from there on, masks held, distilled from the fp32 parent (lib/qat.py).
-reference: one step a tensor, weights static, activations dynamic (the largest magnitude of each
-batch of 128), simulated in fp32.
+ptq: equalization, layer reconstruction, bias correction, calibration by mean squared error
+(lib/ptq.py). qat: scales are learned from there on, pruned weights stay zero, the fp32 parent is
+the teacher (lib/qat.py). reference: one scale per tensor, weights static, activations dynamic (the
+largest magnitude of each batch of 128), simulated in fp32.
+
+--layer-bits takes NAME=BITS, separated by commas; a NAME is a layer, or `first` (the stem), `last`
+(the classifier and its input), or `last_act` (only the classifier's input). An item without `=` is
+a JSON file of such names and bits. Of items for the same layer, the later one counts.
 """
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from autoaugment import augmentation
@@ -31,68 +37,63 @@ from lib.rate import KILOBYTE
 class Settings(config.Common):
     parent: str | None = flag(None, "fp32 network; default: checkpoints/pruned.pth")
     out: str | None = flag(None, "output file; default: checkpoints/quantized.pth")
-    method: str = flag("ptq", "see above", choices=("ptq", "qat", "reference"))
-    weight_bits: int = flag(8, "2 to 16, or 32 for off", choices=quantizers.BITS)
+    method: str = flag("ptq", "explained above", choices=("ptq", "qat", "reference"))
+    weight_bits: int = flag(8, "of weights: 2 to 16, or 32 for off", choices=quantizers.BITS)
     act_bits: int = flag(8, "of activations: 2 to 16, or 32 for off", choices=quantizers.BITS)
     weight_scale: str = flag(
-        "channel", "one step an output channel; or a tensor, as it was before folding, rounded to "
-        "nearest (ptq): at 8 bits the integers of an int8 network are kept",
-        choices=("channel", "tensor"),
-    )  # fmt: skip
-    first_last_bits: int | None = flag(
-        None, "other bits for the stem's and the classifier's weights and the classifier's input",
-        choices=quantizers.BITS,
+        "channel", "granularity: one weight scale per output channel, or (ptq only) one per tensor "
+        "as it was before folding, rounded to nearest: at 8 bits this keeps the integers of a "
+        "network that was int8 before", choices=("channel", "tensor"),
     )  # fmt: skip
     layer_bits: str | None = flag(
-        None, 'a JSON file of weight bits by layer, {"features.3.conv.0.0": 6, ...}'
-    )
+        None, "weight bits of layers that differ, such as first=8,last=8; or a JSON file "
+        '{"features.3.conv.0.0": 6, ...}; explained above'
+    )  # fmt: skip
     scale_bits: int | None = flag(
-        None, "mantissa bits of the weights' steps; 23: float32; default: 3; 5 with one a tensor"
-    )
+        None, "mantissa bits of the weight scales; 23: float32; default: 3, or 5 with one scale "
+        "per tensor"
+    )  # fmt: skip
     bias_bits: int = flag(
-        2, "biases are multiples of a power of two, about 2^-N of the step of what the layer "
-        "writes; 32: float32"
+        2, "biases are multiples of a power of two, about 2^-N of the scale of the layer's output; "
+        "32: float32"
     )  # fmt: skip
-    rate: float = flag(
-        0.0, "squared error of an image's logits that saving 1,000 bytes of weights may cost: "
-        "levels are chosen by error and size together; in qat their size joins the loss"
+    rd_lambda: float = flag(
+        0.0, "rate-distortion: the squared error of an image's logits that saving 1,000 bytes of "
+        "weights may cost. Levels are chosen by error and size together; in qat the size is part "
+        "of the loss"
     )  # fmt: skip
-    calibration: int = flag(1024, "training images that ptq looks at, without their labels")
-    epochs: int = flag(3, "of qat")
+    calibration: int = flag(1024, "training images for ptq, used without their labels")
+    epochs: int = flag(3, "epochs of qat")
     lr: float = flag(2e-4, "peak learning rate of qat (Adam), linear to zero")
-    batch_size: int = flag(128, "images a step, over all processes")
+    batch_size: int = flag(128, "images per step, over all processes")
     weight_decay: float = flag(0.0, "L2 penalty of qat")
     distill: float = flag(0.5, "weight of the fp32 parent's soft labels in qat; 0: none")
-    temperature: float = flag(2.0, "of the soft labels")
-    dampen: float = flag(
-        0.0, "share of its distance to its level that a weight is moved a step, at the end of qat: "
-        "against oscillation"
-    )  # fmt: skip
-    ema: float = flag(0.0, "decay a step of averaged weights in qat; 0: none")
+    temperature: float = flag(2.0, "temperature of the soft labels")
+    ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
     augment: str = flag("light", "see train.py", choices=("none", "light", "cutout", "auto"))
     amp: bool = flag(True, "bf16 autocast; fp16 with loss scaling where CUDA lacks bf16")
-    compile: bool = flag(False, "torch.compile")
     resume: bool = flag(True, "continue an interrupted qat if its state is there")
 
     def __post_init__(self):
         if self.weight_scale == "tensor" and self.method != "ptq":
             raise ValueError("--weight-scale tensor is for --method ptq")
-        if self.method == "reference" and (self.layer_bits or self.first_last_bits):
-            raise ValueError("--layer-bits and --first-last-bits are not for --method reference")
+        if self.method == "reference" and self.layer_bits:
+            raise ValueError("--layer-bits is not for --method reference")
+        layer_bits_items(self.layer_bits or "")
         if not 1 <= (23 if self.scale_bits is None else self.scale_bits) <= 23:
             raise ValueError("--scale-bits must be 1 to 23")
         if not (0 <= self.bias_bits <= 16 or self.bias_bits == 32):
             raise ValueError("--bias-bits must be 0 to 16, or 32 for off")
-        if not self.rate >= 0:
-            raise ValueError("--rate must be at least 0")
-        if self.rate and (self.weight_scale == "tensor" or self.method == "reference"):
-            raise ValueError("--rate is for --method ptq or qat with --weight-scale channel")
+        if not self.rd_lambda >= 0:
+            raise ValueError("--rd-lambda must be at least 0")
+        if self.rd_lambda and (self.weight_scale == "tensor" or self.method == "reference"):
+            raise ValueError("--rd-lambda is for --method ptq or qat with --weight-scale channel")
         if not 1 <= self.calibration <= 50_000:
             raise ValueError("--calibration must be 1 to 50000 images")
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError("--epochs and --batch-size must be at least 1")
-        if not 0 <= self.distill <= 1 or not 0 <= self.dampen < 1 or not 0 <= self.ema < 1:
-            raise ValueError("--distill must be in [0, 1], --dampen and --ema in [0, 1)")
+        if not 0 <= self.distill <= 1 or not 0 <= self.ema < 1:
+            raise ValueError("--distill must be in [0, 1], --ema in [0, 1)")
         if not self.temperature > 0 or not self.lr > 0 or self.weight_decay < 0:
             raise ValueError("--lr and --temperature must be over 0, --weight-decay at least 0")
 
@@ -119,7 +120,7 @@ def main(argv=None):
         sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
         model, latent = ptq.quantize(
             fp32, sample, scheme, engine.progress("calibrate"), scale_bits=cfg.scale_bits,
-            bias_bits=cfg.bias_bits, rate=cfg.rate / KILOBYTE,
+            bias_bits=cfg.bias_bits, rd_lambda=cfg.rd_lambda / KILOBYTE,
         )  # fmt: skip
     after = engine.evaluate(model, images.val) if validate else None
     if cfg.method == "qat":
@@ -147,21 +148,56 @@ def main(argv=None):
 
 
 def scheme_of(cfg, model) -> dict:
-    """The plain data that a checkpoint keeps; UserError where --layer-bits does not fit."""
+    """Return the scheme (see lib.quantizers); UserError where --layer-bits does not fit."""
     if cfg.method == "reference":
         return {"method": "reference", "weight_bits": cfg.weight_bits, "act_bits": cfg.act_bits}
-    layers = list(metrics.weight_layers(model))
-    own, more = {}, {}
-    if cfg.first_last_bits:
-        own = dict.fromkeys((layers[0], layers[-1]), cfg.first_last_bits)
-        more = {"last_act_bits": cfg.first_last_bits}
-    if cfg.layer_bits:
-        own |= read_layer_bits(Path(cfg.layer_bits), layers)
-    more |= {"method": cfg.method, "weight_scale": cfg.weight_scale, "layer_bits": own}
-    return ptq.scheme(cfg.weight_bits, cfg.act_bits, **more)
+    layer_bits, others = bits_by_layer(cfg.layer_bits, list(metrics.weight_layers(model)))
+    others |= {"method": cfg.method, "weight_scale": cfg.weight_scale, "layer_bits": layer_bits}
+    return ptq.scheme(cfg.weight_bits, cfg.act_bits, **others)
 
 
-def read_layer_bits(path: Path, layers: list[str]) -> dict[str, int]:
+def bits_by_layer(text: str | None, layers: list[str]) -> tuple[dict[str, int], dict]:
+    """Return what --layer-bits says: weight bits by layer, and `last_act_bits` if it is given.
+
+    Raises UserError for a file that cannot be read and for names that are not in `layers`.
+    """
+    by_layer, last_act, of_last = {}, None, None
+    for item in layer_bits_items(text) if text else ():
+        named = read_layer_bits(item) if isinstance(item, Path) else dict([item])
+        for name, bits in named.items():
+            if name == "last_act":
+                last_act = bits
+                continue
+            if name == "last":
+                of_last = bits
+            layer = {"first": layers[0], "last": layers[-1]}.get(name, name)
+            if layer not in layers:
+                where = item if isinstance(item, Path) else f"{name}={bits}"
+                raise UserError(
+                    f"--layer-bits {where}: no layer {name!r}; the first is {layers[0]}"
+                )
+            by_layer[layer] = bits
+    last_act = of_last if last_act is None else last_act
+    return by_layer, {} if last_act is None else {"last_act_bits": last_act}
+
+
+def layer_bits_items(text: str) -> list[tuple[str, int] | Path]:
+    """Split --layer-bits into (name, bits) and files; ValueError for bits that cannot be."""
+    items = []
+    # os.path: a text that is too long for a path is no file, and no error.
+    for item in [text] if os.path.isfile(text) else text.split(","):  # noqa: PTH113
+        name, equals, bits = item.rpartition("=")
+        if not equals or os.path.isfile(item):  # noqa: PTH113
+            items.append(Path(item))
+        elif not bits.isdecimal() or int(bits) not in quantizers.BITS:
+            raise ValueError(f"--layer-bits: {name} at {bits} bits: 2 to 16, or 32 for off")
+        else:
+            items.append((name, int(bits)))
+    return items
+
+
+def read_layer_bits(path: Path) -> dict[str, int]:
+    """Return {name: bits} of a JSON file; UserError where it is no such file."""
     try:
         given = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -169,37 +205,44 @@ def read_layer_bits(path: Path, layers: list[str]) -> dict[str, int]:
     if not isinstance(given, dict):
         raise UserError(f"--layer-bits {path}: not an object of layer names and bits")
     for name, bits in given.items():
-        if name not in layers:
-            raise UserError(f"--layer-bits {path}: no layer {name!r}; the first is {layers[0]}")
         if type(bits) is not int or bits not in quantizers.BITS:
             raise UserError(f"--layer-bits {path}: {name} at {bits!r} bits: 2 to 16, or 32 for off")
     return given
 
 
+def flags_of_today(stored: dict) -> dict:
+    """Return the flags stored in a checkpoint under the names that they have now.
+
+    Older checkpoints have `rate` for rd_lambda, and `first_last_bits`. Of files the names are kept.
+    """
+    flags = dict(stored)
+    if "rate" in flags:
+        flags["rd_lambda"] = flags.pop("rate")
+    items = [item if "=" in item else Path(item).name
+             for item in (flags.get("layer_bits") or "").split(",") if item]  # fmt: skip
+    if bits := flags.pop("first_last_bits", None):
+        items = [f"first={bits}", f"last={bits}", *items]
+    return flags | {"layer_bits": ",".join(items) or None}
+
+
 def train(cfg, model, teacher, latent, scheme, images, out, parent) -> None:
-    """Quantization-aware training, in place; leaves its state beside `out`."""
-    if cfg.rate:  # what was made zero to save bits is pruned: it would sit on zero's border
+    """Train the quantized network, in place; leave the state of the training beside `out`."""
+    if cfg.rd_lambda:  # weights zeroed to save bits count as pruned: they would flip to and from 0
         for name, layer in metrics.weight_layers(model).items():
             latent[name][layer.weight == 0] = 0
     qat.begin(model, scheme, latent)
     mask = pruning.Mask(model)
-    price = cfg.rate / KILOBYTE * qat.NATS  # of a bit
-
-    def after_step(progress: float) -> None:
-        if cfg.dampen:
-            qat.dampen(model, cfg.dampen * progress)
-        mask.apply()
-
+    loss_per_bit = cfg.rd_lambda / KILOBYTE * qat.LOSS_PER_SQUARED_ERROR
     identity = config.identity(cfg) | {
         "scheme": scheme, "parent": parent.sha256, "data": images.provenance()
     }  # fmt: skip
     log = metrics.Log(cfg.path(None, "logs/quantize.jsonl"), identity, cfg.wandb)
-    # Adam: without batch norm, rows of all magnitudes share one rate, and SGD diverges.
+    # Adam: without batch norm, rows of all magnitudes share one learning rate, and SGD diverges.
     recipe = engine.Recipe.of(cfg, optimizer="adam", schedule="linear", decay_norm=False)
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
-        config=identity, resume=cfg.resume, teacher=teacher, after_step=after_step, log=log,
-        penalty=(lambda: price * qat.bits(model)) if cfg.rate else None,
+        config=identity, resume=cfg.resume, teacher=teacher, after_step=mask.apply, log=log,
+        penalty=(lambda: loss_per_bit * qat.bits(model)) if cfg.rd_lambda else None,
     )  # fmt: skip
     qat.finish(model)
     if engine.is_main():

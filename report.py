@@ -82,7 +82,7 @@ def images_of(sources, cfg) -> tuple[data.Split, str]:
 def measured(source, split, split_name: str) -> tuple[dict, torch.Tensor]:
     """All figures of one file, none computed from another's, and its confusion matrix."""
     row, confusion = measure.file(source, split, split_name)
-    parts = memory.parts(source)
+    parts = memory.bytes_by_part(source)
     assert sum(parts.values()) == source.bytes, (source.file, parts)
     model, image = source.build(split.images.device), data.normalize(split.images[:1])
     activations = memory.activations(model, image=image)

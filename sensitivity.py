@@ -1,14 +1,14 @@
-"""Measure what each layer loses when its weights alone are at few bits: where to spend them.
+"""Measure how much accuracy is lost when one layer alone has few weight bits, for each layer.
 
     python sensitivity.py --weight-bits 4,2
 
 in:  checkpoints/pruned.pth, or any fp32 network (dead channels are removed first, exactly)
-out: logs/sensitivity.csv: a row a layer and bit-width, images gained and lost against the parent;
-     plots/sensitivity.png; logs/sensitivity.jsonl: the same rows as they come (an interrupted run
-     continues from them)
+out: logs/sensitivity.csv: one row per layer and bit-width, with the images gained and lost against
+     the parent; plots/sensitivity.png; logs/sensitivity.jsonl: the same rows as they are measured
+     (an interrupted run continues from them)
 
-A layer is quantized as quantize.py does (reconstruction on calibration images); all others and all
-activations stay fp32. The table is what --layer-bits of quantize.py wants to be written from.
+A layer is quantized as quantize.py does it (reconstruction on calibration images); all other layers
+and all activations stay fp32. The table helps to choose --layer-bits of quantize.py.
 """
 
 import copy
@@ -31,7 +31,7 @@ class Settings(config.Common):
     parent: str | None = flag(None, "fp32 network; default: checkpoints/pruned.pth")
     out: str | None = flag(None, "CSV; default: logs/sensitivity.csv")
     weight_bits: list[int] = flag([4, 2], "bit-widths to try, each 2 to 16")
-    calibration: int = flag(1024, "training images to fit on, without their labels")
+    calibration: int = flag(1024, "training images to fit on, used without their labels")
     split: str = flag("val", "images to evaluate on", choices=("val", "train"))
     resume: bool = flag(True, "continue an interrupted run of the same settings")
 

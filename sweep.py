@@ -1,16 +1,16 @@
-"""Measure a grid of weight bits x activation bits: a real file and its accuracy a cell.
+"""Measure a grid of weight bits x activation bits: one real file and its accuracy per cell.
 
     python sweep.py                                            the report's 6 x 6
     python sweep.py --weight-bits 8,4 --act-bits 8 --wandb
-    python sweep.py --weight-bits 4,3 --act-bits 8 --rate 0,0.2,0.4    accuracy against bytes
+    python sweep.py --weight-bits 4,3 --act-bits 8 --rd-lambda 0,0.2,0.4    accuracy against bytes
     torchrun --nproc-per-node 2 sweep.py                       the processes share the cells
 
 in:  checkpoints/pruned.pth, or any fp32 network
 out: checkpoints/sweep/w8a8.nnz ... (each decoded again before it is evaluated), logs/sweep.csv,
-     plots/sweep_heatmap.png, plots/sweep_parallel.png (of the first rate), plots/sweep_rate.png
-     (of several rates)
+     plots/sweep_heatmap.png, plots/sweep_parallel.png (of the first lambda), plots/sweep_rate.png
+     (if there are several lambdas)
 
-A cell that was measured before, from the same parent on the same images, is not measured again.
+A cell that was measured before, from the same parent and on the same images, is not measured again.
 """
 
 import csv
@@ -37,10 +37,10 @@ from lib.compaction import compact
 from lib.config import UserError, flag
 from lib.rate import KILOBYTE
 
-# gained, lost: images against the parent.
+# gained, lost: images that only this file, only the parent classifies correctly.
 COLUMNS = (
-    "weight_bits", "act_bits", "rate", "method", "split", "correct", "total", "accuracy", "gained",
-    "lost", "bytes", "seconds", "calibration", "seed", "sha256", "parent_sha256",
+    "weight_bits", "act_bits", "rd_lambda", "method", "split", "correct", "total", "accuracy",
+    "gained", "lost", "bytes", "seconds", "calibration", "seed", "sha256", "parent_sha256",
 )  # fmt: skip
 
 
@@ -51,10 +51,10 @@ class Settings(config.Common):
     method: str = flag("ptq", "as in quantize.py", choices=("ptq", "reference"))
     weight_bits: list[int] = flag([32, 16, 12, 8, 6, 4], "rows of the grid; 32 is off")
     act_bits: list[int] = flag([32, 16, 12, 8, 6, 4], "columns of the grid; 32 is off")
-    rate: list[float] = flag([0.0], "as in quantize.py, each for every cell of the grid")
-    mark: list[str] = flag([], "points beside the curve, each NAME=BYTES=ACCURACY, such as "
+    rd_lambda: list[float] = flag([0.0], "as in quantize.py; every cell of the grid has each")
+    mark: list[str] = flag([], "points drawn beside the curve, each NAME=BYTES=ACCURACY, such as "
                                "report=1040842=0.9447")  # fmt: skip
-    calibration: int = flag(1024, "training images that ptq looks at, without their labels")
+    calibration: int = flag(1024, "training images for ptq, used without their labels")
     split: str = flag("val", "images to evaluate on", choices=("val", "test"))
 
     def __post_init__(self):
@@ -62,28 +62,28 @@ class Settings(config.Common):
             raise ValueError("--weight-bits and --act-bits need at least one number each")
         if self.calibration < 1:
             raise ValueError("--calibration must be at least 1 image")
-        if not self.rate or not all(0 <= rate < math.inf for rate in self.rate):
-            raise ValueError("--rate needs numbers of at least 0")
-        if any(self.rate) and (self.method == "reference" or 32 in self.weight_bits):
-            raise ValueError("--rate is for --method ptq and weights of 2 to 16 bits")
+        if not self.rd_lambda or not all(0 <= value < math.inf for value in self.rd_lambda):
+            raise ValueError("--rd-lambda needs numbers of at least 0")
+        if any(self.rd_lambda) and (self.method == "reference" or 32 in self.weight_bits):
+            raise ValueError("--rd-lambda is for --method ptq and weights of 2 to 16 bits")
         self.marks()
         for bits in (*self.weight_bits, *self.act_bits):
             if bits not in quantizers.BITS:
                 raise ValueError(f"{bits} bits: must be 2 to 16, or 32 for off")
 
     def marks(self) -> dict[str, tuple[int, float]]:
-        """{name: (bytes, accuracy)}."""
-        found = {}
+        """Return --mark as {name: (bytes, accuracy)}; ValueError where it cannot be read."""
+        marks = {}
         for text in self.mark:
             name, _, values = text.partition("=")
             try:
                 size, accuracy = values.split("=")
-                found[name] = int(size), float(accuracy)
+                marks[name] = int(size), float(accuracy)
             except ValueError:
                 raise ValueError(f"--mark {text}: not NAME=BYTES=ACCURACY") from None
-            if found[name][0] < 1 or not 0 <= found[name][1] <= 1:
+            if marks[name][0] < 1 or not 0 <= marks[name][1] <= 1:
                 raise ValueError(f"--mark {text}: bytes must be over 0, the accuracy 0 to 1")
-        return found
+        return marks
 
 
 def main(argv=None):
@@ -100,22 +100,22 @@ def main(argv=None):
     if not len(split):
         raise UserError("there is no validation split (--val-size 0): use --split test")
     folder = cfg.path(None, "checkpoints/sweep")
-    known = {}  # which images the parent gets right, once it is asked for
+    known = {}  # by SHA-256: which images the parent gets right, once it is measured
     grid = [
-        (w, a, rate) for w in dict.fromkeys(cfg.weight_bits) for a in dict.fromkeys(cfg.act_bits)
-        for rate in dict.fromkeys(cfg.rate)
+        (weight_bits, act_bits, rd_lambda) for weight_bits in dict.fromkeys(cfg.weight_bits)
+        for act_bits in dict.fromkeys(cfg.act_bits) for rd_lambda in dict.fromkeys(cfg.rd_lambda)
     ]  # fmt: skip
 
-    for number, (weight_bits, act_bits, rate) in enumerate(grid):
+    for number, (weight_bits, act_bits, rd_lambda) in enumerate(grid):
         if number % world != rank_of_process:
             continue
-        path = folder / name_of(weight_bits, act_bits, rate)
+        path = folder / name_of(weight_bits, act_bits, rd_lambda)
         row = finished(path, cfg, parent, split)
         old = " (measured before)" if row else ""
         if not row:
             if not known:
                 measure.file(parent, split, cfg.split, known)
-            row = cell(path, cfg, parent, images, known, weight_bits, act_bits, rate)
+            row = cell(path, cfg, parent, images, known, weight_bits, act_bits, rd_lambda)
         print(
             f"[{number + 1}/{len(grid)}] {path.stem.upper()}: {row['accuracy']:.2%} "
             f"({row['correct']}/{row['total']} {cfg.split}), +{row['gained']} -{row['lost']}, "
@@ -127,25 +127,26 @@ def main(argv=None):
         rows = [finished(folder / name_of(*bits), cfg, parent, split) for bits in grid]
         write_table(cfg, rows)
         title = f"{cfg.method} quantization of {parent.file.name}, {cfg.split} (n={len(split)})"
-        first = [row for row in rows if row["rate"] == cfg.rate[0]]
+        first = [row for row in rows if row["rd_lambda"] == cfg.rd_lambda[0]]
         plots.heatmap(first, cfg.path(None, "plots/sweep_heatmap.png"), title)
         plots.parallel_coordinates(first, cfg.path(None, "plots/sweep_parallel.png"), title)
         if len(rows) > len(first):
-            plots.rate(rows, cfg.path(None, "plots/sweep_rate.png"), title, cfg.marks())
+            plots.accuracy_bytes(rows, cfg.path(None, "plots/sweep_rate.png"), title, cfg.marks())
         if cfg.wandb:
             log_wandb(cfg, rows)
         print(f"{cfg.path(cfg.out, 'logs/sweep.csv')}: {len(rows)} cells")
     engine.stop_processes()
 
 
-def name_of(weight_bits: int, act_bits: int, rate: float) -> str:
-    return f"w{weight_bits}a{act_bits}" + (f"r{rate:g}" if rate else "") + ".nnz"
+def name_of(weight_bits: int, act_bits: int, rd_lambda: float) -> str:
+    """Return the name of a cell's file, such as w4a8.nnz or, with a lambda of 0.3, w4a8r0.3.nnz."""
+    return f"w{weight_bits}a{act_bits}" + (f"r{rd_lambda:g}" if rd_lambda else "") + ".nnz"
 
 
 def cell(
-    path: Path, cfg, parent, images, known, weight_bits: int, act_bits: int, rate: float
+    path: Path, cfg, parent, images, known, weight_bits: int, act_bits: int, rd_lambda: float
 ) -> dict:
-    """Quantize, write the file, read it back, evaluate what was read."""
+    """Quantize, write the file, read it back and evaluate what was read; return the table's row."""
     began = time.monotonic()
     split = getattr(images, cfg.split)
     model = parent.build(split.images.device)
@@ -154,7 +155,8 @@ def cell(
     else:
         scheme = ptq.scheme(weight_bits, act_bits)
         sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
-        model, _ = ptq.quantize(compact(model)[0], sample, scheme, rate=rate / KILOBYTE)
+        small, _ = compact(model)
+        model, _ = ptq.quantize(small, sample, scheme, rd_lambda=rd_lambda / KILOBYTE)
     raw = compressed.encode(
         dataclasses.replace(
             parent,
@@ -170,12 +172,12 @@ def cell(
     )
     with checkpoint.atomic(path) as file:
         file.write(raw)
-    # As floats: one arithmetic for all cells, of which those over 8 bits have no integers.
+    # As floats: one arithmetic for all cells, since those of over 8 bits have no integer network.
     source = checkpoint.load(path)
     figures, _ = measure.file(source, split, cfg.split, dict(known), integers=False)
     row = {
-        "weight_bits": weight_bits, "act_bits": act_bits, "rate": rate, "method": cfg.method,
-        "calibration": cfg.calibration, "seed": cfg.seed,
+        "weight_bits": weight_bits, "act_bits": act_bits, "rd_lambda": rd_lambda,
+        "method": cfg.method, "calibration": cfg.calibration, "seed": cfg.seed,
         "seconds": round(time.monotonic() - began, 1), "parent_sha256": parent.sha256,
         **{key: figures[key] for key in COLUMNS if key in figures},
         **{key: figures["change"][key] for key in ("gained", "lost")},
@@ -186,7 +188,7 @@ def cell(
 
 
 def finished(path: Path, cfg, parent, split) -> dict | None:
-    """The row of a cell that is there and was made from the same things."""
+    """Return the row of a cell that was measured before in the same way; None if there is none."""
     record = path.with_suffix(".json")
     if not record.is_file() or not path.is_file():
         return None
@@ -197,13 +199,15 @@ def finished(path: Path, cfg, parent, split) -> dict | None:
     }  # fmt: skip
     try:
         row = json.loads(record.read_text())
+        if "rate" in row:  # what older records call it
+            row["rd_lambda"] = row.pop("rate")
         return row if wanted.items() <= row.items() and set(COLUMNS) <= set(row) else None
     except (ValueError, AttributeError):  # not ours: measure it again
         return None
 
 
 def write_table(cfg, rows: list[dict]) -> None:
-    """The CSV, once all cells are there: make takes it for done."""
+    """Write the CSV. Only once all cells are there: to make, its existence means done."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -213,15 +217,15 @@ def write_table(cfg, rows: list[dict]) -> None:
 
 
 def log_wandb(cfg, rows: list[dict]) -> None:
-    """A run a cell in one group: add a parallel coordinates panel over config and summary."""
+    """Log one W&B run per cell, in one group, for a parallel coordinates panel."""
     group = f"sweep-{cfg.method}-{cfg.split}-{rows[0]['parent_sha256'][:8]}"
     for row in rows:
-        name = name_of(row["weight_bits"], row["act_bits"], row["rate"]).removesuffix(".nnz")
+        name = name_of(row["weight_bits"], row["act_bits"], row["rd_lambda"]).removesuffix(".nnz")
         run = metrics.start_wandb(  # the id is fixed: a repeated sweep updates its runs
             cfg.path(None, "logs"), group=group, name=name, id=f"{group}-{name}", resume="allow",
             config={"weight_bits": row["weight_bits"], "activation_bits": row["act_bits"],
-                    "rate": row["rate"], "method": row["method"], "split": row["split"],
-                    "total": row["total"]},
+                    "rd_lambda": row["rd_lambda"], "method": row["method"],
+                    "split": row["split"], "total": row["total"]},
         )  # fmt: skip
         run.summary.update({"accuracy": row["accuracy"], "bytes": row["bytes"]})
         metrics.finish_wandb(run)

@@ -1,11 +1,11 @@
-"""Store the weights of a quantized network as the integers that they are.
+"""Store the weights of a quantized network as integers, and write the integer network as ONNX.
 
     python to_int8.py
 
 in:  checkpoints/quantized.pth, weights at 8 bits or fewer
-out: checkpoints/int8.pth: int8 weights with their scales, the rest as it was; logs/int8.jsonl
-     checkpoints/int8.onnx, where methods ptq or qat quantized the activations to 8 bits: the same
-     network in integers alone (lib/integer.py), for onnxruntime, uint8 images in
+out: checkpoints/int8.pth: int8 weights with their scales, the rest unchanged; logs/int8.jsonl
+     checkpoints/int8.onnx, if methods ptq or qat quantized the activations to 8 bits: the same
+     network in integers alone (lib/integer.py), for onnxruntime; its input is uint8 images
 
 How often the float network, the integer network and onnxruntime agree is counted on the first
 1,000 validation images.
@@ -54,7 +54,7 @@ def main(argv=None):
         quantization=scheme, state=state,
     )  # fmt: skip
 
-    # What was written is what counts: the same weights to the bit, the same answers to the image.
+    # Check the file that was written: the same weights, bit for bit, and the same predictions.
     again = saved.build(device)
     pairs = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     same = all(torch.equal(a, b) for a, b in pairs)
@@ -69,9 +69,12 @@ def main(argv=None):
 
 
 def export(saved, path, split) -> dict:
-    """Write the .onnx, or say why there is none; how often the three arithmetics agree."""
+    """Write the .onnx, or say why there is none.
+
+    Returns figures for the log, with how often the three arithmetics agree on images of the split.
+    """
     if why := runtime.why_no_onnx(saved.quantization):
-        path.unlink(missing_ok=True)  # of another network
+        path.unlink(missing_ok=True)  # one that is there belongs to another network
         print(f"no {path.name}: {why}")
         return {}
     onnx = runtime.export(saved, path)

@@ -1,11 +1,11 @@
-"""A forward pass of a pruned network as it is against its compacted form, in one run.
+"""Compare the forward pass of a pruned network with that of its compacted form, in one run.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/compaction.py --parent FILE [--data PATH]
 
 fp32, channels last, eval mode, one process. Turns alternate, after one of each to warm up, so that
-a neighbour on the machine disturbs both alike; medians count. Printed too: MACs and weights of
-both, the largest difference of any logit over the largest logit, and how many of the test images
-get the same first class from both. Without data the images are random.
+other load on the machine disturbs both alike; medians are printed. Also printed: MACs and weights
+of both, the largest difference between logits divided by the largest logit, and how many of the
+test images get the same prediction from both. Without data the images are random.
 """
 
 import statistics
@@ -30,7 +30,7 @@ class Settings:
     data: str | None = flag(None, "as for train.py; default: random images")
     images: int = flag(1000, "images whose logits are compared")
     batch: list[int] = flag([1, 128], "batch sizes to time")
-    steps: int = flag(15, "turns of each side, after one to warm up")
+    steps: int = flag(15, "turns of each network, after one to warm up")
     device: str = flag("auto", "auto, cpu, cuda ...")
 
     def __post_init__(self):
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     x = images(cfg, device)
 
     print(f"{'':24s} {'dense':>12s} {'compacted':>12s} {'ratio':>7s}")
-    for name, count in (("MACs an image", metrics.macs), ("weights", weights)):
+    for name, count in (("MACs per image", metrics.macs), ("weights", weights)):
         a, b = count(dense), count(small)
         print(f"{name:24s} {a:12,} {b:12,} {a / b:6.1f}x")
     for size in cfg.batch:
@@ -61,14 +61,14 @@ def main(argv: list[str] | None = None) -> None:
         a, b = (statistics.median(side) for side in zip(*rows, strict=True))
         ratios = sorted(one / other for one, other in rows)
         print(
-            f"{f'ms a pass, batch {size}':24s} {1e3 * a:12.2f} {1e3 * b:12.2f} {a / b:6.1f}x  "
+            f"{f'ms per pass, batch {size}':24s} {1e3 * a:12.2f} {1e3 * b:12.2f} {a / b:6.1f}x  "
             f"(turn by turn {ratios[0]:.1f} to {ratios[-1]:.1f})"
         )
-    expected, found = logits(dense, x), logits(small, x)
-    difference = (expected - found).abs().max() / expected.abs().max()
-    same = int((expected.argmax(1) == found.argmax(1)).sum())
+    of_dense, of_small = logits(dense, x), logits(small, x)
+    difference = (of_dense - of_small).abs().max() / of_dense.abs().max()
+    same = int((of_dense.argmax(1) == of_small.argmax(1)).sum())
     print(
-        f"logits within {difference:.1e} of the largest; the same first class for {same} of "
+        f"logits within {difference:.1e} of the largest; the same prediction for {same} of "
         f"{len(x)} {'test' if cfg.data else 'random'} images"
     )
     print(f"({cfg.steps} turns, {torch.get_num_threads()} threads, {device}, fp32)")

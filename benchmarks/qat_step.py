@@ -1,13 +1,14 @@
-"""A step of quantization-aware training against a plain training step of the same network.
+"""Compare a step of quantization-aware training with a plain training step of the same network.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/qat_step.py --parent FILE [--data PATH] [--steps 5]
 
 Both train the compacted network on the same batches with lib.engine's own epoch, without
-augmentation. Plain: batch norm, SGD, as prune.py's rounds. QAT: batch norm folded, every weight and
-activation through a learned fake-quantizer (W4A4 unless told otherwise), AdamW, masks held, as
-quantize.py --method qat. The fp32 teacher's forward pass is in both sides or in neither: both
-ratios are printed. Turns of the four alternate, after one of each to warm up, so that a neighbour
-on the machine disturbs all alike; medians count. Without data the images are random.
+augmentation. Plain: batch norm and SGD, as in prune.py. QAT: batch norm folded, every weight and
+activation fake-quantized with learned scales (W4A4 by default), AdamW, pruned weights held at zero,
+as in quantize.py --method qat. The forward pass of the fp32 teacher is part of both steps or of
+neither: both ratios are printed. Turns of the four alternate, after one of each to warm up, so that
+other load on the machine disturbs all alike; medians are printed. Without data the images are
+random.
 """
 
 import statistics
@@ -33,10 +34,10 @@ BATCH = 128
 class Settings:
     parent: str | None = flag(None, "an fp32 network, pruned or not; needed")
     data: str | None = flag(None, "as for train.py; default: random images")
-    weight_bits: int = flag(4, "of the QAT side")
-    act_bits: int = flag(4, "of the QAT side")
+    weight_bits: int = flag(4, "weight bits of QAT")
+    act_bits: int = flag(4, "activation bits of QAT")
     steps: int = flag(5, "turns of each side, after one to warm up")
-    turn: int = flag(1, "steps a turn")
+    turn: int = flag(1, "steps per turn")
     amp: bool = flag(True, "bf16 autocast, as the stages do (where the processor has it)")
     device: str = flag("auto", "auto, cpu, cuda ...")
 
@@ -67,7 +68,7 @@ class Side:
         self.scaler = torch.amp.GradScaler(split.images.device.type, enabled=False)
 
     def turn(self) -> float:
-        """Seconds a step."""
+        """Train for one turn; return the seconds per step."""
         size = self.count * BATCH
         first = self.turns * size % (len(self.split) - size + 1)
         part = slice(first, first + size)
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     split = images(cfg, device)
     teacher, _ = compact(checkpoint.load(cfg.parent).build(device))
     scheme = ptq.scheme(cfg.weight_bits, cfg.act_bits, method="qat")
-    sample = ptq.calibration(split, 128, 47)  # its quality is no matter here
+    sample = ptq.calibration(split, 128, 47)  # few: quality does not matter here
 
     def sides(teacher_of):
         plain, _ = compact(teacher)
@@ -98,14 +99,14 @@ def main(argv: list[str] | None = None) -> None:
                 Side(cfg, quantized, "adam", teacher_of, split))  # fmt: skip
 
     pairs = {"without a teacher": sides(None), "teacher in both": sides(teacher)}
-    found = {name: [] for name in pairs}
+    seconds = {name: [] for name in pairs}
     for number in range(cfg.steps + 1):
         for name, pair in pairs.items():
             times = [side.turn() for side in pair]
             if number:
-                found[name].append(times)
-    print(f"{'seconds a step':20s} {'plain':>8s} {'QAT':>8s} {'ratio':>7s}")
-    for name, rows in found.items():
+                seconds[name].append(times)
+    print(f"{'seconds per step':20s} {'plain':>8s} {'QAT':>8s} {'ratio':>7s}")
+    for name, rows in seconds.items():
         a, b = (statistics.median(side) for side in zip(*rows, strict=True))
         ratios = sorted(quantized / plain for plain, quantized in rows)
         print(f"{name:20s} {a:8.3f} {b:8.3f} {b / a:6.2f}x  "

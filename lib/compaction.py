@@ -1,25 +1,29 @@
 """Remove the channels that pruning left dead, exactly: a smaller network with the same outputs.
 
-A channel can go when nobody reads it, or when it is the same constant at every position: then what
-it adds to its reader's sums is a constant too, and goes into the reader's batch norm (the running
-mean moves by it, so BN stays and training can go on: in training mode the batch mean takes it out
-either way) or, behind the head, into the classifier's bias.
+A channel can be removed if no layer reads it, or if it has the same constant value at every
+position. In the second case what it adds to the sums of the layer that reads it is a constant too,
+which goes into that layer's batch norm: the running mean moves by it. (Batch norm stays, so that
+training can continue; in training mode the batch mean removes the constant in any case.) Behind the
+head it goes into the classifier's bias.
 
 - A hidden channel (expand row, depthwise filter, project column) is constant where its depthwise
   filter is zero, or where its expand row is zero and the constant that leaves (BN's, through ReLU6)
   passes the depthwise filter unchanged by the zero padding: it is 0, or only the centre tap is not.
   A positive constant under any other filter is uneven at the border, and stays a channel.
-- The stem's channels are the hidden ones of the first block, which has no expansion. Where that
-  block is residual (widths of 0.25 and less), they are those of its stream as well: all three stay.
-- A channel of a residual stream is shared by all blocks of its stage. It is constant where no block
-  writes it (each adds its BN's constant), and unread where no following layer has a column for it.
-- A head channel is constant where its row is zero.
+- The stem's channels are the hidden channels of the first block, which has no expansion. If that
+  block is residual (widths of 0.25 and less), they are the channels of its stream as well, and all
+  three are left as they are.
+- A channel of a residual stream is shared by all blocks of its stage. It is constant if no block
+  writes it (each block still adds the constant of its batch norm), and unread if every layer that
+  reads the stream has zeros in its column.
+- A head channel is constant if its row is zero.
 
-Each removal may free others, upstream and downstream: repeated until nothing changes. All sums are
-in float64; what is rounded back to float32 are the shifted means and biases.
+One removal may make others possible, before and behind it: the rules are repeated until nothing
+changes. All sums are in float64; the shifted means and biases are rounded back to float32.
 """
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +32,12 @@ from models.mobilenetv2 import MobileNetV2
 
 
 def compact(model: MobileNetV2) -> tuple[MobileNetV2, dict[str, tuple[Tensor | None, ...]]]:
-    """The network without its dead channels, and which of them live.
+    """Return a copy of the network without its dead channels, and what was kept.
 
-    Returns (smaller, kept): a new network of the same mode and device with settings of its own;
-    kept[name] has for each dimension of that parameter or buffer the indices that stay, None for
-    all, so that optimizer state can follow (`take`). The model itself is left as it was.
+    Returns (smaller, kept). smaller: a new network in the same mode, on the same device, with its
+    own settings. kept[name]: for each dimension of that parameter or buffer the indices that stay,
+    None for all, so that optimizer state can be cut in the same way (`take`). The model itself is
+    not changed.
     """
     work = copy.deepcopy(model).double()
     parts = _Parts(work)
@@ -58,61 +63,76 @@ def compact(model: MobileNetV2) -> tuple[MobileNetV2, dict[str, tuple[Tensor | N
 
 
 def take(tensor: Tensor, kept: tuple[Tensor | None, ...]) -> Tensor:
-    """The part of a tensor that stays: kept has an index, or None, for each dimension."""
+    """Return the part of a tensor that stays; kept: indices or None (all) for each dimension."""
     for dim, index in enumerate(kept):
         if index is not None:
             tensor = tensor.index_select(dim, index.to(tensor.device))
     return tensor
 
 
+class _Block(NamedTuple):
+    """The layers of a block; `producer` makes its hidden channels: its expansion, or the stem."""
+
+    producer: nn.Conv2d
+    producer_norm: nn.BatchNorm2d
+    depthwise: nn.Conv2d
+    depthwise_norm: nn.BatchNorm2d
+    project: nn.Conv2d
+    project_norm: nn.BatchNorm2d
+    residual: bool
+
+
 class _Parts:
-    """The layers of a network by their part in it."""
+    """The layers of a network by their role, and the blocks that share a residual stream."""
 
     def __init__(self, model: MobileNetV2):
-        features = model.features
-        self.classifier = model.classifier[1]
-        self.head, self.head_norm = features[-1][0], features[-1][1]
-        self.blocks = []  # (producer, its norm, depthwise, its norm, project, its norm, residual)
-        for number, block in enumerate(features[1:-1]):
-            layers = list(block.conv)
-            expand = layers.pop(0) if len(layers) == 4 else features[0]
-            assert len(layers) == 3 and (number == 0) == (expand is features[0])
-            depthwise, project, norm = layers
-            self.blocks.append(
-                (expand[0], expand[1], depthwise[0], depthwise[1], project, norm, block.residual)
-            )
+        self.classifier = model.linear
+        self.head, self.head_norm = model.head.conv, model.head.norm
+        self.blocks: list[_Block] = []
+        for number, block in enumerate(model.blocks):
+            assert (number == 0) == (block.expand is None)
+            producer = block.expand or model.stem
+            self.blocks.append(_Block(
+                producer.conv, producer.norm, block.depthwise.conv, block.depthwise.norm,
+                block.project, block.project_norm, block.residual,
+            ))  # fmt: skip
         # Each stream: the blocks that write it. A block that is not residual begins a new one.
-        self.streams = []
+        self.streams: list[list[int]] = []
         for number, block in enumerate(self.blocks):
-            if not block[-1] or number == 0:
+            if not block.residual or number == 0:
                 self.streams.append([])
             self.streams[-1].append(number)
 
     @property
     def first_is_residual(self) -> bool:
-        """Whether the first block adds the stem's output: then stem, hidden channels and stream are
-        the same channels."""
-        return self.blocks[0][-1]
+        """Return whether the first block adds the stem's output to its own.
+
+        If so, the stem's channels, the block's hidden channels and those of its stream are the
+        same channels.
+        """
+        return self.blocks[0].residual
 
     def reader(self, number: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-        """Who reads the stream behind block `number`, beside later adds to it."""
-        after = number + 1
-        return self.blocks[after][:2] if after < len(self.blocks) else (self.head, self.head_norm)
+        """Return the layer, and its norm, that reads the stream behind block `number`."""
+        if number + 1 == len(self.blocks):
+            return self.head, self.head_norm
+        after = self.blocks[number + 1]
+        return after.producer, after.producer_norm
 
     def live(self) -> dict:
-        """Indices of the channels that are still read; one at the least in each place."""
+        """Return the indices of the channels that are still read, at least one per group."""
 
         def alive(*readers: Tensor) -> Tensor:
             read = torch.stack([(w != 0).flatten(2).any(2).any(0) for w in readers]).any(0)
             return read.nonzero().flatten() if read.any() else torch.zeros(1, dtype=torch.long)
 
-        hidden = [alive(block[4].weight) for block in self.blocks]
+        hidden = [alive(block.project.weight) for block in self.blocks]
         stream = {}
         for blocks in self.streams:
             index = alive(*(self.reader(b)[0].weight for b in blocks))
             stream |= dict.fromkeys(blocks, index)
         if self.first_is_residual:
-            everything = torch.arange(len(self.blocks[0][0].weight))
+            everything = torch.arange(len(self.blocks[0].producer.weight))
             hidden[0] = everything
             stream |= dict.fromkeys(self.streams[0], everything)
         head = alive(self.classifier.weight[:, :, None])
@@ -120,7 +140,7 @@ class _Parts:
 
 
 def _constant(norm: nn.BatchNorm2d, inputs: Tensor | float = 0.0) -> Tensor:
-    """What batch norm, in eval mode, makes of constant inputs (C,)."""
+    """Return what batch norm in eval mode makes of constant inputs (C,)."""
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     return norm.bias + (inputs - norm.running_mean) * scale
 
@@ -130,7 +150,11 @@ def _dead_rows(layer: nn.Module) -> Tensor:
 
 
 def _fold(layer: nn.Module, norm: nn.BatchNorm2d | None, constant: Tensor, where: Tensor) -> bool:
-    """Let a reader know its constant inputs, and read them no longer. Whether that changed it."""
+    """Move the effect of a layer's constant input channels into its norm or bias.
+
+    constant: (in,), the value of each channel; where: (in,), which of them are constant. The
+    columns of those become zero. norm None: the classifier. Returns whether anything changed.
+    """
     columns = layer.weight.flatten(1)  # a 1x1 convolution or a linear layer
     if not (columns[:, where] != 0).any():
         return False
@@ -144,7 +168,7 @@ def _fold(layer: nn.Module, norm: nn.BatchNorm2d | None, constant: Tensor, where
 
 
 def _stop_writing(layer: nn.Module, where: Tensor) -> bool:
-    """Zero the rows that nobody reads. Whether that changed them."""
+    """Zero the rows of a layer that no layer reads; return whether anything changed."""
     if not (layer.weight[where] != 0).any():
         return False
     layer.weight[where] = 0
@@ -152,28 +176,28 @@ def _stop_writing(layer: nn.Module, where: Tensor) -> bool:
 
 
 def _hidden(parts: _Parts) -> bool:
+    """Apply the rule of hidden channels to every block; return whether anything changed."""
     changed = False
-    for produce, produce_norm, depthwise, norm, project, project_norm, _ in parts.blocks[
-        parts.first_is_residual :
-    ]:
-        centre = depthwise.weight[:, 0, 1, 1]
-        only_centre = (depthwise.weight != 0).flatten(1).sum(1) == (centre != 0)
-        enters = _constant(produce_norm).clamp(0, 6)
-        even = _dead_rows(produce) & (only_centre | (enters == 0))
-        silent = _dead_rows(depthwise)
+    for block in parts.blocks[parts.first_is_residual :]:
+        centre = block.depthwise.weight[:, 0, 1, 1]
+        only_centre = (block.depthwise.weight != 0).flatten(1).sum(1) == (centre != 0)
+        enters = _constant(block.producer_norm).clamp(0, 6)
+        even = _dead_rows(block.producer) & (only_centre | (enters == 0))
+        silent = _dead_rows(block.depthwise)
         inputs = torch.where(silent, torch.zeros_like(enters), centre * enters)
-        leaves = _constant(norm, inputs).clamp(0, 6)
-        changed |= _fold(project, project_norm, leaves, even | silent)
-        unread = (project.weight == 0).flatten(1).all(0)
-        changed |= _stop_writing(depthwise, unread)
-        changed |= _stop_writing(produce, unread)
+        leaves = _constant(block.depthwise_norm, inputs).clamp(0, 6)
+        changed |= _fold(block.project, block.project_norm, leaves, even | silent)
+        unread = (block.project.weight == 0).flatten(1).all(0)
+        changed |= _stop_writing(block.depthwise, unread)
+        changed |= _stop_writing(block.producer, unread)
     return changed
 
 
 def _streams(parts: _Parts) -> bool:
+    """Apply the rule of residual streams to each of them; return whether anything changed."""
     changed = False
     for numbers in parts.streams[parts.first_is_residual :]:
-        writers = [parts.blocks[n][4:6] for n in numbers]
+        writers = [(parts.blocks[n].project, parts.blocks[n].project_norm) for n in numbers]
         readers = [parts.reader(n) for n in numbers]
         unwritten = torch.stack([_dead_rows(project) for project, _ in writers]).all(0)
         constant = torch.zeros_like(writers[0][1].bias)
@@ -187,6 +211,7 @@ def _streams(parts: _Parts) -> bool:
 
 
 def _head(parts: _Parts) -> bool:
+    """Apply the rule of head channels; return whether anything changed."""
     constant = _constant(parts.head_norm).clamp(0, 6)
     changed = _fold(parts.classifier, None, constant, _dead_rows(parts.head))
     unread = (parts.classifier.weight == 0).all(0)
@@ -194,22 +219,22 @@ def _head(parts: _Parts) -> bool:
 
 
 def _indices(model: nn.Module, parts: _Parts, live: dict) -> dict:
-    """For each tensor of the state dict, the indices that stay in each of its dimensions."""
+    """Return, per tensor of the state dict, the indices that stay in each of its dimensions."""
     rows, columns = {}, {}  # by module
     hidden, stream = live["hidden"], live["stream"]
-    for number, (produce, produce_norm, depthwise, norm, project, project_norm, _) in enumerate(
-        parts.blocks
-    ):
-        for module in (produce, produce_norm, depthwise, norm):
+    for number, block in enumerate(parts.blocks):
+        for module in (
+            block.producer, block.producer_norm, block.depthwise, block.depthwise_norm
+        ):  # fmt: skip
             rows[module] = hidden[number]
-        rows[project] = rows[project_norm] = stream[number]
-        columns[project] = hidden[number]
+        rows[block.project] = rows[block.project_norm] = stream[number]
+        columns[block.project] = hidden[number]
         columns[parts.reader(number)[0]] = stream[number]
     rows[parts.head] = rows[parts.head_norm] = columns[parts.classifier] = live["head"]
     kept = {}
     for prefix, module in model.named_modules():
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in own:
+        parameters = module.named_parameters(recurse=False)
+        for name, tensor in [*parameters, *module.named_buffers(recurse=False)]:
             dims = (rows.get(module), columns.get(module) if tensor.ndim > 1 else None)
             kept[f"{prefix}.{name}"] = dims[: tensor.ndim]
     return kept

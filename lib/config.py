@@ -24,7 +24,7 @@ import torch
 # What --help calls a flag's value, where the flag's own name would not say it better.
 METAVARS = {
     "parent": "FILE", "out": "FILE", "decompress": "FILE", "onnx": "FILE", "data": "PATH",
-    "run_dir": "DIR", "release": "DIR", "layer_bits": "FILE", "teacher": "FILE",
+    "run_dir": "DIR", "release": "DIR", "layer_bits": "BITS", "teacher": "FILE",
 }  # fmt: skip
 
 
@@ -134,7 +134,9 @@ def identity(cfg) -> dict:
 
 def command(stage, values: dict) -> str:
     """The command line that gives a stage these settings: what is not its default, of files the
-    names alone. stage: a module whose Settings have no lists."""
+    names alone. stage: a module whose Settings have no lists; its `flags_of_today`, where it has
+    one, translates values of an older version."""
+    values = getattr(stage, "flags_of_today", dict)(values)
     words = ["python", f"{stage.__name__}.py"]
     for field in dataclasses.fields(stage.Settings):
         value = values.get(field.name, field.default)

@@ -178,6 +178,8 @@ def fit(
         same_run(state_file, state["config"], config)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        for group in optimizer.param_groups:  # a state from before the key was renamed
+            group.setdefault("lr_factor", group.pop("rate", 1.0))
         scaler.load_state_dict(state["scaler"])
         if average:
             average.load_state_dict(state["average"])
@@ -284,7 +286,7 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
         if not recipe.channels_last:
             x = x.contiguous()
         for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * recipe.learning_rate(step, steps)
+            group["lr"] = group["lr_factor"] * recipe.learning_rate(step, steps)
         with _autocast(device, recipe.amp):
             logits = forward(x)
             with torch.no_grad():
@@ -337,15 +339,16 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """Weights with decay, BN and biases with or without; a parameter's `rate` is its own."""
+    """Weights with decay, BN and biases with or without; a parameter's `lr_factor` multiplies its
+    learning rate."""
     groups = {}
     for p in model.parameters():
         if p.requires_grad:
             decay = recipe.weight_decay if recipe.decay_norm or p.ndim > 1 else 0.0
-            groups.setdefault((decay, getattr(p, "rate", 1.0)), []).append(p)
+            groups.setdefault((decay, getattr(p, "lr_factor", 1.0)), []).append(p)
     return [
-        {"params": params, "weight_decay": decay, "rate": rate}
-        for (decay, rate), params in groups.items()
+        {"params": params, "weight_decay": decay, "lr_factor": lr_factor}
+        for (decay, lr_factor), params in groups.items()
     ]
 
 

@@ -1,22 +1,23 @@
-"""Networks as ONNX graphs, built node by node: fp32, and the integer network.
+"""Networks as ONNX graphs, built node by node: in fp32, and in integers.
 
-Standard operators of opset 17 alone, weights inside, any number of images, the same bytes for the
-same network. The integer graph is lib.integer's, with what ONNX says otherwise:
+Standard operators of opset 17 only, weights included, any batch size, the same bytes for the same
+network. The integer graph computes what lib.integer computes, with these differences:
 
 - Activations are uint8: unsigned levels as they are, signed ones with zero point 128.
-- Weights are in 8 bits, at fewer bits too: int8 where that is exact everywhere, else uint8 with
-  zero point 128. Processors with AVX2 and without VNNI multiply uint8 by int8 in pairs whose sum
-  saturates at 16 bits (vpmaddubsw); onnxruntime's kernels for two uint8 are exact, and take about
-  twice as long. A depthwise layer has no pairs, and levels of up to 7 bits cannot saturate: see
-  `_pairs_fit`. Before a projection, channels are put in an order in which pairs do not: `_order`.
-  (A stream's have several readers, which no order suits all.)
+- Weights are stored in 8 bits even if they have fewer: as int8 where that is exact on every
+  processor, else as uint8 with zero point 128. Processors with AVX2 but without VNNI multiply uint8
+  by int8 in pairs whose sum saturates at 16 bits (vpmaddubsw); onnxruntime's kernels for two uint8
+  are exact and take about twice as long. A depthwise layer has no pairs, and weights of up to 7
+  bits cannot saturate: see `_pairs_fit`. In front of a projection, the channels are put in an order
+  in which pairs do not saturate: see `_order`. (The channels of a residual stream are read by
+  several layers, and no order suits all of them.)
 - Channels are padded with zeros to a multiple of 16, so that vectors have no remainders.
 - Requantization: QLinearConv multiplies by the same ratio of scales in floating point and rounds
-  halves to even. A level differs from lib.integer's where the rounding of floats crosses a half.
+  halves to even. A level may differ from lib.integer's where float rounding crosses a half.
 - The residual addition and the average are DequantizeLinear, Add or GlobalAveragePool,
-  QuantizeLinear; onnxruntime makes integer kernels of each three.
-- The classifier is MatMulInteger, its int32 bias is added to it; logits = float(acc) * scale.
-- The image's levels come from the same table of 768, by Gather.
+  QuantizeLinear; onnxruntime fuses these three into one integer kernel.
+- The classifier is MatMulInteger plus an int32 bias; logits = float(acc) * scale.
+- The levels of the image come from the same table of 768 entries, by Gather.
 """
 
 import json
@@ -26,12 +27,12 @@ import onnx
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
 
 from lib import quantizers
 from lib.fixedpoint import Grid
 from lib.integer import IntegerNetwork, Layer
-from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
+from models import layers
+from models.mobilenetv2 import MobileNetV2
 
 OPSET, IR = 17, 8  # of 2022: old enough for any runtime in use
 ZERO = 128  # the zero point of signed levels in uint8
@@ -41,23 +42,28 @@ FORMAT, META = "mobilenetv2-cifar10/onnx/1", "mobilenetv2-cifar10"  # value of `
 
 
 class _Graph:
-    """Nodes and initializers in the order in which they were added."""
+    """An ONNX graph in the making: nodes and constants in the order in which they were added."""
 
     def __init__(self):
         self.nodes, self.constants = [], {}
 
     def constant(self, name: str, array) -> str:
+        """Add a constant, from a tensor or an array; return its name."""
         if torch.is_tensor(array):
             array = array.detach().cpu().numpy()
         self.constants[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
         return name
 
     def __call__(self, kind: str, inputs: list[str], name: str, **attributes) -> str:
+        """Add a node of that operator; return the name of its output, which is the node's."""
         self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
         return name
 
     def model(self, image: int, classes: int, meta: dict) -> onnx.ModelProto:
-        """image: type of the elements of the input `images` (n, 3, 32, 32); output: `logits`."""
+        """Return the finished model: input `images` (n, 3, 32, 32), output `logits` (n, classes).
+
+        image: ONNX's type of the elements of the input.
+        """
         inputs = [helper.make_tensor_value_info("images", image, ["n", 3, 32, 32])]
         outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", classes])]
         graph = helper.make_graph(
@@ -78,37 +84,34 @@ class _Graph:
 
 @torch.no_grad()
 def fp32(model: MobileNetV2, meta: dict) -> onnx.ModelProto:
-    """A network in eval mode, batch norm folded; its input is float32, normalized."""
+    """Return the graph of a network in eval mode, batch norm folded; input: float32, normalized.
+
+    meta: stored with the graph, JSON's types.
+    """
     model = quantizers.fold(model).cpu()
     g = _Graph()
 
-    def conv(layer: nn.Conv2d, x: str, name: str) -> str:
-        inputs = [x, g.constant(f"{name}.weight", layer.weight.contiguous()),
-                  g.constant(f"{name}.bias", layer.bias)]  # fmt: skip
-        geometry = _geometry(layer.stride[0], layer.padding[0], layer.weight)
-        return g("Conv", inputs, name, group=layer.groups, **geometry)
-
-    def activated(module: ConvBNReLU6, x: str, name: str) -> str:
-        return g("Clip", [conv(module[0], x, f"{name}.0"), *clip], f"{name}.relu6")
+    def conv(layer: layers.Layer, x: str) -> str:
+        module, name = model.get_submodule(layer.name), layer.name
+        inputs = [x, g.constant(f"{name}.weight", module.weight.contiguous()),
+                  g.constant(f"{name}.bias", module.bias)]  # fmt: skip
+        geometry = _geometry(layer.stride, module.padding[0], module.weight)
+        y = g("Conv", inputs, name, group=module.groups, **geometry)
+        return g("Clip", [y, *clip], f"{name.rpartition('.')[0]}.relu6") if layer.has_relu6 else y
 
     clip = [g.constant("zero", np.float32(0)), g.constant("six", np.float32(6))]
-    x = "images"
-    for i, module in enumerate(model.features):
-        if not isinstance(module, InvertedResidual):
-            x = activated(module, x, f"features.{i}")
-            continue
+    stem, *_, head, classifier = layers.layers(model.settings)
+    x = conv(stem, "images")
+    for number, block in enumerate(layers.blocks(model.settings), start=1):
         y = x
-        for j, layer in enumerate(module.conv):
-            name = f"features.{i}.conv.{j}"
-            if isinstance(layer, ConvBNReLU6):
-                y = activated(layer, y, name)
-            elif isinstance(layer, nn.Conv2d):
-                y = conv(layer, y, name)
-        x = g("Add", [x, y], f"features.{i}.sum") if module.residual else y
+        for layer in block:
+            y = conv(layer, y)
+        residual = model.settings["blocks"][number - 1]["residual"]
+        x = g("Add", [x, y], f"features.{number}.sum") if residual else y
+    x = conv(head, x)
     x = g("Flatten", [g("GlobalAveragePool", [x], "average")], "flat")
-    layer = model.classifier[1]
-    inputs = [x, g.constant("classifier.1.weight", layer.weight),
-              g.constant("classifier.1.bias", layer.bias)]  # fmt: skip
+    inputs = [x, g.constant(f"{classifier.name}.weight", model.linear.weight),
+              g.constant(f"{classifier.name}.bias", model.linear.bias)]  # fmt: skip
     g("Gemm", inputs, "logits", transB=1)
     return g.model(TensorProto.FLOAT, model.settings["classes"], meta)
 
@@ -122,32 +125,33 @@ def _geometry(stride: int, padding: int, kernel: torch.Tensor) -> dict:
 
 
 def int8(network: IntegerNetwork, meta: dict) -> onnx.ModelProto:
-    """The integer network; its input is uint8, as images come.
+    """Return the graph of an integer network; input: uint8 images, not normalized.
 
-    A padded channel has no weights and no bias: its level is 0.
+    A padded channel has no weights and no bias: its level is 0. meta: as in `fp32`.
     """
     g = _Graph()
     for name, point in (("unsigned.zero", 0), ("signed.zero", ZERO)):
         g.constant(name, np.uint8(point))
     g.constant("int8.zero", np.int8(0))
 
-    def of(name: str, grid: Grid) -> list[str]:
-        """Scale and zero point of a tensor."""
-        step = g.constant(f"{name}.step", np.float32(grid.step))
-        return [step, "signed.zero" if grid.signed else "unsigned.zero"]
+    def scale_and_zero(name: str, grid: Grid) -> list[str]:
+        """Add the scale of a tensor; return its name and that of the zero point."""
+        scale = g.constant(f"{name}.step", np.float32(grid.scale))
+        return [scale, "signed.zero" if grid.signed else "unsigned.zero"]
 
     def conv(layer: Layer, x: str, order=slice(None), inputs=slice(None)) -> str:
-        """order, inputs: of the channels that it writes, and reads."""
-        kernel, scale = layer.weight[order][:, inputs], layer.scale[order] / layer.reads.step
-        bias, more = layer.bias[order], -len(kernel) % MULTIPLE
+        """Add a convolution; order, inputs: the order of its output and of its input channels."""
+        kernel, scale = layer.weight[order][:, inputs], layer.scale[order] / layer.input_grid.scale
+        bias, rows = layer.bias[order], -len(kernel) % MULTIPLE  # rows, columns: of padding
         columns = -kernel.shape[1] % MULTIPLE if layer.groups == 1 and x != "image" else 0
-        kernel = F.pad(kernel, (0, 0, 0, 0, 0, columns, 0, more))
-        scale = F.pad(scale.float(), (0, more), value=1.0)
+        kernel = F.pad(kernel, (0, 0, 0, 0, 0, columns, 0, rows))
+        scale = F.pad(scale.float(), (0, rows), value=1.0)
         signed = layer.groups > 1 or _pairs_fit(kernel)
-        inputs = [x, *of(x, layer.reads), weight(layer, kernel, signed),
+        inputs = [x, *scale_and_zero(x, layer.input_grid), weight(layer, kernel, signed),
                   g.constant(f"{layer.name}.weight_scale", scale),
-                  "int8.zero" if signed else "signed.zero", *of(layer.name, layer.writes),
-                  g.constant(f"{layer.name}.bias", F.pad(bias, (0, more)))]  # fmt: skip
+                  "int8.zero" if signed else "signed.zero",
+                  *scale_and_zero(layer.name, layer.output_grid),
+                  g.constant(f"{layer.name}.bias", F.pad(bias, (0, rows)))]  # fmt: skip
         geometry = _geometry(layer.stride, layer.padding, kernel)
         groups = len(kernel) if layer.groups > 1 else 1
         return g("QLinearConv", inputs, layer.name, group=groups, **geometry)
@@ -158,15 +162,15 @@ def int8(network: IntegerNetwork, meta: dict) -> onnx.ModelProto:
         return g.constant(f"{layer.name}.weight", levels)
 
     def decoded(x: str, grid: Grid, name: str) -> str:
-        return g("DequantizeLinear", [x, *of(x, grid)], f"{name}.float")
+        return g("DequantizeLinear", [x, *scale_and_zero(x, grid)], f"{name}.float")
 
     def encoded(x: str, grid: Grid, name: str) -> str:
-        return g("QuantizeLinear", [x, *of(name, grid)], name)
+        return g("QuantizeLinear", [x, *scale_and_zero(name, grid)], name)
 
     first = g.constant("table.first", np.arange(0, 768, 256, dtype=np.int32).reshape(3, 1, 1))
     table = g.constant("table", (network.table + ZERO).to(torch.uint8).flatten())
-    places = g("Add", [g("Cast", ["images"], "pixels", to=TensorProto.INT32), first], "places")
-    x = conv(network.stem, g("Gather", [table, places], "image"))
+    indices = g("Add", [g("Cast", ["images"], "pixels", to=TensorProto.INT32), first], "places")
+    x = conv(network.stem, g("Gather", [table, indices], "image"))
     for i, block in enumerate(network.blocks, 1):
         *expand, depthwise, projection = block.layers
         order = _order(projection.weight) if expand else slice(None)
@@ -176,10 +180,11 @@ def int8(network: IntegerNetwork, meta: dict) -> onnx.ModelProto:
         y = conv(projection, conv(depthwise, y, order), inputs=order)
         if block.sum is not None:
             name, total = f"features.{i}.sum", block.sum
-            terms = [decoded(x, total.x, f"{name}.x"), decoded(y, total.addend, f"{name}.addend")]
-            y = encoded(g("Add", terms, f"{name}.float"), total.writes, name)
+            terms = [decoded(x, total.x_grid, f"{name}.x"),
+                     decoded(y, total.addend_grid, f"{name}.addend")]  # fmt: skip
+            y = encoded(g("Add", terms, f"{name}.float"), total.output_grid, name)
         x = y
-    x = decoded(conv(network.head, x), network.head.writes, "head")
+    x = decoded(conv(network.head, x), network.head.output_grid, "head")
     x = encoded(g("GlobalAveragePool", [x], "average.float"), network.pooled, "average")
     last, x = network.classifier, g("Flatten", [x], "flat")
     levels = F.pad(last.weight, (0, -last.weight.shape[1] % MULTIPLE)).T
@@ -191,14 +196,20 @@ def int8(network: IntegerNetwork, meta: dict) -> onnx.ModelProto:
 
 
 def _sides(kernel: torch.Tensor) -> list[torch.Tensor]:
-    """The positive weights of each row, and the negative: signs that differ cannot add up."""
+    """Return the positive weights of each row and the negative ones, as magnitudes (rows, columns).
+
+    They are looked at apart, since products of different signs cannot add up to saturate.
+    """
     rows = kernel.flatten(1).to(torch.int32)
     return [rows.clamp(min=0), -rows.clamp(max=0)]
 
 
 def _pairs_fit(kernel: torch.Tensor) -> bool:
-    """Whether two products of uint8 with these weights, int8 (out, in, k, k), always fit into 16
-    bits together: those of inputs 2i and 2i + 1, or of any two where the kernel is not 1x1."""
+    """Return whether the sum of a pair of products always fits into 16 bits.
+
+    kernel: int8 (out, in, k, k), multiplied by any uint8. A pair are inputs 2i and 2i + 1 of a 1x1
+    kernel, any two of others.
+    """
     for side in _sides(kernel):
         two = side.unflatten(1, (-1, 2)) if kernel.shape[2] == 1 else side.topk(2).values
         if two.sum(-1).max() > PAIR:
@@ -207,15 +218,16 @@ def _pairs_fit(kernel: torch.Tensor) -> bool:
 
 
 def _order(kernel: torch.Tensor) -> torch.Tensor:
-    """The inputs of a 1x1 kernel, int8 (out, in, 1, 1), in an order in which pairs fit, if found.
+    """Return an order (in,) of the inputs of a 1x1 kernel in which pairs fit, if one is found.
 
-    A matching: whoever has the fewest partners left takes the one with the fewest.
+    kernel: int8 (out, in, 1, 1). A greedy matching: the input with the fewest possible partners
+    takes the partner that itself has the fewest. If it fails, the order stays as it is.
     """
     count = kernel.shape[1]
-    kernel = F.pad(kernel, (0, 0, 0, 0, 0, count % 2))  # the padding's zeros, somebody's partner
-    asis = torch.arange(count)
+    kernel = F.pad(kernel, (0, 0, 0, 0, 0, count % 2))  # a column of padding is a partner, too
+    unchanged = torch.arange(count)
     if _pairs_fit(kernel):
-        return asis
+        return unchanged
     fits = ~torch.eye(kernel.shape[1], dtype=torch.bool)
     for side in _sides(kernel):
         fits &= torch.stack([(side + column[:, None]).amax(0) <= PAIR for column in side.T])
@@ -224,7 +236,7 @@ def _order(kernel: torch.Tensor) -> torch.Tensor:
         first = min(free, key=lambda i: (int(partners[i]), i))
         left = [i for i in fits[first].nonzero().flatten().tolist() if i in free]
         if not left:
-            return asis
+            return unchanged
         second = min(left, key=lambda i: (int(partners[i]), i))
         partners -= fits[first].int() + fits[second].int()
         free -= {first, second}

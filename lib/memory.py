@@ -1,4 +1,4 @@
-"""Where bytes go: the activations of a network while it runs, and the parts of a file on disk."""
+"""Count bytes: those of a network's activations while it runs, and those of a file by part."""
 
 from pathlib import Path
 
@@ -10,36 +10,37 @@ from lib.checkpoint import Checkpoint
 from lib.metrics import weight_layers
 
 WEIGHTS, INDICES, REST = "weights: values", "weights: indices", "BN, biases, scales"
-# What lib.compressed.sections calls the parts of a .nnz file; any other section codes weights.
+# Sections of a .nnz file (names as of lib.compressed.sections); any other section holds coded weights.
 SECTIONS = {"values": WEIGHTS, "indices": INDICES, "dense": REST, "scales": "scales",
             "biases": "biases", "steps": "activation steps", "metadata": "metadata",
             "frame": "frame"}  # fmt: skip
 
 
 def activations(model: nn.Module, size: int = 32, image: Tensor | None = None) -> dict:
-    """Activation values (not bytes) of one image, as forward hooks see them pass.
+    """Count the activation values (not bytes) of one image, with forward hooks.
 
-    image: (1, 3, H, W), normalized; default: zeros of `size` (the counts depend on shapes alone).
+    image: (1, 3, H, W), normalized; default: zeros of `size` (the counts depend only on shapes).
 
-    An activation here is a tensor that a runtime which fuses convolution, BN and ReLU6 writes to
-    memory: what enters a Conv2d or Linear layer, the image included, and what leaves it. BN and
-    ReLU6 work in place and the residual sum is added to the projection's output as it is written,
-    so none of them has a tensor of its own; nor has pooling, at most the head's input and output.
+    An activation here is a tensor that a runtime which fuses convolution, batch norm and ReLU6
+    writes to memory: the input of a Conv2d or Linear layer, the image included, and its output.
+    Batch norm and ReLU6 work in place, and the residual sum is added to the projection's output as
+    it is written, so none of them has a tensor of its own; neither has pooling.
 
-    sum_values: all tensors that enter a Conv2d or Linear layer: each is written once, and they are
-        what a scheme quantizes. A residual input also enters its block's first layer, so it is one
-        of them already. The logits, which enter no layer, are not.
-    peak_values: the most that is alive at once when layer follows layer: the layer's input, its
-        output, and during a residual block the block's input, until it is added. Where that is the
-        layer's own input, it counts once. No workspace (im2col) and no reuse of the input's memory.
-    peak_layer: the first layer where it is.
+    Returns a dict:
+    sum_values: all inputs of Conv2d and Linear layers. Each is written once, and they are what a
+        scheme quantizes. A residual input is also the input of its block's first layer, so it is
+        counted there. The logits are the input of no layer.
+    peak_values: the most that is alive at once while layers run one after another: the layer's
+        input, its output, and within a residual block the block's input until it is added, once
+        if it is the layer's own input. No workspace (im2col), no reuse of the input's memory.
+    peak_layer: the first layer at which that happens.
     layers: in order of execution, {"name", "input", "output", "held"}, values each; held is the
-        residual input where it is not the layer's own.
+        residual input if it is not the layer's own.
 
-    A block is residual if it says so (`residual`); all else comes from the tensors, so any widths,
-    strides and depths will do. At b bits a value takes b / 8 bytes, for all of these tensors alike:
-    the report's simulation leaves the residual input, its sum and the pooled map in fp32; a real
-    integer network has to store them at the scheme's bits.
+    A block is residual if its attribute `residual` is true; everything else comes from the tensors,
+    so any widths, strides and depths will do. At b bits a value takes b / 8 bytes, for all of these
+    tensors alike: the report's simulation keeps the residual input, its sum and the pooled map in
+    fp32, but a real integer network has to store them at the scheme's bits.
     """
     layers, held, hooks = [], [], []  # held: the inputs of the residual blocks that are running
 
@@ -83,11 +84,11 @@ def activations(model: nn.Module, size: int = 32, image: Tensor | None = None) -
     }  # fmt: skip
 
 
-def parts(source: Checkpoint) -> dict[str, int]:
-    """Bytes of the file by what they hold; they add up to its size.
+def bytes_by_part(source: Checkpoint) -> dict[str, int]:
+    """Return the bytes of a file by what they hold; they add up to its size.
 
-    In a torch file: the tensors' own bytes, and the rest of it, which is pickled names, settings
-    and provenance, and the zip's records and alignment.
+    A torch file consists of the tensors' own bytes and the rest: pickled names, settings and
+    provenance, and the records and alignment of the zip.
     """
     if source.stage == "compressed":
         sizes = {}
@@ -107,5 +108,6 @@ def parts(source: Checkpoint) -> dict[str, int]:
 
 
 def weight_part(name: str, tensor: Tensor) -> str:
-    """Conv2d and Linear weights have more than one dimension; BN's, biases and scales do not."""
+    """Return the part that a tensor belongs to. Only weights of Conv2d and Linear layers have more
+    than one dimension; those of batch norm, biases and scales have one."""
     return WEIGHTS if name.endswith(".weight") and tensor.ndim > 1 else REST

@@ -1,7 +1,7 @@
 """The project's charts: plain data in, one PNG out.
 
-Every function takes lists, dicts or arrays, a path and a title, writes the PNG whole or not at all
-and returns its path. Accuracies and sparsities come as fractions and are shown in percent; KB and
+Every function takes lists, dicts or arrays, a path and a title, writes the PNG atomically and
+returns its path. Accuracies and sparsities come as fractions and are shown in percent; KB and
 MB are 10^3 and 10^6 bytes. Colours are Okabe and Ito's (safe for the colour-blind) and plasma's.
 Figures are plain `Figure` objects on Agg, no pyplot and no global state; they are 9 inches wide, so
 that their text has its nominal size at a README's 900 pixels.
@@ -21,13 +21,15 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from models import layers
+
 WIDTH, DPI = 9.0, 160  # inches; 1440 pixels, for screens that show more than 900
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, RED, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 INK, MUTED, GREY, PALE = "#222222", "#666666", "#999999", "#A9CCE3"
 PARTS = (BLUE, ORANGE, SKY, GREEN, PINK, YELLOW, RED, GREY, PALE, "#7A2E00", "#B7D7A8", MUTED)
-KINDS = {"stem": BLACK, "expand": BLUE, "depthwise": RED, "project": SKY,
-         "head": ORANGE, "classifier": GREEN, "other": GREY}
+ROLES = {layers.STEM: BLACK, layers.EXPAND: BLUE, layers.DEPTHWISE: RED, layers.PROJECT: SKY,
+         layers.HEAD: ORANGE, layers.CLASSIFIER: GREEN, "other": GREY}
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#FFFFFF", "#F9C78B", RED, "#7A2E00"])
 # Dark is good. Plasma without its yellow end, which would vanish as a line on white.
 LOST = LinearSegmentedColormap.from_list(
@@ -39,7 +41,7 @@ HALO = [withStroke(linewidth=3, foreground="white")]
 
 
 def _figure(title, note, height, key=None):
-    """A bold title, a grey note and a key {label: colour} above `height` inches of axes."""
+    """Return a figure: a title, a note and a key {label: colour} above `height` inches of axes."""
     lines, notes = textwrap.wrap(title, 88) or [""], textwrap.wrap(note, 124)
     wide = min(len(key), 4 if max(map(len, key)) > 17 else 7) if key else 1
     heads = [0.1, 0.22 * len(lines), 0.18 * len(notes), 0.22 * math.ceil(len(key or ()) / wide)]
@@ -59,7 +61,7 @@ def _figure(title, note, height, key=None):
 
 
 def _quiet(ax, title="", grid=None):
-    """Thin grey axes on the sides that carry a scale, grid lines behind the data."""
+    """Style axes: thin and grey on the sides that carry a scale, grid lines behind the data."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(GREY)
     ax.tick_params(color=GREY, labelcolor=INK, labelsize=9.5)
@@ -70,14 +72,14 @@ def _quiet(ax, title="", grid=None):
 
 
 def _label(ax, text, at, offset, side=False, **style):
-    """Text at a data point plus an offset in points; `side`: x is a fraction of the axes."""
+    """Write text at a data point plus an offset in points; `side`: x is a fraction of the axes."""
     style = {"size": 10, "va": "center", "color": INK, "path_effects": HALO, **style}
     ax.annotate(text, at, offset, textcoords="offset points", annotation_clip=False,
                 xycoords=("axes fraction", "data") if side else "data", **style)
 
 
 def _save(figure, path):
-    """Write the PNG beside its target, then rename: nobody sees half a file."""
+    """Write the PNG to a temporary file, then rename it: half a file is never seen."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -93,6 +95,7 @@ def _save(figure, path):
 
 
 def _rows(rows):
+    """Return the rows as a list; ValueError if there are none."""
     rows = list(rows)
     if not rows:
         raise ValueError("nothing to plot: the list is empty")
@@ -104,7 +107,7 @@ def _series(rows, key):
 
 
 def _size(count, digits=3):
-    """Bytes to at least so many digits: 812 B, 70.4 KB, 1.04 MB."""
+    """Format bytes with at least so many digits: 812 B, 70.4 KB, 1.04 MB."""
     for unit, scale in (("MB", 1e6), ("KB", 1e3)):
         if count >= 0.9995 * scale:
             whole = len(str(int(float(f"{count / scale:.{digits}g}"))))
@@ -118,7 +121,7 @@ def _smaller(first, count):
 
 
 def _wilson(accuracy, total):
-    """95% interval of a proportion (Wilson 1927) as fractions; (0, 1) when nothing was counted."""
+    """Return the 95% interval of a proportion (Wilson 1927) as fractions; (0, 1) if total is 0."""
     if not total:
         return 0.0, 1.0
     z2 = 1.96**2 / total
@@ -128,7 +131,7 @@ def _wilson(accuracy, total):
 
 
 def _contrast(colour):
-    """Black or white, whichever reads better on an RGBA colour."""
+    """Return black or white, whichever is easier to read on an RGBA colour."""
     return "white" if np.dot(colour[:3], (0.299, 0.587, 0.114)) < 0.5 else "black"
 
 
@@ -136,7 +139,7 @@ def _contrast(colour):
 
 
 def curves(history, path, title):
-    """Loss, accuracy and learning rate against the epoch; the best validation epoch marked.
+    """Draw loss, accuracy and learning rate against the epoch; the best validation epoch is marked.
 
     history: dicts of epoch, train_loss, train_accuracy, val_loss, val_accuracy, lr; a val_* or lr
     that is None or missing is left out.
@@ -194,8 +197,11 @@ def curves(history, path, title):
 
 
 def confusion(matrix, classes, path, title):
-    """Counts of true class (rows) by predicted class, errors coloured by their share of the row,
-    the diagonal grey; beside them each class's accuracy with its 95% Wilson interval."""
+    """Draw a confusion matrix, and each class's accuracy with its 95% Wilson interval.
+
+    matrix: counts, (true class, predicted class). Errors are coloured by their share of the row;
+    the diagonal is grey. Raises ValueError if the matrix is not square over the classes.
+    """
     matrix, k = np.asarray(matrix).astype(int), len(classes)
     if matrix.shape != (k, k):
         raise ValueError(f"a confusion matrix of shape {matrix.shape} for {k} classes")
@@ -240,38 +246,36 @@ def confusion(matrix, classes, path, title):
 # ---- pruning -------------------------------------------------------------------------------------
 
 
-def _kind(name, names):
-    """What a MobileNetV2 layer does, from torchvision's name for it."""
-    if name.startswith("classifier"):
-        return "classifier"
-    if re.fullmatch(r"features\.\d+\.0", name):
-        return "stem" if name == "features.0.0" else "head"
-    match = re.fullmatch(r"(features\.\d+\.conv)\.(0\.0|1\.0|1|2)", name)
-    if not match:
-        return "other"
-    block, place = match.groups()
-    if place == "0.0":  # a block without expansion starts with its depthwise layer
-        return "depthwise" if f"{block}.1" in names else "expand"
-    return "depthwise" if place == "1.0" else "project"
+def _roles(names):
+    """Return the role of each layer of a MobileNetV2 by models/layers.py, or "other"."""
+    blocks = [int(match[1]) for match in (re.match(r"features\.(\d+)\.conv\.", n) for n in names)
+              if match]
+    # Only names are asked for: any widths will do. A block with expansion projects at position 2.
+    settings = {"stem": 1, "stem_stride": 1, "head": 1, "classes": 1, "blocks": [
+        {"hidden": 1, "out": 1, "stride": 1, "residual": False,
+         "expand": f"features.{number}.conv.2" in names}
+        for number in range(1, max(blocks, default=0) + 1)]}
+    roles = {layer.name: layer.role for layer in layers.layers(settings)}
+    return [roles.get(name, "other") for name in names]
 
 
-def layer_sparsity(layers, path, title):
-    """Sparsity of each layer, and each layer's share of the weights that remain.
+def layer_sparsity(counts, path, title):
+    """Draw the sparsity of each layer, and each layer's share of the weights that remain.
 
-    layers: (name, weights, non-zeros) in network order, torchvision's names with or without
-    `.weight`.
+    counts: (name, weights, non-zeros) per layer in network order, torchvision's names with or
+    without `.weight`.
     """
-    names, weights, left = zip(*_rows(layers), strict=True)
+    names, weights, left = zip(*_rows(counts), strict=True)
     names = [name.removesuffix(".weight") for name in names]
     weights, left = np.array(weights, float), np.array(left, float)
 
     def sparsity(some):
         return 100 * (1 - left[some].sum() / max(weights[some].sum(), 1))
 
-    kinds = np.array([_kind(name, set(names)) for name in names])
-    colours = [KINDS[kind] for kind in kinds]
-    key = {f"{kind} {sparsity(kinds == kind):.1f}%": colour
-           for kind, colour in KINDS.items() if kind in kinds}
+    roles = np.array(_roles(names))
+    colours = [ROLES[role] for role in roles]
+    key = {f"{role} {sparsity(roles == role):.1f}%": colour
+           for role, colour in ROLES.items() if role in roles}
     empty = f" ({(left == 0).sum()} of them empty)" if (left == 0).any() else ""
     figure = _figure(title, f"{left.sum():,.0f} of {weights.sum():,.0f} weights remain in "
                      f"{len(names)} layers{empty}; sparsity of each kind of layer:", 4.4, key)
@@ -286,14 +290,15 @@ def layer_sparsity(layers, path, title):
     bottom.bar(x, 100 * left / max(left.sum(), 1), color=colours, width=0.78)
     bottom.hlines(dense, x - 0.45, x + 0.45, color=MUTED, linewidth=1.6)
 
-    _blocks((top, bottom), names, kinds)
+    _blocks((top, bottom), names, roles)
     return _save(figure, path)
 
 
-def _blocks(axes, names, kinds):
-    """The x axis of layers, shared by axes from top to bottom: blocks shaded, named at the end."""
-    blocks = ["\nclassifier" if kind == "classifier" else re.sub(r"\D*(\d+).*", r"\1", name)
-              for name, kind in zip(names, kinds, strict=True)]
+def _blocks(axes, names, roles):
+    """Draw the x axis of layers, shared by axes from top to bottom: every second block shaded, the
+    numbers of the blocks below the last."""
+    blocks = ["\nclassifier" if role == layers.CLASSIFIER else re.sub(r"\D*(\d+).*", r"\1", name)
+              for name, role in zip(names, roles, strict=True)]
     starts = [i for i in range(len(names)) if i == 0 or blocks[i] != blocks[i - 1]]
     ends = [*starts[1:], len(names)]
     for ax in axes:
@@ -307,18 +312,18 @@ def _blocks(axes, names, kinds):
 
 
 def sensitivity(rows, accuracy, path, title):
-    """Points of accuracy that each layer costs when its weights alone have few bits.
+    """Draw the points of accuracy that are lost when one layer's weights alone have few bits.
 
     rows: dicts of layer, weight_bits, accuracy, total, nonzeros; accuracy: of the fp32 network.
-    One panel a bit-width, on a scale of its own; below, the non-zero weights that it would spare.
+    One panel per bit-width, each with its own scale; below them, the layers' non-zero weights.
     """
     rows = _rows(rows)
     names = list(dict.fromkeys(row["layer"] for row in rows))
-    kinds = [_kind(name, set(names)) for name in names]
-    colours = [KINDS[kind] for kind in kinds]
+    roles = _roles(names)
+    colours = [ROLES[role] for role in roles]
     widths = sorted({row["weight_bits"] for row in rows}, reverse=True)
     left = {row["layer"]: row["nonzeros"] for row in rows}
-    key = {kind: colour for kind, colour in KINDS.items() if kind in kinds}
+    key = {role: colour for role, colour in ROLES.items() if role in roles}
     figure = _figure(title, f"all other layers and all activations in fp32 ({100 * accuracy:.2f}%, "
                      f"n={rows[0]['total']}); one image is {100 / rows[0]['total']:g} points",
                      1.5 + 1.7 * len(widths), key)
@@ -333,15 +338,15 @@ def sensitivity(rows, accuracy, path, title):
     _quiet(axes[-1], "non-zero weights (thousands)", "y")
     spared = [left[name] / 1000 for name in names]
     axes[-1].bar(range(len(names)), spared, color=colours, width=0.78)
-    _blocks(axes, names, kinds)
+    _blocks(axes, names, roles)
     return _save(figure, path)
 
 
 def accuracy_sparsity(rounds, path, title, floor=None):
-    """Validation accuracy against sparsity, on a log scale of density.
+    """Draw validation accuracy against sparsity, on a log scale of density.
 
-    rounds: dicts of round, sparsity, val_accuracy. Marked as kept: the round with a true `kept`,
-    or else the sparsest one at or over the floor.
+    rounds: dicts of round, sparsity, val_accuracy. Marked as kept: the round whose `kept` is true,
+    or else the sparsest one at or above the floor.
     """
     rounds = _rows(row for row in rounds if row.get("val_accuracy") is not None)
     rounds.sort(key=lambda row: row["sparsity"])
@@ -382,8 +387,11 @@ def accuracy_sparsity(rounds, path, title, floor=None):
 
 
 def _sweep(cells):
-    """The cells, their points below the best, a colour scale that tells both tenths and tens of
-    points apart, and a note: the best and the smallest file within a point of it."""
+    """Return (cells, points below the best, colour scale, note).
+
+    The scale shows differences of tenths and of tens of points. The note names the best accuracy
+    and the smallest file within a point of it.
+    """
     cells = _rows(cells)
     accuracy = 100 * _series(cells, "accuracy")
     lost = accuracy.max() - accuracy
@@ -397,7 +405,7 @@ def _sweep(cells):
 
 
 def heatmap(cells, path, title):
-    """Accuracy by weight bits (down) and activation bits (across), file sizes beside the rows.
+    """Draw accuracy by weight bits (down) and activation bits (across), file sizes beside the rows.
 
     cells: dicts of weight_bits, act_bits, accuracy, bytes; cells that are missing stay blank.
     """
@@ -437,11 +445,11 @@ def heatmap(cells, path, title):
     return _save(figure, path)
 
 
-def rate(cells, path, title, marks=None):
-    """Accuracy against bytes on a log scale: a line for each pair of bits, over the rates.
+def accuracy_bytes(cells, path, title, marks=None):
+    """Draw accuracy against bytes on a log scale: one line per pair of bits, one point per lambda.
 
-    cells: dicts of weight_bits, act_bits, rate, accuracy, total, bytes. marks: {name: (bytes,
-    accuracy)} of files that were made otherwise.
+    cells: dicts of weight_bits, act_bits, rd_lambda, accuracy, total, bytes. marks: {name: (bytes,
+    accuracy)} of other files.
     """
     cells, marks = _rows(cells), marks or {}
     lines = {}
@@ -452,7 +460,7 @@ def rate(cells, path, title, marks=None):
     near = [cell for cell in cells if cell["accuracy"] >= best - 0.01 - 1e-9]
     pick = min(near, key=lambda cell: cell["bytes"])
     note = (f"{len(cells)} files; best {100 * best:.2f}%; the smallest within a point of it: "
-            f"W{pick['weight_bits']}A{pick['act_bits']} at rate {pick['rate']:g}, "
+            f"W{pick['weight_bits']}A{pick['act_bits']} at lambda {pick['rd_lambda']:g}, "
             f"{_size(pick['bytes'])}, {100 * pick['accuracy']:.2f}%")
     figure = _figure(title, note, 4.4, colours if len(lines) > 1 else None)
     ax = figure.subplots()
@@ -469,8 +477,9 @@ def rate(cells, path, title, marks=None):
         for cell in points:
             if cell["accuracy"] >= floor and cell["bytes"] > 1.04 * last:
                 last = cell["bytes"]
-                _label(ax, f"{cell['rate']:g}", (last, 100 * cell["accuracy"]), offset, ha=side,
-                       size=8.5, color=colours[name])
+                at = last, 100 * cell["accuracy"]
+                _label(ax, f"{cell['rd_lambda']:g}", at, offset, ha=side, size=8.5,
+                       color=colours[name])
     sizes = [cell["bytes"] for cell in cells if cell["accuracy"] >= floor]
     low = min([*sizes, *(size for size, _ in marks.values())]) / 1.12
     high = 2 * max(sizes)
@@ -494,8 +503,10 @@ def rate(cells, path, title, marks=None):
 
 
 def parallel_coordinates(cells, path, title):
-    """A line a cell through weight bits, activation bits, file size and accuracy, whose axis is
-    also the colour bar. Lines that share a tick fan out around it, the best drawn on top.
+    """Draw one line per cell through weight bits, activation bits, file size and accuracy.
+
+    The accuracy axis is also the colour bar. Lines that share a tick are spread around it, and the
+    best is drawn on top.
 
     cells: dicts of weight_bits, act_bits, accuracy, bytes.
     """
@@ -548,9 +559,9 @@ def parallel_coordinates(cells, path, title):
 
 
 def storage(files, path, title):
-    """What the bytes of each file are: to scale on the left, as shares of the file on the right.
+    """Draw what the bytes of each file hold: to scale on the left, as shares on the right.
 
-    files: (label, {part: bytes}) from top to bottom; parts named "group: ..." stand together.
+    files: (label, {part: bytes}) from top to bottom; parts named "group: ..." are put together.
     """
     files = _rows(files)
     parts = list(dict.fromkeys(part for _, sizes in files for part in sizes))
@@ -586,7 +597,9 @@ def storage(files, path, title):
 
 
 def stages(rows, path, title):
-    """File size (log scale) with its ratio to the first, and accuracy with its 95% Wilson interval.
+    """Draw file sizes (log scale) with ratios to the first, and accuracies with 95% intervals.
+
+    Intervals are Wilson's.
 
     rows: dicts of stage, bytes, accuracy, total (the number of images), from top to bottom.
     """
@@ -623,8 +636,9 @@ def stages(rows, path, title):
 
 
 def speed(rows, path, title):
-    """Latency at the smallest batch and images a second at the largest, a bar a thread count, with
-    the ratio to the first network, and accuracy with its 95% interval.
+    """Draw latency at the smallest batch and images per second at the largest, and accuracy.
+
+    One bar per thread count, with the ratio to the first network; accuracy with its 95% interval.
 
     rows: dicts of network, threads, batch, milliseconds, images_a_second, ratio, accuracy, total.
     """

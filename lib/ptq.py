@@ -1,77 +1,73 @@
-"""Post-training quantization: a network, some images without labels, and no training.
+"""Post-training quantization: a network and some images without labels; no training.
 
-The network is walked once, layer by layer, in two copies: the fp32 one, and the quantized one whose
-inputs carry the errors of everything before. Each layer is fitted so that on its *quantized* inputs
-it gives the fp32 layer's outputs.
+Two copies of the network are walked side by side, layer by layer: the target, which is fp32, and
+the quantized one, whose activations carry the errors of all layers before. Each layer is fitted so
+that on its *quantized* inputs it gives the outputs of the fp32 layer.
 
-- **Layer reconstruction.** A layer is linear in its inputs, so its output's mean squared error is a
-  quadratic form with the Gram matrix of the inputs (Nagel et al. 2020, "Up or Down?", equation 20;
-  Frantar et al. 2022, GPTQ). Its integer minimum is sought by coordinate descent, all rows at once:
-  each weight in turn goes to the best level given the others, and the row's step to the best step
-  given its levels. Pruned weights are no coordinates: they stay zero.
+- **Layer reconstruction** chooses a layer's levels and scales: see lib/reconstruct.py.
 - **Bias correction** (Nagel et al. 2019, section 4.2) is the intercept of that fit.
-- **Clips** by mean squared error against the fp32 activations.
-- **Equalization** (Nagel et al. 2019, section 4.1). A step a tensor wastes levels on channels of a
-  small range. Dividing a channel by what its reader's column is multiplied by changes nothing, once
-  ReLU6 is the quantizer's own clipping; into a depthwise layer that is a clip a channel for free.
+- **Calibration** chooses each activation scale by the mean squared error against the fp32
+  activations.
+- **Equalization** (Nagel et al. 2019, section 4.1). With one scale per tensor, channels of a small
+  range waste levels. Dividing a channel by a factor and multiplying the reading layer's column by
+  it changes nothing, once ReLU6 is the quantizer's own clipping. In front of a depthwise layer,
+  where a column is a whole row, that is a clip per channel for free.
 
-For a small file, two more:
+Two more make the file small:
 
-- **Short side values.** Rows' steps keep a few mantissa bits, biases lie on a grid. Both are
-  rounded before what can make up for it: the last descent of the levels, the layers that follow.
+- **Short side values.** The scales of rows keep a few mantissa bits, and biases lie on a grid. Both
+  are rounded before what can make up for it: the last descent of the levels, and the layers behind.
 - **Rate-distortion optimized quantization** (as in DeepCABAC, Wiedemann et al. 2020, section 3.2).
-  The descent minimizes distortion + rate * bits, bits being those of lib/coder.py. So that a bit is
-  worth the same everywhere, distortion is what it does to the logits: a row's error is weighed by
-  the mean squared gradient of the logits behind it (KFC's approximation, Grosse and Martens 2016).
+  The levels minimize distortion + lambda * bits, with the bits of the file's coder (lib/rate.py).
+  So that a bit is worth the same in every layer, distortion is what it does to the logits: a row's
+  error is multiplied by the mean squared gradient of the logits (the approximation of KFC, Grosse
+  and Martens 2016).
 """
 
 import copy
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import data, quantizers
 from lib.metrics import weight_layers
-from lib.quantizers import Quantizer, largest, per_row
-from lib.rate import prices
+from lib.quantizers import Quantizer, per_row
+from lib.reconstruct import reconstruct
 from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
-
-ROWS = 65536  # positions that a layer is fitted on, at the most
-SWEEPS = 3  # over the coordinates, between two fits of the steps
-ROUNDS = 4  # fits of the steps
-RIDGE = 1e-2  # of the mean eigenvalue: how much a weight is held where the images say nothing
 
 
 @torch.no_grad()
 def quantize(
     model: MobileNetV2, images: Tensor, scheme: dict, progress: Callable = iter, *,
-    scale_bits: int | None = None, bias_bits: int = 2, rate: float = 0.0,
+    scale_bits: int | None = None, bias_bits: int = 2, rd_lambda: float = 0.0,
 ) -> tuple[MobileNetV2, dict[str, Tensor]]:  # fmt: skip
-    """The network quantized by a scheme of lib.quantizers, in eval mode; the model stays as it was.
+    """Return the network quantized by a scheme, in eval mode; the model itself is not changed.
 
-    images: (n, 3, H, W), normalized: see `calibration`. scheme["weight_scale"]: `channel`; or
-    `tensor`: one step a tensor on the weights as they are before folding, rounded to nearest, batch
-    norm's factor joining the steps, without equalization or reconstruction, so that weights on a
-    grid keep their integers.
-    scale_bits: mantissa bits of the rows' steps; None: 3, which the levels make up for, and 5 for
-    `tensor`, where they cannot. bias_bits: biases are multiples of a power of two, about
-    2^-bias_bits of the step of what the layer writes; 32: float32, as behind activations that are
-    not quantized. rate: the squared error of an image's logits that a bit may cost; 0: bits cost
-    nothing. Not for `tensor`.
-    Returns the network and its weights as they were before rounding, by layer, for lib.qat.
+    images: (n, 3, H, W), normalized: see `calibration`.
+    scheme: see lib.quantizers. Its "weight_scale" is a granularity: `channel`, or `tensor`: one
+        scale per tensor, for the weights as they are before folding, rounded to nearest. Batch
+        norm's factors then multiply that scale, and there is neither equalization nor
+        reconstruction, so that weights which lie on a grid keep their integers.
+    scale_bits: mantissa bits of the rows' scales. None: 3, which the levels make up for; 5 for
+        `tensor`, where they cannot.
+    bias_bits: biases are multiples of a power of two, about 2^-bias_bits of the scale of the
+        layer's output; 32: float32, as where the output is not quantized.
+    rd_lambda: the squared error of an image's logits that one bit may cost; 0: bits cost nothing.
+        Not for `tensor`.
+    Returns (network, latent); latent: the weights before rounding, by layer, for lib.qat.
     """
     target = quantizers.fold(model)
     quantized = copy.deepcopy(target)
     quantizers.attach(quantized, scheme)
-    walk = _Walk(target, quantized, scheme, model)
+    per_channel = scheme["weight_scale"] == "channel"
     if scale_bits is None:
-        scale_bits = 5 if walk.by_tensor else 3
-    walk.scale_bits, walk.bias_bits, walk.rate = scale_bits, bias_bits, rate
-    if rate:
-        walk.sensitivity = sensitivity(target, images)
-    if scheme["act_bits"] < 32 and scheme["weight_scale"] == "channel":
+        scale_bits = 3 if per_channel else 5
+    walk = _Walk(
+        target, quantized, scheme, model, scale_bits=scale_bits, bias_bits=bias_bits,
+        rd_lambda=rd_lambda, importance=sensitivity(target, images) if rd_lambda else {},
+    )  # fmt: skip
+    if scheme["act_bits"] < 32 and per_channel:
         walk.equalize(images[:256])
     walk.run(images, progress)
     return quantized.eval(), walk.latent
@@ -81,118 +77,154 @@ def quantize(
 def layers_alone(
     model: MobileNetV2, images: Tensor, weight_bits: int, progress: Callable = iter
 ) -> dict[str, dict[str, Tensor]]:
-    """The weight and bias of each layer of the folded network when it alone has so few bits."""
+    """Return each layer's weight and bias for the case that it alone has so few bits.
+
+    {layer: {"weight", "bias"}}, of the folded network; all other layers are fp32.
+    """
     target = quantizers.fold(model)
     quantized = copy.deepcopy(target)
-    setup = scheme(weight_bits, 32)
-    quantizers.attach(quantized, setup)
-    _Walk(target, quantized, setup, model, alone=True).run(images, progress)
+    weights_only = scheme(weight_bits, 32)
+    quantizers.attach(quantized, weights_only)
+    _Walk(target, quantized, weights_only, model, alone=True).run(images, progress)
     return {
         name: {"weight": layer.weight, "bias": layer.bias}
         for name, layer in weight_layers(quantized).items()
     }
 
 
-def scheme(weight_bits: int, act_bits: int, **more) -> dict:
-    """That of lib.quantizers with the usual choices; more: what differs."""
+def scheme(weight_bits: int, act_bits: int, **others) -> dict:
+    """Return a scheme of lib.quantizers with the usual choices; others: keys that differ."""
     return {
         "method": "ptq", "weight_bits": weight_bits, "act_bits": act_bits,
-        "weight_scale": "channel", "layer_bits": {}, **more,
+        "weight_scale": "channel", "layer_bits": {}, **others,
     }  # fmt: skip
 
 
 def calibration(split: data.Split, count: int, seed: int) -> Tensor:
-    """So many images of a split, normalized; which ones depends on the seed alone."""
+    """Return `count` normalized images of a split; which ones depends on the seed alone."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     return data.normalize(split.images[order[:count].to(split.images.device)])
 
 
+# ---- what an error costs -------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def sensitivity(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
-    """Of each layer's rows: the squared error of an image's logits, up to a common shift, for an
-    error of variance 1 in the row's outputs. {layer: (rows,)}.
+    """Return, per layer and row, what an error of variance 1 in the row's outputs costs.
 
-    Between the rows of a layer, by the mean squared gradient of a random direction of the logits,
-    which takes errors at different places for independent (KFC). They are not: a head's errors all
-    point one way and are averaged over the map. So a layer's rows are scaled together to what is
-    seen when its smallest weights are left out.
+    The cost is the squared error of an image's logits, apart from what all logits share.
+    {layer: (rows,)}, of the folded network.
+
+    Between the rows of a layer it is the mean squared gradient of a random direction of the logits,
+    which treats errors at different positions as independent (KFC). They are not: all errors of a
+    head's row point one way, and the average over the map keeps them. So all rows of a layer are
+    multiplied by one factor, such that the sum is what is observed when the layer's smallest
+    weights are left out.
     """
     layers = weight_layers(model)
-    found = _mean_squared_gradients(model, layers, images[:256])
-    few = images[:64]
-    expected = model(few)
+    costs = _mean_squared_gradients(model, layers, images[:256])
+    images = images[:64]
+    expected = model(images)
     for name, layer in layers.items():
         if not layer.weight.any():
             continue
-        kept = copy.deepcopy(layer)
-        sizes = layer.weight[layer.weight != 0].abs().sort().values
-        gone = (sizes.square().cumsum(0) < 0.02 * sizes.square().sum()).sum()
-        kept.weight[layer.weight.abs() <= sizes[gone]] = 0
-        size = torch.zeros_like(found[name])
+        variance, logits = _without_smallest_weights(model, layer, images)
+        error = logits - expected
+        observed = (error - error.mean(1, keepdim=True)).square().sum(1).mean()
+        costs[name] *= observed / (costs[name] * variance).sum().clamp(min=1e-20)
+    return costs
 
-        def disturb(_, inputs, y, kept=kept, size=size):
-            error = (kept(inputs[0]) - y).movedim(1, -1)
-            error = error - error.flatten(0, -2).mean(0)
-            size.copy_(error.flatten(0, -2).square().mean(0))
-            return y + error.movedim(-1, 1)
 
-        hook = layer.register_forward_hook(disturb)
-        error = model(few) - expected
-        hook.remove()
-        seen = (error - error.mean(1, keepdim=True)).square().sum(1).mean()
-        found[name] *= seen / (found[name] * size).sum().clamp(min=1e-20)
-    return found
+def _without_smallest_weights(model, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave out a layer's smallest weights, which hold 2% of the sum of squares.
+
+    Returns (variance of the error in each row's outputs (rows,), the logits).
+    """
+    reduced = copy.deepcopy(layer)
+    sizes = layer.weight[layer.weight != 0].abs().sort().values
+    left_out = (sizes.square().cumsum(0) < 0.02 * sizes.square().sum()).sum()
+    reduced.weight[layer.weight.abs() <= sizes[left_out]] = 0
+    variances = []
+
+    def disturb(_, inputs, outputs):
+        error = (reduced(inputs[0]) - outputs).movedim(1, -1)
+        error = error - error.flatten(0, -2).mean(0)
+        variances.append(error.flatten(0, -2).square().mean(0))
+        return outputs + error.movedim(-1, 1)
+
+    hook = layer.register_forward_hook(disturb)
+    logits = model(images)
+    hook.remove()
+    return variances[0], logits
 
 
 @torch.enable_grad()
 def _mean_squared_gradients(model, layers: dict, images: Tensor) -> dict[str, Tensor]:
-    """{layer: (rows,)}, summed over places, the mean of the images."""
-    found, hooks = dict.fromkeys(layers, 0.0), []
+    """Return squared gradients at each layer's outputs, {layer: (rows,)}: of a random direction of
+    the logits, summed over positions, the mean of the images."""
+    totals, hooks = dict.fromkeys(layers, 0.0), []
 
     def add(grad: Tensor, name: str) -> None:
-        found[name] += grad.square().sum([d for d in range(grad.ndim) if d != 1])
+        totals[name] += grad.square().sum([d for d in range(grad.ndim) if d != 1])
 
     for name, layer in layers.items():
         hooks.append(layer.register_forward_hook(
             lambda _, __, y, name=name: y.register_hook(lambda grad: add(grad, name)) and None
         ))  # fmt: skip
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for batch in images.split(64):
         x = batch.clone().requires_grad_()
         logits = model(x)
-        direction = torch.randn(logits.shape, generator=draw).to(logits.device)
+        direction = torch.randn(logits.shape, generator=generator).to(logits.device)
         torch.autograd.grad(logits, x, direction - direction.mean(1, keepdim=True))
     for hook in hooks:
         hook.remove()
-    return {name: total / len(images) for name, total in found.items()}
+    return {name: total / len(images) for name, total in totals.items()}
+
+
+# ---- the walk ------------------------------------------------------------------------------------
 
 
 class _Walk:
-    """The fp32 network and the quantized one, side by side.
+    """Walks the fp32 network (target) and the quantized one side by side.
 
-    t and x are a tensor in the two; where it has ranges (channels,), x is in their unit: x = t / r.
+    target_x and quantized_x are the same activations in the two. Behind an equalized ReLU6 the
+    quantized ones are in units of their channels' ranges (channels,): quantized_x = target_x /
+    ranges. `ranges` is None where nothing was divided.
     """
 
-    def __init__(self, target, quantized, scheme: dict, model: MobileNetV2, alone=False):
-        self.target, self.quantized, self.scheme = target, quantized, scheme
-        self.model = model  # not folded: where the grid of one step a tensor lies
-        self.alone = alone  # each layer as if all others were fp32
-        self.by_tensor = scheme["weight_scale"] == "tensor"
+    def __init__(
+        self, target: MobileNetV2, quantized: MobileNetV2, scheme: dict, unfolded: MobileNetV2, *,
+        scale_bits: int = 23, bias_bits: int = 32, rd_lambda: float = 0.0,
+        importance: dict[str, Tensor] | None = None, alone: bool = False,
+    ):  # fmt: skip
+        """Prepare a walk over two folded networks.
+
+        unfolded: the network before folding, whose weights may lie on a grid per tensor.
+        scale_bits, bias_bits, rd_lambda: see `quantize`.
+        importance: what `sensitivity` returns; needed if rd_lambda is not 0.
+        alone: quantize each layer as if all others were fp32.
+        """
+        self.target, self.quantized, self.scheme, self.unfolded = (
+            target, quantized, scheme, unfolded
+        )  # fmt: skip
+        self.scale_bits, self.bias_bits, self.rd_lambda = scale_bits, bias_bits, rd_lambda
+        self.importance, self.alone = importance or {}, alone
+        self.per_tensor = scheme["weight_scale"] == "tensor"
         self.names = {layer: name for name, layer in weight_layers(target).items()}
         self.layers = weight_layers(quantized)
         self.latent: dict[str, Tensor] = {}  # weights before rounding, by layer
-        self.ranges: dict[ConvBNReLU6, Tensor] = {}  # of its outputs, by the target's module
-        self.scale_bits, self.bias_bits, self.rate = 23, 32, 0.0
-        self.sensitivity: dict[str, Tensor] = {}  # see there; of the target's outputs
+        self.ranges: dict[ConvBNReLU6, Tensor] = {}  # of its output channels; the target's modules
 
     def equalize(self, images: Tensor) -> None:
-        """Find the range of each channel behind a ReLU6: the clip that loses least at act_bits.
+        """Choose the range of each channel behind a ReLU6: the clip that loses least at act_bits.
 
-        Not of the streams, whose ranges would have to suit all blocks of a stage: it did not pay.
+        Residual streams are left out: their ranges would have to suit all blocks of a stage, and
+        that did not pay.
         """
         outputs = {}
-        blocks = self.target.features[1:-1]
-        depthwise = [[m for m in block.conv if isinstance(m, ConvBNReLU6)][-1] for block in blocks]
+        depthwise = [block.depthwise for block in self.target.blocks]
         hooks = [
             module.register_forward_hook(lambda m, _, y: outputs.__setitem__(m, y))
             for module in self.target.features[:-1].modules()
@@ -201,298 +233,203 @@ class _Walk:
         self.target(images)
         for hook in hooks:
             hook.remove()
-        for module, y in outputs.items():
-            clips = _channel_clips(y, self.scheme["act_bits"])
-            # The reader's columns take the ranges. A depthwise row is one column: its step takes
-            # them whole. In a projection they would widen its rows, so they share: half each.
+        for module, output in outputs.items():
+            clips = _channel_clips(output, self.scheme["act_bits"])
+            # The next layer's columns are multiplied by the ranges. A depthwise row is one column,
+            # so its scale takes all of them. The rows of a projection would be widened: half each.
             self.ranges[module] = clips.sqrt() if module in depthwise else clips
-        if blocks[0].residual:  # the stem's outputs are added to a stream, which has no ranges
-            del self.ranges[self.target.features[0]]
+        if self.target.blocks[0].residual:  # the stem's outputs are part of a residual stream
+            del self.ranges[self.target.stem]
 
     def run(self, images: Tensor, progress: Callable) -> None:
+        """Quantize all layers, in the order in which they run."""
         target, quantized = self.target, self.quantized
-        t, x, reads = images, quantized.image(images), None
-        pairs = list(zip(target.features, quantized.features, strict=True))
-        for a, b in progress(pairs):
-            if isinstance(a, InvertedResidual):
-                x, t = self.block(a, b, x, t, reads)
-                reads = None
+        target_x, quantized_x, ranges = images, quantized.image(images), None
+        modules = list(zip(target.features, quantized.features, strict=True))
+        for target_module, quantized_module in progress(modules):
+            if isinstance(target_module, InvertedResidual):
+                target_x, quantized_x = self.block(
+                    target_module, quantized_module, target_x, quantized_x, ranges
+                )
+                ranges = None
             else:
-                x, t, reads = self.activated(a, b, x, t, reads)
-        x, t = x.mean((2, 3)), t.mean((2, 3))
-        self.calibrate(quantized.pooled, x, t)
-        self.layer(target.classifier[1], quantized.pooled(x), t)
+                target_x, quantized_x, ranges = self.activated(
+                    target_module, quantized_module, target_x, quantized_x, ranges
+                )
+        target_x, quantized_x = target_x.mean((2, 3)), quantized_x.mean((2, 3))
+        self.calibrate(quantized.pooled, target_x, quantized_x)
+        self.layer(target.linear, target_x, quantized.pooled(quantized_x))
 
-    def activated(self, a: ConvBNReLU6, b: ConvBNReLU6, x: Tensor, t: Tensor, reads):
-        """A convolution and what stands for its ReLU6: the outputs in the two, and their ranges."""
-        writes = self.ranges.get(a)
-        x, t = self.layer(a[0], x, t, reads, writes)
-        t = a[2](t)
-        self.calibrate(b[2], x, t, writes)
-        return b[2](self.shorten_bias(b[0], b[2], x)), t, writes
-
-    def block(self, a: InvertedResidual, b: InvertedResidual, x: Tensor, t: Tensor, reads):
-        x0, t0 = x, t
-        self.calibrate(b.input, x, t)
-        x = b.input(x)
-        for c, d in zip(a.conv, b.conv, strict=True):
-            if isinstance(c, ConvBNReLU6):
-                x, t, reads = self.activated(c, d, x, t, reads)
-            elif isinstance(c, nn.Conv2d):
-                x, t = self.layer(c, x, t, reads)
-        projection = list(weight_layers(b).values())[-1]
-        if a.residual:
-            self.calibrate(b.addend, x, t)
-            x = x0 + b.addend(self.shorten_bias(projection, b.addend, x))
-            t = t0 + t
-            self.calibrate(b.stream, x, t)
+    def block(
+        self, target_block: InvertedResidual, quantized_block: InvertedResidual,
+        target_x: Tensor, quantized_x: Tensor, ranges: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Quantize a block; return its outputs in the two networks. ranges: of its inputs."""
+        target_input, quantized_input = target_x, quantized_x
+        self.calibrate(quantized_block.input, target_x, quantized_x)
+        quantized_x = quantized_block.input(quantized_x)
+        for target_part, quantized_part in (
+            (target_block.expand, quantized_block.expand),
+            (target_block.depthwise, quantized_block.depthwise),
+        ):
+            if target_part is not None:
+                target_x, quantized_x, ranges = self.activated(
+                    target_part, quantized_part, target_x, quantized_x, ranges
+                )
+        target_x, quantized_x = self.layer(target_block.project, target_x, quantized_x, ranges)
+        projection, stream = quantized_block.project, quantized_block.stream
+        if target_block.residual:
+            addend = quantized_block.addend
+            self.calibrate(addend, target_x, quantized_x)
+            quantized_x = self.put_bias_on_grid(projection, addend, quantized_x)
+            quantized_x = quantized_input + addend(quantized_x)
+            target_x = target_input + target_x
+            self.calibrate(stream, target_x, quantized_x)
         else:
-            self.calibrate(b.stream, x, t)
-            x = self.shorten_bias(projection, b.stream, x)
-        return b.stream(x), t
+            self.calibrate(stream, target_x, quantized_x)
+            quantized_x = self.put_bias_on_grid(projection, stream, quantized_x)
+        return target_x, stream(quantized_x)
 
-    def calibrate(self, quantizer: nn.Module, x: Tensor, t: Tensor, ranges=None) -> None:
+    def activated(
+        self, target_module: ConvBNReLU6, quantized_module: ConvBNReLU6,
+        target_x: Tensor, quantized_x: Tensor, input_ranges: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """Quantize a convolution and the quantizer that stands for its ReLU6.
+
+        Returns its outputs in the two networks, and their ranges.
+        """
+        ranges, quantizer = self.ranges.get(target_module), quantized_module.activation
+        target_x, quantized_x = self.layer(
+            target_module.conv, target_x, quantized_x, input_ranges, ranges
+        )
+        target_x = target_module.activation(target_x)
+        self.calibrate(quantizer, target_x, quantized_x, ranges)
+        quantized_x = self.put_bias_on_grid(quantized_module.conv, quantizer, quantized_x)
+        return target_x, quantizer(quantized_x), ranges
+
+    def calibrate(
+        self, quantizer: nn.Module, target_x: Tensor, quantized_x: Tensor, ranges=None
+    ) -> None:
+        """Choose the scale of an activation quantizer; an Identity (32 bits) has none."""
         if isinstance(quantizer, Quantizer):
-            quantizer.step.copy_(_best_step(x, t, ranges, quantizer))
+            quantizer.step.copy_(_best_scale(target_x, quantized_x, ranges, quantizer))
 
-    def shorten_bias(self, layer: nn.Module, quantizer: nn.Module, x: Tensor) -> Tensor:
-        """Put the bias of a layer that writes x on its grid; returns x with that bias."""
+    def put_bias_on_grid(self, layer: nn.Module, quantizer: nn.Module, outputs: Tensor) -> Tensor:
+        """Round the bias of a layer in front of that quantizer to multiples of a power of two.
+
+        outputs: the layer's. Returns them as they are with the new bias.
+        """
         if self.bias_bits == 32 or not isinstance(quantizer, Quantizer):
-            return x
+            return outputs
         if not hasattr(layer, "weight_scale"):  # 32 bits: no file will hold it as integers
-            return x
-        layer.bias_step = float(quantizer.step.log2().round().exp2()) * 2.0**-self.bias_bits
-        return _add_to_bias(layer, quantizers.short_bias(layer) - layer.bias, x)
+            return outputs
+        layer.bias_scale = float(quantizer.step.log2().round().exp2()) * 2.0**-self.bias_bits
+        return _add_to_bias(layer, quantizers.bias_on_grid(layer) - layer.bias, outputs)
 
-    def layer(self, a: nn.Module, x: Tensor, t: Tensor, reads=None, writes=None):
-        """Quantize the layer that stands for `a`; returns the outputs of the two."""
-        name = self.names[a]
+    def layer(
+        self, target_layer: nn.Module, target_x: Tensor, quantized_x: Tensor,
+        input_ranges: Tensor | None = None, output_ranges: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Quantize the layer that stands for `target_layer`; return the outputs of the two."""
+        name = self.names[target_layer]
         layer, bits = self.layers[name], quantizers.bits_of(name, self.scheme)
-        weight = layer.weight
-        if reads is not None:
-            depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1
-            weight.mul_(reads.view(-1, 1, 1, 1) if depthwise else reads.view(1, -1, 1, 1))
-        if writes is not None:
-            weight.div_(per_row(writes, weight))
-            layer.bias.div_(writes)
-        self.latent[name] = weight.clone()
-        t = a(t)
-        wanted = t if writes is None else t / writes.view(-1, 1, 1)
-        if self.by_tensor:
+        _multiply_ranges_in(layer, input_ranges, output_ranges)
+        self.latent[name] = layer.weight.clone()
+        target_y = target_layer(target_x)
+        wanted = target_y if output_ranges is None else target_y / output_ranges.view(-1, 1, 1)
+        if self.per_tensor:
             self.put_on_tensor_grid(name, layer, bits)
         elif bits < 32 or self.scheme["act_bits"] < 32:
-            weights = self.sensitivity.get(name)
-            if weights is not None and writes is not None:
-                weights = weights * writes**2
-            _reconstruct(layer, x, wanted, bits, self.scale_bits, weights, self.rate)
+            importance = self.importance.get(name)
+            if importance is not None and output_ranges is not None:
+                importance = importance * output_ranges**2
+            reconstruct(
+                layer, quantized_x, wanted, bits, scale_bits=self.scale_bits,
+                row_importance=importance, rd_lambda=self.rd_lambda,
+            )  # fmt: skip
         layer.scale_bits = self.scale_bits
-        y = (a if self.alone else layer)(x)
-        error = (wanted - (layer(x) if self.alone else y)).movedim(1, -1).flatten(0, -2).mean(0)
-        corrected = _add_to_bias(layer, error, y)
-        return y if self.alone else corrected, t
+        quantized_y = layer(quantized_x)
+        mean_error = (wanted - quantized_y).movedim(1, -1).flatten(0, -2).mean(0)
+        quantized_y = _add_to_bias(layer, mean_error, quantized_y)
+        return target_y, target_layer(quantized_x) if self.alone else quantized_y
 
     def put_on_tensor_grid(self, name: str, layer: nn.Module, bits: int) -> None:
+        """Round a folded layer's weights on the grid that its unfolded weight tensor lies on."""
         if bits == 32:
             return
-        weight = self.model.get_submodule(name).weight
+        weight = self.unfolded.get_submodule(name).weight
         scale = quantizers.grid_scale(weight, bits)
-        norm = quantizers.norm_behind(self.model, name)
+        norm = quantizers.norm_behind(self.unfolded, name)
         factor = torch.ones(len(weight), device=weight.device)
         if norm is not None:
             factor = quantizers.norm_factor(norm).to(weight.dtype)
         levels = quantizers.to_levels(weight, scale, bits)
-        levels[factor == 0] = 0  # nothing is read of such a row, and a step has to be a number
-        step = quantizers.short(scale * factor, self.scale_bits)
-        layer.weight_scale.copy_(torch.where(levels.flatten(1).any(1), step, 1.0))
+        levels[factor == 0] = 0  # such a row has no effect, and a scale may not be zero
+        row_scale = quantizers.round_mantissa(scale * factor, self.scale_bits)
+        layer.weight_scale.copy_(torch.where(levels.flatten(1).any(1), row_scale, 1.0))
         layer.weight.copy_(levels * per_row(layer.weight_scale, levels) + 0.0)
 
 
-def _add_to_bias(layer: nn.Module, change: Tensor, y: Tensor) -> Tensor:
-    """Returns the layer's outputs y with the new bias, as the forward pass rounds it."""
-    whole = isinstance(layer, quantizers.Conv2d | quantizers.Linear)
-    before, layer.bias[:] = layer.bias.clone(), layer.bias + change
-    if whole:
-        change = quantizers.whole_bias(layer, layer.bias, layer.weight)
-        change -= quantizers.whole_bias(layer, before, layer.weight)
-    return y + change.view(-1, *[1] * (y.ndim - 2))
+def _multiply_ranges_in(
+    layer: nn.Module, input_ranges: Tensor | None, output_ranges: Tensor | None
+) -> None:
+    """Change a layer so that it takes inputs, and gives outputs, in units of their ranges."""
+    weight = layer.weight
+    if input_ranges is not None:
+        depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1
+        weight.mul_(input_ranges.view(-1, 1, 1, 1) if depthwise else input_ranges.view(1, -1, 1, 1))
+    if output_ranges is not None:
+        weight.div_(per_row(output_ranges, weight))
+        layer.bias.div_(output_ranges)
 
 
-def _channel_clips(y: Tensor, bits: int) -> Tensor:
-    """For each channel of (N, C, H, W), none negative, the clip of least squared error, about 1
-    altogether. A channel that is never on gets the middle one."""
-    values = y.transpose(0, 1).flatten(1)
+def _add_to_bias(layer: nn.Module, change: Tensor, outputs: Tensor) -> Tensor:
+    """Add to a layer's bias; return its outputs with the new bias as the forward pass rounds it."""
+    before = layer.bias.clone()
+    layer.bias[:] = layer.bias + change
+    if isinstance(layer, quantizers.QuantConv2d | quantizers.QuantLinear):
+        rounded = quantizers.bias_in_accumulator_units
+        change = rounded(layer, layer.bias, layer.weight)
+        change -= rounded(layer, before, layer.weight)
+    return outputs + change.view(-1, *[1] * (outputs.ndim - 2))
+
+
+def _channel_clips(outputs: Tensor, bits: int) -> Tensor:
+    """Return the clip of least squared error per channel, divided by their median: (C,).
+
+    outputs: (N, C, H, W), none negative. A channel that is never positive gets the median.
+    """
+    values = outputs.transpose(0, 1).flatten(1)
     high, top = 2**bits - 1, values.amax(1)
-    some = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0))[:8192]
-    values = values[:, some.to(y.device)]
+    sample = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0))[:8192]
+    values = values[:, sample.to(outputs.device)]
     least, clips = torch.full_like(top, torch.inf), top.clone()
     for share in torch.linspace(1, 0.2, 33).tolist():
-        step = (top * share / high).clamp(min=1e-12)[:, None]
-        error = (values / step).round_().clamp_(max=high).mul_(step).sub_(values).square_().mean(1)
+        scale = (top * share / high).clamp(min=1e-12)[:, None]
+        rounded = (values / scale).round_().clamp_(max=high).mul_(scale)
+        error = rounded.sub_(values).square_().mean(1)
         clips = torch.where(error < least, top * share, clips)
         least = torch.minimum(least, error)
-    middle = clips[clips > 0].median() if (clips > 0).any() else clips.new_tensor(1.0)
-    return torch.where(clips > 0, clips / middle, 1.0).clamp(min=0.02)
+    median = clips[clips > 0].median() if (clips > 0).any() else clips.new_tensor(1.0)
+    return torch.where(clips > 0, clips / median, 1.0).clamp(min=0.02)
 
 
-def _best_step(x: Tensor, t: Tensor, ranges: Tensor | None, quantizer: Quantizer) -> Tensor:
-    """The step with which the quantized x comes nearest to t: a search over clips."""
+def _best_scale(
+    target_x: Tensor, quantized_x: Tensor, ranges: Tensor | None, quantizer: Quantizer
+) -> Tensor:
+    """Return the scale with which the rounded quantized_x comes nearest to target_x: a search."""
     if ranges is not None:
-        t = t / ranges.view(-1, 1, 1)
-    top = t.abs().amax().clamp(min=1e-6)
-    x, t = (y.movedim(1, -1).flatten(0, -2) for y in (x, t))  # (positions, channels)
-    stride = max(1, x.numel() // 50_000)
-    x, t = x[::stride], t[::stride]
+        target_x = target_x / ranges.view(-1, 1, 1)
+    top = target_x.abs().amax().clamp(min=1e-6)
+    target_x, quantized_x = (  # (positions, channels), about 50,000 values
+        x.movedim(1, -1).flatten(0, -2)[:: max(1, x.numel() // 50_000)]
+        for x in (target_x, quantized_x)
+    )
 
     def error(clip: Tensor) -> float:
-        step = clip / quantizer.high
-        y = (x / step).round_().clamp_(quantizer.low, quantizer.high).mul_(step)
-        return float(y.sub_(t).square_().mean())
+        scale = clip / quantizer.high
+        rounded = (quantized_x / scale).round_().clamp_(quantizer.low, quantizer.high).mul_(scale)
+        return float(rounded.sub_(target_x).square_().mean())
 
     best = min((top * 0.95**i for i in range(45)), key=error)
     return min((best * (1 + i / 100) for i in range(-4, 5)), key=error) / quantizer.high
-
-
-def _reconstruct(
-    layer, x: Tensor, z: Tensor, bits: int, scale_bits: int = 23, weights=None, rate: float = 0.0
-) -> None:
-    """Weights and steps of a layer for the least squared error against z on inputs x, each up to
-    its mean: that is the bias's. Steps of scale_bits mantissa bits, 1 for rows of zeros.
-
-    With a rate: for the least sum of weights (rows,) * squared error + rate * bits.
-    """
-    few = slice(0, max(1, ROWS * x.shape[1] // x[0].numel()))  # so many images have ROWS places
-    x, z = x[few], z[few]
-    inputs, outputs = _rows(layer, x, z)  # (groups, positions, columns), (groups, positions, rows)
-    groups, count, columns = inputs.shape
-    inputs = inputs - inputs.mean(1, keepdim=True)
-    outputs = outputs - outputs.mean(1, keepdim=True)
-    gram = inputs.transpose(1, 2) @ inputs / count
-    cross = outputs.transpose(1, 2) @ inputs / count
-    weight = layer.weight.reshape(groups, -1, columns).clone()
-    ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-    gram = gram + ridge[:, None, None] * torch.eye(columns, device=gram.device)
-    cross = cross + ridge[:, None, None] * weight
-    fit = _Rows(weight, weight != 0, gram, cross, bits)
-    if bits == 32:
-        fit.descend(sweeps=4)
-    else:
-        fit.choose_steps()
-        if rate:
-            price = rate / weights.reshape(groups, -1).clamp(min=1e-12)
-            fit.price(price)
-            fit.choose_steps()
-        for _ in range(ROUNDS):
-            fit.descend(SWEEPS)
-            fit.refit_steps()
-            if rate:
-                fit.price(price)
-        fit.shorten_steps(scale_bits)
-        fit.descend(SWEEPS)
-        step = torch.where(fit.weight.any(2, keepdim=True), fit.step, 1)
-        layer.weight_scale.copy_(step.flatten())
-    layer.weight.copy_(fit.weight.reshape(layer.weight.shape))
-    if bits < 32:
-        quantizers.put_on_grid(layer, bits)
-
-
-def _rows(layer, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and outputs of a layer as those of a matrix product; depthwise: one a channel."""
-    if isinstance(layer, nn.Linear):
-        return x[None], z[None]
-    out = z.permute(0, 2, 3, 1)
-    if layer.kernel_size == (1, 1):
-        return x.permute(0, 2, 3, 1).reshape(1, -1, x.shape[1]), out.reshape(1, -1, z.shape[1])
-    few = max(1, ROWS // 4 // z[0, 0].numel()) if layer.groups > 1 else len(x)
-    x, out = x[:few], out[:few]
-    patches = F.unfold(x, layer.kernel_size, padding=layer.padding, stride=layer.stride)
-    patches = patches.view(len(x), layer.groups, -1, patches.shape[-1])  # n, groups, columns, HW
-    patches = patches.permute(1, 0, 3, 2).reshape(layer.groups, -1, patches.shape[2])
-    out = out.reshape(-1, layer.groups, z.shape[1] // layer.groups)
-    return patches, out.transpose(0, 1)
-
-
-class _Rows:
-    """min over levels: sum over rows of w H w - 2 c w, w = level * step, on the mask's support;
-    with prices, plus those of the levels."""
-
-    def __init__(self, weight, mask, gram, cross, bits):
-        self.wanted, self.weight = weight, weight.clone()
-        self.mask, self.gram, self.cross, self.bits = mask, gram, cross, bits
-        self.high = largest(bits) if bits < 32 else None
-        self.step = self.prices = None
-
-    def error(self, weight: Tensor) -> Tensor:
-        return ((weight @ self.gram - 2 * self.cross) * weight).sum(2, keepdim=True)
-
-    def levels(self) -> Tensor:
-        return (self.weight / self.step).round_()
-
-    def on_grid(self, weight: Tensor, step: Tensor) -> Tensor:
-        return (weight / step).round_().clamp_(-self.high, self.high) * step
-
-    def price(self, rate: Tensor) -> None:
-        """From here on bits cost; rate: (groups, rows), of a bit in units of the row's error."""
-        self.rate = rate[:, :, None]
-        zero, nonzero, size = prices(self.levels().flatten(0, 1), self.high)
-        self.prices = zero.view_as(self.weight), nonzero.view_as(self.weight), size
-
-    def cost(self, levels: Tensor, at=slice(None)) -> Tensor:
-        """Of levels in the columns `at`, in units of their rows' error."""
-        zero, nonzero, size = self.prices
-        sizes = size[levels.abs().long()]
-        return self.rate * torch.where(levels == 0, zero[:, :, at], nonzero[:, :, at] + sizes)
-
-    def choose_steps(self) -> None:
-        """Of a range of clips, the one that rounding to nearest loses least with."""
-        top = self.wanted.abs().amax(2, keepdim=True)
-        top = torch.where(top > 0, top, torch.ones_like(top) * self.high)
-        best = torch.full_like(top, torch.inf)
-        self.step = top / self.high
-        for share in torch.linspace(2 if self.prices else 1, 0.3, 29).tolist():
-            step = top * share / self.high
-            weight = self.on_grid(self.wanted, step)
-            error = self.error(weight)
-            if self.prices:
-                error += (self.cost((weight / step).round_()) * self.mask).sum(2, keepdim=True)
-            self.step = torch.where(error < best, step, self.step)
-            best = torch.minimum(error, best)
-        self.weight = self.on_grid(self.wanted, self.step)
-
-    def descend(self, sweeps: int) -> None:
-        w, gram = self.weight, self.gram
-        slope = w @ gram - self.cross  # half the gradient
-        for _ in range(sweeps):
-            for j in range(w.shape[2]):
-                new = w[:, :, j] - slope[:, :, j] / gram[:, j, j, None]
-                if self.high:
-                    step = self.step[:, :, 0]
-                    level = (new / step).round_().clamp_(-self.high, self.high)
-                    if self.prices:
-                        level = self.cheapest(new / step, level, gram[:, j, j, None] * step**2, j)
-                    new = level * step
-                change = torch.where(self.mask[:, :, j], new - w[:, :, j], 0)
-                slope.addcmul_(change[:, :, None], gram[:, None, j])
-                w[:, :, j] += change
-
-    def cheapest(self, exact: Tensor, nearest: Tensor, curve: Tensor, column: int) -> Tensor:
-        """Of the nearest level, its neighbour towards zero and zero: (groups, rows)."""
-        levels = torch.stack([nearest, nearest - nearest.sign(), torch.zeros_like(nearest)], 2)
-        error = (levels - exact[:, :, None]).square_() * curve[:, :, None]
-        best = (error + self.cost(levels, slice(column, column + 1))).argmin(2, keepdim=True)
-        return levels.gather(2, best)[:, :, 0]
-
-    def refit_steps(self) -> None:
-        """The best step for the levels as they are."""
-        curve = ((self.weight @ self.gram) * self.weight).sum(2, keepdim=True)
-        factor = (self.cross * self.weight).sum(2, keepdim=True) / curve.clamp(min=1e-20)
-        factor = torch.where((curve > 0) & (factor > 0.1), factor, 1.0)
-        self.step, self.weight = self.step * factor, self.weight * factor
-
-    def shorten_steps(self, bits: int) -> None:
-        """To the shorter step below or above, whichever loses less: at many bits the one above,
-        since below it the largest weights would be clipped."""
-        below, above = (quantizers.short(self.step, bits, r) for r in (torch.floor, torch.ceil))
-        weights = self.on_grid(self.weight, below), self.on_grid(self.weight, above)
-        better = self.error(weights[0]) <= self.error(weights[1])
-        self.step = torch.where(better, below, above)
-        self.weight = torch.where(better, *weights)

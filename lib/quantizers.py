@@ -1,31 +1,36 @@
 """Quantizers, and how a network carries them.
 
-A scheme is plain data in the checkpoint; `attach` gives a network what it needs, so that its state
-then loads strictly. 32 bits is off.
+A scheme is plain data, stored in the checkpoint. `attach` gives a network the buffers and modules
+that its scheme needs, so that its state dict loads strictly. 32 bits means: not quantized.
 
     {"method": "reference", "weight_bits", "act_bits"}
     {"method": "ptq" or "qat", "weight_bits", "act_bits", "weight_scale", "layer_bits"} and perhaps
         "last_act_bits", of the classifier's input
 
-**reference**: the report's. One step a tensor (`<layer>.weight_scale`), activations dynamic.
+"weight_scale" is a granularity there, `channel` or `tensor`; in a state dict, on the other hand,
+`<layer>.weight_scale` is the tensor of a layer's scales, and `<place>.step` the scale of an
+activation. Files that exist have these names; everything else says granularity and scale.
 
-**ptq, qat**: what an integer network needs, and nothing is quantized later. Batch norm is folded.
-A weight is a level times its output channel's step (`<layer>.weight_scale`, (out,)); layer_bits has
-the layers that differ from weight_bits. Activations have one static step a tensor (`<place>.step`):
+**reference**: the report's method. One weight scale per tensor; activation scales are dynamic.
+
+**ptq, qat**: what an integer network needs, with nothing left to quantize later. Batch norm is
+folded. A weight is a level times the scale of its output channel (`<layer>.weight_scale`, (out,));
+layer_bits names the layers whose bits differ from weight_bits. Activations have one static scale
+per tensor:
 
 - the image: 8 bits, signed;
-- what leaves a ReLU6: unsigned; clipping to the largest level is the nonlinearity, so that ReLU6
-  itself is gone;
-- a residual stream: signed. A sum of two tensors is no input of a multiplication, and costs little
-  to keep: a stream that is added to has at least 8 bits, as has the addend; where a convolution
-  reads it at fewer, it is quantized again for that (`input`). A stream that is only read has the
-  bits of its reader;
-- the head's maps, which are only averaged: at least 8 bits; their average: unsigned, act_bits.
+- the output of a ReLU6: unsigned. Clipping to the largest level is the nonlinearity, so ReLU6
+  itself is replaced;
+- a residual stream: signed. The sum of two tensors is not an input of a multiplication, and more
+  bits for it cost little: a stream that is added to has at least 8 bits, as has the addend. If the
+  convolution that reads it wants fewer, it is quantized once more for that (`input`). A stream that
+  is only read has the bits of the layer that reads it;
+- the head's maps, which are only averaged: at least 8 bits. Their average: unsigned, act_bits.
 
 Weight levels are symmetric and zero is a level, so pruned weights stay zero (Jacob et al. 2018;
 Nagel et al. 2021, "A white paper on neural network quantization", section 2). Signed activations
-use all levels, -128 to 127 at 8 bits. A bias counts in what its accumulator does, (input's step) *
-(weight's step): see `whole_bias`.
+use all levels, -128 to 127 at 8 bits. A bias is a whole number of what its accumulator counts in,
+(scale of the input) * (scale of the weight): see `bias_in_accumulator_units`.
 """
 
 import copy
@@ -36,96 +41,101 @@ from torch import Tensor, nn
 
 from lib.data import MEAN, STD
 from lib.metrics import weight_layers
-from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
+from models.layers import layers, places
+from models.mobilenetv2 import ConvBNReLU6, MobileNetV2
 
 BITS = (*range(2, 17), 32)
-# The farthest that a normalized pixel is from 0: the image's step covers it with 127 levels.
+# The largest magnitude of a normalized pixel: the image's scale covers it with 127 levels.
 LARGEST_PIXEL = max(max(m, 1 - m) / s for m, s in zip(MEAN, STD, strict=True))
 
 
-def largest(bits: int) -> int:
-    """The largest level of a signed quantizer: 127 at 8 bits, 1 at 2. Weights leave -128 unused."""
+def max_level(bits: int) -> int:
+    """Return the largest level of a signed quantizer: 127 at 8 bits. Weights never use -128."""
     return 2 ** (bits - 1) - 1
 
 
 def symmetric_scale(x: Tensor, bits: int) -> Tensor:
-    """One step for a whole tensor, from its largest magnitude; a tensor of zeros gets 1."""
-    top = x.abs().amax() / largest(bits)
+    """Return one scale for a tensor, (), from its largest magnitude; 1 for a tensor of zeros."""
+    top = x.abs().amax() / max_level(bits)
     return torch.where(top > 0, top, torch.ones_like(top))
 
 
 def to_levels(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Integers, as floats: round to nearest even, clipped. Zeros stay zero.
+    """Return the levels of x: integers, as floats, rounded to nearest even and clipped.
 
-    scale: a step for all, or one for each index of the first dimension.
+    scale: (), or one per index of the first dimension. Zeros stay zero.
     """
-    return torch.round(x / per_row(scale, x)).clamp_(-largest(bits), largest(bits))
+    return torch.round(x / per_row(scale, x)).clamp_(-max_level(bits), max_level(bits))
 
 
-def short(x: Tensor, bits: int, rounding: Callable = torch.round) -> Tensor:
-    """x rounded to so many mantissa bits, the leading one not counted: 23 is float32 itself."""
+def round_mantissa(x: Tensor, bits: int, rounding: Callable = torch.round) -> Tensor:
+    """Round x to so many mantissa bits, not counting the leading one: 23 is float32 itself."""
     fraction, exponent = torch.frexp(x)  # 0.5 <= |fraction| < 1
     return torch.ldexp(rounding(fraction * 2 ** (bits + 1)), exponent - (bits + 1))
 
 
-def short_bias(layer: nn.Module) -> Tensor:
-    """The layer's bias on its grid, if lib.ptq gave it one (`bias_step`)."""
-    step = getattr(layer, "bias_step", None)
-    return layer.bias if step is None else torch.round(layer.bias / step) * step
+def bias_on_grid(layer: nn.Module) -> Tensor:
+    """Return the layer's bias, rounded to multiples of its `bias_scale` if lib.ptq gave it one."""
+    scale = getattr(layer, "bias_scale", None)
+    return layer.bias if scale is None else torch.round(layer.bias / scale) * scale
 
 
 def per_row(scale: Tensor, x: Tensor) -> Tensor:
-    """Shaped to multiply x: (out,) becomes (out, 1, ...), one step for all stays as it is."""
+    """Reshape a scale so that it multiplies x: (out,) to (out, 1, ...); a scalar stays as it is."""
     return scale.view(-1, *[1] * (x.ndim - 1)) if scale.ndim == 1 else scale
 
 
 def bits_of(layer: str, scheme: dict) -> int:
-    """Of that layer's weights."""
+    """Return the bits of that layer's weights."""
     return scheme.get("layer_bits", {}).get(layer, scheme["weight_bits"])
 
 
 class FakeQuantize(torch.autograd.Function):
-    """x rounded to a multiple of step between low * step and high * step; any float type.
+    """Round x to multiples of scale from low * scale to high * scale, in any floating type.
 
-    step: one for all, or one for each index of the first dimension.
-    Backward: the straight-through estimator for x inside the range, zero outside; for the step the
+    scale: (), or one per index of the first dimension.
+    Backward: the straight-through estimator for x inside the range, zero outside; for the scale the
     gradient of LSQ (Esser et al. 2020, equation 3).
-    One function, since on a CPU memory is what costs: forward makes two tensors, backward two.
+    Written as one function because memory traffic is what costs on a CPU: forward and backward
+    allocate two tensors each.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-        step = per_row(step, x)
-        scaled = x * (1 / step)
+    def forward(ctx, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        scale = per_row(scale, x)
+        scaled = x * (1 / scale)
         ctx.save_for_backward(scaled)
-        ctx.low, ctx.high, ctx.rows = low, high, step.ndim > 0
-        return torch.round(scaled).clamp_(low, high).mul_(step)
+        ctx.low, ctx.high, ctx.per_row = low, high, scale.ndim > 0
+        return torch.round(scaled).clamp_(low, high).mul_(scale)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (scaled,) = ctx.saved_tensors
         inside = torch.ops.aten.hardtanh_backward(grad, scaled, ctx.low, ctx.high)
-        grad_step = None
+        grad_scale = None
         if ctx.needs_input_grad[1]:
-            # Inside: level - scaled; outside: the level. Sums run in float32 whatever the type;
-            # the result is asked for in it where fp16 could overflow. In bf16 that costs a copy.
+            # Inside: level - scaled; outside: the level. Sums run in float32 in any type; the
+            # result is float32 too for fp16, which could overflow. In bf16 that would cost a copy.
             slope = torch.round(scaled).clamp_(ctx.low, ctx.high)
             slope -= torch.ops.aten.hardtanh_backward(scaled, scaled, ctx.low, ctx.high)
             slope *= grad
             wide = torch.float32 if grad.dtype == torch.float16 else None
-            grad_step = slope.flatten(1).sum(1) if ctx.rows else slope.sum(dtype=wide)
-        return inside, grad_step, None, None
+            grad_scale = slope.flatten(1).sum(1) if ctx.per_row else slope.sum(dtype=wide)
+        return inside, grad_scale, None, None
 
 
 class Quantizer(nn.Module):
-    """A tensor of activations on a static grid."""
+    """Rounds activations to a static grid, one scale per tensor: fake-quantization.
+
+    The levels go from 0 to 2^bits - 1, or if signed from -2^(bits-1) to 2^(bits-1) - 1.
+    """
 
     def __init__(self, bits: int, signed: bool):
         super().__init__()
         self.bits, self.signed = bits, signed
-        self.high = largest(bits) if signed else 2**bits - 1
+        self.high = max_level(bits) if signed else 2**bits - 1
         self.low = -self.high - 1 if signed else 0  # as saturating runtimes clip
-        self.register_buffer("step", torch.ones(()))
+        self.register_buffer("step", torch.ones(()))  # the scale; files have it under this name
 
     def forward(self, x: Tensor) -> Tensor:
         return FakeQuantize.apply(x, self.step, self.low, self.high)
@@ -134,35 +144,38 @@ class Quantizer(nn.Module):
         return f"bits={self.bits}, signed={self.signed}"
 
 
-class Conv2d(nn.Conv2d):
-    """With quantized weights and inputs."""
+class QuantConv2d(nn.Conv2d):
+    """A convolution whose weights and inputs lie on grids: its bias is in accumulator units."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight, whole_bias(self, self.bias, self.weight))
+        bias = bias_in_accumulator_units(self, self.bias, self.weight)
+        return self._conv_forward(x, self.weight, bias)
 
 
-class Linear(nn.Linear):
-    """With quantized weights and inputs."""
+class QuantLinear(nn.Linear):
+    """A linear layer whose weights and inputs lie on grids: its bias is in accumulator units."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, whole_bias(self, self.bias, self.weight))
+        bias = bias_in_accumulator_units(self, self.bias, self.weight)
+        return nn.functional.linear(x, self.weight, bias)
 
 
 @torch.no_grad()
-def whole_bias(layer: nn.Module, bias: Tensor, weight: Tensor) -> Tensor:
-    """The layer's bias rounded to whole numbers of what the layer's accumulator counts in.
+def bias_in_accumulator_units(layer: nn.Module, bias: Tensor, weight: Tensor) -> Tensor:
+    """Round a bias (out,) to whole numbers of what the layer's accumulator counts in.
 
-    It moves an output by a thousandth of a level or so. But an integer network that alone did it
-    would have other levels from the first layer on, and every layer multiplies what differs. In
-    the forward pass, since files keep biases as short as they are. Rows of zeros have no unit.
+    This moves an output by about a thousandth of a level. But if only the integer network did it,
+    its levels would differ from the first layer on, and every layer would multiply the difference.
+    It is done in the forward pass because files keep the short biases that `bias_on_grid` makes.
+    Rows of zeros have no unit: their bias stays as it is.
     """
     live = weight.flatten(1).any(1)
-    unit = layer.weight_scale.double().abs() * layer.reads[0].step.double()
+    unit = layer.weight_scale.double().abs() * layer.input_quantizer.step.double()
     return torch.where(live, torch.round(bias.double() / unit) * unit, bias).to(bias.dtype)
 
 
 def attach(model: MobileNetV2, scheme: dict) -> None:
-    """Give the network what the scheme needs: steps for the state, quantizers for activations."""
+    """Give the network what the scheme needs: buffers for scales, quantizers for activations."""
     reference = scheme["method"] == "reference"
     for name, layer in weight_layers(model).items():
         device, out = layer.weight.device, layer.weight.shape[0]
@@ -175,40 +188,42 @@ def attach(model: MobileNetV2, scheme: dict) -> None:
     if not reference and scheme["act_bits"] < 32:
         bits = scheme["act_bits"]
         _attach_quantizers(model, bits, scheme.get("last_act_bits", bits))
-        for layer, reads in inputs(model):
-            if hasattr(layer, "weight_scale") and isinstance(reads, Quantizer):
-                layer.__class__ = Conv2d if isinstance(layer, nn.Conv2d) else Linear
-                layer.reads = (reads,)  # a tuple, so that it is no part of this layer's state
+        for layer, quantizer in layers_with_input_quantizers(model):
+            if hasattr(layer, "weight_scale") and isinstance(quantizer, Quantizer):
+                layer.__class__ = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+                # Past nn.Module, so that it does not become part of this layer's state.
+                object.__setattr__(layer, "input_quantizer", quantizer)
         model.to(device)
 
 
 def _attach_quantizers(model: MobileNetV2, bits: int, last_bits: int) -> None:
-    """See the module's text for what has how many bits."""
-    kept = max(bits, 8)  # where it is only added or averaged
+    """Put quantizers in their places; the module's docstring says which has how many bits."""
+    kept = max(bits, 8)  # for what is only added or averaged
     model.image = Quantizer(8, signed=True)
-    model.image.step.fill_(LARGEST_PIXEL / largest(8))
-    blocks = [m for m in model.features if isinstance(m, InvertedResidual)]
+    model.image.step.fill_(LARGEST_PIXEL / max_level(8))
+    blocks = model.blocks
     for number, (block, after) in enumerate(zip(blocks, [*blocks[1:], None], strict=True)):
         added = after is not None and after.residual
         block.stream = Quantizer(kept if added else bits, signed=True)
         if block.residual:
             block.addend = Quantizer(kept, signed=True)
             if kept > bits:
-                # The first block reads the stem's, which a ReLU6 leaves none negative.
+                # The first block reads the output of the stem's ReLU6, which is never negative.
                 block.input = Quantizer(bits, signed=number > 0)
-    stored = [model.features[-1]] + [model.features[0]] * blocks[0].residual
+    kept_longer = [model.head] + [model.stem] * blocks[0].residual
     for module in model.modules():
         if isinstance(module, ConvBNReLU6):
-            module[2] = Quantizer(kept if module in stored else bits, signed=False)
+            module[2] = Quantizer(kept if module in kept_longer else bits, signed=False)
     if last_bits < 32:
         model.pooled = Quantizer(last_bits, signed=False)
 
 
 @torch.no_grad()
 def fold(model: MobileNetV2) -> MobileNetV2:
-    """A network without batch norms that computes the same in eval mode (Jacob 2018, section 3.2).
+    """Return a network without batch norms that computes the same in eval mode.
 
-    Rows are multiplied, in float64, by gamma / sqrt(var + eps); what that leaves is the bias.
+    Each row is multiplied, in float64, by gamma / sqrt(var + eps); what is left of the batch norm
+    becomes the bias (Jacob et al. 2018, section 3.2).
     """
     folded = MobileNetV2(copy.deepcopy(model.settings) | {"folded": True})
     state = model.state_dict()
@@ -227,24 +242,27 @@ def fold(model: MobileNetV2) -> MobileNetV2:
 
 
 def norm_behind(model: MobileNetV2, layer: str) -> nn.BatchNorm2d | None:
-    """A convolution's batch norm is its successor in the Sequential; the classifier has none."""
-    parent, index = layer.rsplit(".", 1)
-    found = dict(model.named_modules()).get(f"{parent}.{int(index) + 1}")
-    return found if isinstance(found, nn.BatchNorm2d) else None
+    """Return the batch norm behind a layer; None for the classifier and in a folded network."""
+    name = next(described.norm for described in layers(model.settings) if described.name == layer)
+    norm = model.get_submodule(name) if name else None
+    return norm if isinstance(norm, nn.BatchNorm2d) else None
 
 
 def norm_factor(norm: nn.BatchNorm2d) -> Tensor:
-    """What batch norm multiplies each channel by, float64 (C,)."""
+    """Return what batch norm multiplies each channel by in eval mode, float64 (C,)."""
     return norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
 
 
 def grid_scale(x: Tensor, bits: int) -> Tensor:
-    """One step for a whole tensor: of the coarsest grid that it lies on already, if there is one of
-    at most `bits` bits (so that integers which were dequantized are found again, even where the
-    largest of them has gone); else from its largest magnitude."""
+    """Return one scale for a tensor, (): that of the coarsest grid that the tensor lies on already.
+
+    So integers that were dequantized are found again, even if the largest of them was removed. If
+    there is no such grid of at most `bits` bits (searched for up to 8), the scale comes from the
+    largest magnitude.
+    """
     scale = symmetric_scale(x, bits)
-    top = largest(bits) * scale
-    for level in range(1, largest(bits) + 1) if bits <= 8 else ():
+    top = max_level(bits) * scale
+    for level in range(1, max_level(bits) + 1) if bits <= 8 else ():
         ratio = x * (level / top)
         if torch.all((ratio - ratio.round()).abs() <= 1e-5 * ratio.abs()):
             return top / level
@@ -252,7 +270,7 @@ def grid_scale(x: Tensor, bits: int) -> Tensor:
 
 
 def _quantize_input(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """Dynamic: the step is the largest magnitude in this batch over the largest level."""
+    """Quantize a layer's input dynamically: the scale comes from this batch's largest magnitude."""
     x, bits = inputs[0], layer.act_bits
     scale = symmetric_scale(x, bits)
     return (to_levels(x, scale, bits) * scale,)
@@ -260,10 +278,10 @@ def _quantize_input(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
 
 @torch.no_grad()
 def quantize_reference(model: nn.Module, weight_bits: int, act_bits: int) -> dict:
-    """The report's method, in place; returns the scheme.
+    """Quantize by the report's method, in place; return the scheme.
 
-    Symmetric, linear, one step a tensor from its largest magnitude, zero preserved; weights static,
-    the input of every Conv2d and Linear dynamic; arithmetic in fp32.
+    Symmetric and linear, one scale per tensor from its largest magnitude, zero preserved. Weights
+    have static scales, the inputs of Conv2d and Linear dynamic ones. The arithmetic is fp32.
     """
     scheme = {"method": "reference", "weight_bits": weight_bits, "act_bits": act_bits}
     attach(model, scheme)
@@ -282,46 +300,41 @@ def put_on_grid(layer: nn.Module, bits: int) -> None:
     layer.weight.copy_(levels * per_row(layer.weight_scale, levels) + 0.0)
 
 
-def inputs(model: MobileNetV2) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Each layer, in order, and the quantizer of what it reads: a Quantizer, or none at 32 bits."""
-    reads = model.image
-    for module in model.features:
-        if isinstance(module, InvertedResidual):
-            reads = module.input if isinstance(module.input, Quantizer) else reads
-            layers, after = module.conv, module.stream
-        else:
-            layers, after = [module], None
-        for layer in layers:
-            if isinstance(layer, ConvBNReLU6):
-                yield layer[0], reads
-                reads = layer[2]
-            elif isinstance(layer, nn.Conv2d):
-                yield layer, reads
-        reads = after or reads
-    yield model.classifier[1], model.pooled
+def layers_with_input_quantizers(model: MobileNetV2) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yield each layer, in order, and the module that quantizes its input.
+
+    That module is a Quantizer, or at 32 bits whatever stands in its place.
+    """
+    order = places(model.settings)
+    for layer in layers(model.settings):
+        quantizer = model.get_submodule(layer.reads)
+        if layer.reads.endswith(".input") and not isinstance(quantizer, Quantizer):
+            # Nothing is quantized again for this block: it reads what comes before.
+            quantizer = model.get_submodule(order[order.index(layer.reads) - 1])
+        yield model.get_submodule(layer.name), quantizer
 
 
 def integer_state(state: dict[str, Tensor], scheme: dict) -> dict[str, Tensor]:
-    """A quantized network's state with its weights as int8 (int16 over 8 bits) levels.
+    """Return a quantized network's state with weights as levels: int8, or int16 over 8 bits.
 
     Raises ValueError if a weight is not a level times its scale: nothing is rounded silently.
     """
-    out = {}
+    integers = {}
     for name, tensor in state.items():
         scale = state.get(f"{name}_scale")
         if scale is not None:
             bits = bits_of(name.removesuffix(".weight"), scheme)
-            kind = torch.int8 if bits <= 8 else torch.int16
-            levels = to_levels(tensor, scale, bits).to(kind)
+            dtype = torch.int8 if bits <= 8 else torch.int16
+            levels = to_levels(tensor, scale, bits).to(dtype)
             if not torch.equal(levels * per_row(scale, levels), tensor):
                 raise ValueError(f"{name} does not lie on its {bits}-bit grid")
             tensor = levels
-        out[name] = tensor
-    return out
+        integers[name] = tensor
+    return integers
 
 
 def float_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `integer_state`."""
+    """Return the state with its levels multiplied by their scales: inverts `integer_state`."""
     return {
         name: t * per_row(state[f"{name}_scale"], t) if t.dtype in (torch.int8, torch.int16) else t
         for name, t in state.items()

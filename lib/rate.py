@@ -1,8 +1,10 @@
-"""What lib/coder.py will take for a layer's levels, estimated: the rate in rate-distortion.
+"""Estimate the bits that the coder of .nnz files takes for a layer's levels: the rate of
+rate-distortion optimization.
 
-A static estimate of an adaptive coder: the odds of a non-zero are those of its row times those of
-its column, over the layer's; a sign is a bit; magnitudes have one distribution a layer. Prices are
-read off the levels of now and taken for constant while other levels are weighed against them.
+A static estimate of an adaptive coder: the odds of a non-zero are the odds of its row times the
+odds of its column, divided by the odds of the layer; a sign costs one bit; magnitudes have one
+distribution per layer. Prices come from the present levels, and are treated as constants while
+other levels are compared with them.
 """
 
 import math
@@ -12,15 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LN2 = math.log(2)
-KILOBYTE = 8000  # bits: what --rate is the price of
+KILOBYTE = 8000  # bits: --rd-lambda is a price per kilobyte
 
 
 @torch.no_grad()
-def prices(levels: Tensor, largest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bits of levels in a layer. levels: (rows, columns), those of now, none over `largest`.
+def prices(levels: Tensor, max_level: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the bits that each possible level of a layer would cost.
 
-    Returns (zero, nonzero, size), of shapes (rows, columns), (rows, columns), (largest + 1,): a
-    zero there; the flag and the sign of a non-zero there; and what its magnitude adds.
+    levels: (rows, columns), the present ones, magnitudes up to `max_level`.
+    Returns (zero, nonzero, magnitude): the bits of a zero at each place (rows, columns); those of
+    the flag and sign of a non-zero there (rows, columns); and those that a magnitude adds
+    (max_level + 1,).
     """
     flags = (levels != 0).float()
 
@@ -29,25 +33,28 @@ def prices(levels: Tensor, largest: int) -> tuple[Tensor, Tensor, Tensor]:
         return torch.log((count + 0.5) / (cells - count + 0.5))
 
     x = log_odds(flags.sum(1, keepdim=True)) + log_odds(flags.sum(0)) - log_odds(flags.sum())
-    # At 6 bits and more, magnitudes are counted in 16 classes: single ones are too few.
-    group = torch.arange(largest + 1, device=levels.device) * 16 // (largest + 1)
+    # From 6 bits on, magnitudes are counted in 16 classes: single ones are too rare.
+    group = torch.arange(max_level + 1, device=levels.device) * 16 // (max_level + 1)
     count = torch.zeros(16, device=levels.device)
     count.index_add_(0, group[levels.abs().long()].flatten(), flags.flatten())
     members = torch.bincount(group[1:], minlength=16).clamp(min=1)
     count = count + 0.5
-    size = -torch.log2(count / count.sum() / members)[group]
-    return F.softplus(x) / LN2, F.softplus(-x) / LN2 + 1, size
+    magnitude = -torch.log2(count / count.sum() / members)[group]
+    return F.softplus(x) / LN2, F.softplus(-x) / LN2 + 1, magnitude
 
 
-def bits(weight: Tensor, step: Tensor, largest: int) -> Tensor:
-    """Those of a layer in training, (): between two levels linearly interpolated, so that it has a
-    gradient for the weight (rows, columns) and the step (rows, 1). Zeros are pruned, and free."""
-    x = (weight.abs() / step).clamp(max=largest)
+def bits(weight: Tensor, scale: Tensor, max_level: int) -> Tensor:
+    """Return the bits of a layer in training, (), interpolated linearly between levels.
+
+    So it has gradients for the weight (rows, columns) and the scale (rows, 1). Zeros are pruned
+    weights, and cost nothing.
+    """
+    x = (weight.abs() / scale).clamp(max=max_level)
     with torch.no_grad():
-        zero, nonzero, size = prices(x.round() * weight.sign(), largest)
-        below = x.floor().clamp(max=largest - 1)
-        k = below.long()
-        low = torch.where(k == 0, zero, nonzero + size[k])
-        slope = (nonzero + size[k + 1] - low) * (weight != 0)
+        zero, nonzero, magnitude = prices(x.round() * weight.sign(), max_level)
+        below = x.floor().clamp(max=max_level - 1)
+        level = below.long()
+        low = torch.where(level == 0, zero, nonzero + magnitude[level])
+        slope = (nonzero + magnitude[level + 1] - low) * (weight != 0)
         low = low * (weight != 0)
     return (low + slope * (x - below)).sum()

@@ -1,11 +1,12 @@
-"""Any of our files as a function from images to logits, in the arithmetic that the file is for.
+"""Load any file of the project as a function from images to logits, in the file's arithmetic.
 
     source = runtime.load("checkpoints/int8.onnx")       # or .pth, .nnz
     run = runtime.network(source)
-    logits = run(images)                                 # uint8 (n, 3, 32, 32), as they come
+    logits = run(images)                                 # uint8 (n, 3, 32, 32), not normalized
 
 Floating point: fp32 networks, and quantized.pth, which simulates its integers. Integers, on the CPU
-(lib.integer): files that hold them, of schemes that have an integer network. onnxruntime: .onnx.
+(lib.integer): files that store integers, if their scheme has an integer network. onnxruntime:
+.onnx.
 """
 
 import hashlib
@@ -21,14 +22,14 @@ from torch import Tensor
 from lib import checkpoint, data, graph, integer
 from lib.checkpoint import Checkpoint
 from lib.config import UserError, reason
-from lib.metrics import weight_layers
-from models.mobilenetv2 import MobileNetV2
+from models.layers import layers
 
 FLOAT, INTEGER, ONNX = "float32", "integers", "onnxruntime"
 
 
 class OnnxFile(Checkpoint):
-    """A graph of ours. Its state is its weights, for counting; it rebuilds no torch network."""
+    """An .onnx that this project wrote. Its state is its weights, for counting; it cannot rebuild a
+    torch network."""
 
     graph: bytes
 
@@ -37,7 +38,11 @@ class OnnxFile(Checkpoint):
 
 
 def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
-    """As checkpoint.load; .onnx files of ours as well (ONNX has no magic number: by the suffix)."""
+    """Load a checkpoint, a .nnz or an .onnx of this project (recognized by its suffix).
+
+    downsample: see checkpoint.load. Raises UserError for a file that is missing, damaged or not
+    written by this project.
+    """
     path = Path(path)
     if path.suffix != ".onnx":
         return checkpoint.load(path, downsample)
@@ -55,40 +60,42 @@ def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
         meta = json.loads(props[graph.META])
         weights = _weights(model, meta["settings"])
         checkpoint.check_finite(_floats(model), path)
-        found = OnnxFile("onnx", meta["settings"], weights, meta["quantization"],
-                         data=meta["data"], ancestors=meta["ancestors"], seed=meta["seed"])
+        source = OnnxFile("onnx", meta["settings"], weights, meta["quantization"],
+                          data=meta["data"], ancestors=meta["ancestors"], seed=meta["seed"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} does not fit its own description: {reason(error)}") from None
-    found.file, found.bytes, found.graph = path, len(raw), raw
-    found.sha256 = hashlib.sha256(raw).hexdigest()
-    return found
+    source.file, source.bytes, source.graph = path, len(raw), raw
+    source.sha256 = hashlib.sha256(raw).hexdigest()
+    return source
 
 
 def _weights(model: onnx.ModelProto, settings: dict) -> dict[str, Tensor]:
-    """The levels in the graph's order, without padding; ValueError where some are missing."""
+    """Return the levels of each layer, in the graph's order of channels, without padding.
+
+    Raises KeyError or ValueError where some are missing.
+    """
     arrays = {t.name: t for t in model.graph.initializer}
-    with torch.device("meta"):
-        layers = weight_layers(MobileNetV2(settings))
     weights = {}
-    for name, layer in layers.items():
-        shape, levels = layer.weight.shape, numpy_helper.to_array(arrays[f"{name}.weight"])
+    for layer in layers(settings):
+        name, shape = layer.name, layer.shape
+        levels = numpy_helper.to_array(arrays[f"{name}.weight"])
         levels = torch.from_numpy(levels.astype("int16") - graph.ZERO * (levels.dtype == "uint8"))
         levels = levels.T if len(shape) == 2 else levels
         levels = levels[: shape[0], : shape[1]]
         if levels.shape != shape:
-            raise ValueError(f"{name} has {tuple(levels.shape)} weights, not {tuple(shape)}")
+            raise ValueError(f"{name} has {tuple(levels.shape)} weights, not {shape}")
         weights[f"{name}.weight"] = levels
     return weights
 
 
 def _floats(model: onnx.ModelProto) -> dict[str, Tensor]:
-    """The graph's scales and its other constants of floating point."""
+    """Return the graph's scales and its other floating-point constants."""
     arrays = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     return {n: torch.from_numpy(a.copy()) for n, a in arrays.items() if a.dtype.kind == "f"}
 
 
 def export(source: Checkpoint, path: Path) -> OnnxFile:
-    """Write the integer network of a checkpoint as ONNX, and read it back.
+    """Write the integer network of a checkpoint as ONNX, read it back and return that.
 
     Raises UserError for a scheme that has no such graph.
     """
@@ -105,26 +112,29 @@ def export(source: Checkpoint, path: Path) -> OnnxFile:
 
 
 def why_no_onnx(scheme: dict | None) -> str | None:
-    """Why a scheme has no graph of integers, or None if it has one."""
-    if why := integer.why_not(scheme):
+    """Return why a scheme has no ONNX graph of integers; None if it has one."""
+    if why := integer.why_no_integer_network(scheme):
         return why
     bits = min(scheme["act_bits"], scheme.get("last_act_bits", 8))
     return None if bits == 8 else f"its activations have {bits} bits, and ONNX's integers have 8"
 
 
 def network(source: Checkpoint, device="cpu", *, integers=True, threads=None) -> Callable:
-    """A function of uint8 images, on any device, to logits float32; `.arithmetic` says which.
+    """Return a function from images, uint8 on any device, to logits, float32.
 
-    integers: False runs all but .onnx as the float network. threads: of onnxruntime; None: torch's.
+    Its `arithmetic` is FLOAT, INTEGER or ONNX. integers: False runs all files but .onnx as float
+    networks. threads: of onnxruntime; None: as many as torch has.
     """
     if isinstance(source, OnnxFile):
         return _Session(source.graph, threads, source.file)
-    if integers and holds_integers(source) and integer.why_not(source.quantization) is None:
+    has_integers = integer.why_no_integer_network(source.quantization) is None
+    if integers and holds_integers(source) and has_integers:
         return _Integers(source)
     return _Float(source, device)
 
 
 def holds_integers(source: Checkpoint) -> bool:
+    """Return whether a file stores its weights as int8."""
     return any(t.dtype == torch.int8 for t in source.state.values())
 
 
@@ -165,11 +175,11 @@ class _Session:
 
 
 def session(raw: bytes, threads: int, name="the graph", optimized: Path | None = None):
-    """onnxruntime's InferenceSession on the CPU. optimized: where to write the graph that it runs.
+    """Return an InferenceSession of onnxruntime on the CPU.
 
-    Raises UserError for a graph that it does not take.
+    optimized: where to write the graph as it runs it. Raises UserError for a graph that it refuses.
     """
-    import onnxruntime  # slow to import, and not every stage's
+    import onnxruntime  # slow to import, and most stages do not need it
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1

@@ -15,13 +15,13 @@ STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2),
 def standard(
     width: float = 1.0, downsample: int = 4, dropout: float = 0.2, classes: int = 10
 ) -> dict:
-    """Settings of the usual network, in plain types.
+    """Return the settings of the usual network, in plain types.
 
-    downsample: input size over final map size. 4 is the report's (32x32 -> 8x8: stride 1 in the
-    stem and the first two stages that have one), 8 leaves 4x4 at a third of the MACs, 32 is
-    torchvision's own.
+    downsample: the side of the input divided by the side of the final map. 4 is the report's choice
+    (32x32 -> 8x8: the first three of the five layers that have stride 2 in the paper get stride 1);
+    8 leaves 4x4 at a third of the MACs; 32 is torchvision's network.
     """
-    full_size = {4: 3, 8: 2, 16: 1, 32: 0}  # how many of the five stride-2 layers are at stride 1
+    full_size = {4: 3, 8: 2, 16: 1, 32: 0}  # downsample: how many of the five get stride 1
     if downsample not in full_size:
         raise ValueError(f"downsample must be one of {sorted(full_size)}, not {downsample}")
     if not width > 0 or not 0 <= dropout < 1:
@@ -49,23 +49,26 @@ def standard(
 
 
 def has_residual(stride: int, inputs: int, outputs: int) -> bool:
-    """Whether a block of the usual network adds its input to its output: wherever the shapes allow
-    it (section 3.3 of the paper), which at small widths is so in the first block of some stages."""
+    """Return whether a block of the usual network adds its input to its output.
+
+    It does wherever the shapes allow it (section 3.3 of the paper). At small widths that includes
+    the first block of some stages.
+    """
     return stride == 1 and inputs == outputs
 
 
 def _round_channels(value: float) -> int:
-    """The nearest multiple of 8 that is not more than 10% below (torchvision's _make_divisible)."""
+    """Round to a multiple of 8, at most 10% below the value (torchvision's _make_divisible)."""
     rounded = max(8, int(value + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * value else rounded
 
 
 def settings_of(state: dict[str, Tensor], downsample: int = 4) -> dict:
-    """Settings of a plain torchvision state dict: widths from its shapes, residual connections
-    where torchvision has them for those shapes and strides.
+    """Return the settings of a plain torchvision state dict.
 
-    Strides leave no trace in a state dict; they are taken from `downsample`: see `standard`.
-    Raises ValueError where the tensors are not a MobileNetV2's.
+    Widths come from its shapes. Strides leave no trace in a state dict: they are those that
+    `standard` has for `downsample`, and residual connections follow from shapes and strides.
+    Raises ValueError if the tensors are not those of a MobileNetV2.
     """
     settings = standard(downsample=downsample)
     try:
@@ -85,13 +88,25 @@ def settings_of(state: dict[str, Tensor], downsample: int = 4) -> dict:
 def conv_norm(
     folded: bool, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
 ) -> list[nn.Module]:
-    """A convolution and its batch norm; folded, the norm is in the convolution's bias and rows."""
+    """Return a convolution and its batch norm.
+
+    folded: the batch norm is part of the convolution's weight and bias; an Identity replaces it.
+    """
     pad = kernel // 2
     conv = nn.Conv2d(inputs, outputs, kernel, stride, pad, groups=groups, bias=folded)
     return [conv, nn.Identity() if folded else nn.BatchNorm2d(outputs)]
 
 
 class ConvBNReLU6(nn.Sequential):
+    """A convolution, batch norm and ReLU6; arguments as of `conv_norm`.
+
+    Named fields for what a state dict calls 0, 1 and 2, as torchvision does.
+    """
+
+    conv = property(lambda self: self[0])
+    norm = property(lambda self: self[1])
+    activation = property(lambda self: self[2])  # set by index: nn.Module hides property setters
+
     def __init__(self, *args):
         # Not in place: autograd would copy the input first, and a training step is bound by memory.
         super().__init__(*conv_norm(*args), nn.ReLU6())
@@ -109,10 +124,16 @@ class ConvBNReLU6(nn.Sequential):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expand, 3x3 depthwise, 1x1 linear projection (section 3.3 of the paper).
+    """A block: 1x1 expansion, 3x3 depthwise, 1x1 linear projection (section 3.3 of the paper).
 
-    `input`, `addend` and `stream` do nothing until a quantizer takes their place.
+    `input`, `addend` and `stream` do nothing until a quantizer takes their place. The layers of
+    `conv` have names; `expand` is None in a block without expansion.
     """
+
+    expand = property(lambda self: self.conv[0] if len(self.conv) == 4 else None)
+    depthwise = property(lambda self: self.conv[-3])
+    project = property(lambda self: self.conv[-2])
+    project_norm = property(lambda self: self.conv[-1])
 
     def __init__(self, folded, inputs, hidden, out, stride, expand, residual):
         super().__init__()
@@ -131,11 +152,16 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Images (N, 3, H, W), normalized floats, to logits (N, classes).
+    """The network: from images (N, 3, H, W), normalized floats, to logits (N, classes).
 
-    settings["folded"] (default: no) leaves the batch norms out. `image` and `pooled` are places for
-    quantizers.
+    settings: see `standard`; with `folded` true there are no batch norms. `image` and `pooled` do
+    nothing until a quantizer takes their place.
     """
+
+    stem = property(lambda self: self.features[0])
+    blocks = property(lambda self: list(self.features)[1:-1])
+    head = property(lambda self: self.features[-1])
+    linear = property(lambda self: self.classifier[1])
 
     def __init__(self, settings: dict):
         super().__init__()
@@ -160,7 +186,7 @@ class MobileNetV2(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """He et al. 2015, fan-out; the classifier small. The same draws as torchvision's."""
+    """Draw initial weights as torchvision does: He et al. 2015, fan-out; the classifier's small."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
         if module.bias is not None:

@@ -107,18 +107,19 @@ def test_defaults_are_the_chain_and_a_missing_parent_is_one_line(run, tmp_path, 
     ("quantize", ["--weight-bits=8.5"], "invalid int value"),
     ("quantize", ["--method=magic"], "invalid choice: 'magic'"),
     ("quantize", ["--weight-scale=row"], "invalid choice: 'row'"),
-    ("quantize", ["--first-last-bits=1"], "invalid choice: 1"),
+    ("quantize", ["--layer-bits=first=1"], "first at 1 bits: 2 to 16, or 32 for off"),
+    ("quantize", ["--layer-bits=last=8,features.0.0=x"], "features.0.0 at x bits"),
     ("quantize", ["--weight-scale=tensor", "--method=qat"], "tensor is for --method ptq"),
     ("quantize", ["--weight-scale=tensor", "--method=reference"], "tensor is for --method ptq"),
-    ("quantize", ["--method=reference", "--first-last-bits=8"], "not for --method reference"),
+    ("quantize", ["--method=reference", "--layer-bits=first=8"], "not for --method reference"),
     ("quantize", ["--method=reference", "--layer-bits=x"], "not for --method reference"),
     ("quantize", ["--calibration=0"], "--calibration must be 1 to 50000 images"),
     ("quantize", ["--calibration=50001"], "--calibration must be 1 to 50000 images"),
     ("quantize", ["--epochs=0"], "--epochs and --batch-size must be at least 1"),
     ("quantize", ["--batch-size=0"], "--epochs and --batch-size must be at least 1"),
     ("quantize", ["--distill=1.5"], "--distill must be in [0, 1]"),
-    ("quantize", ["--dampen=1"], "--dampen and --ema in [0, 1)"),
-    ("quantize", ["--ema=-0.1"], "--dampen and --ema in [0, 1)"),
+    ("quantize", ["--ema=1"], "--ema in [0, 1)"),
+    ("quantize", ["--ema=-0.1"], "--ema in [0, 1)"),
     ("quantize", ["--temperature=0"], "--lr and --temperature must be over 0"),
     ("quantize", ["--lr=nan"], "--lr and --temperature must be over 0"),
     ("train", ["--epochs"], "expected one argument"),
@@ -376,12 +377,26 @@ def test_bits_by_layer_that_cannot_be(run, chain, tiny, tmp_path, text, what):
     assert files(tmp_path) == (["bits.json"] if text is not None else [])
 
 
-def test_bits_by_layer_come_after_those_of_first_and_last(small, tmp_path):
+def test_bits_by_layer_name_first_and_last_and_the_later_item_counts(small, tmp_path):
     path = tmp_path / "bits.json"
     path.write_text('{"classifier.1": 32, "features.2.conv.2": 6}')
-    cfg = quantize.Settings(weight_bits=4, act_bits=5, first_last_bits=8, layer_bits=str(path))
+    cfg = quantize.Settings(weight_bits=4, act_bits=5, layer_bits=f"first=8,last=8,{path}")
     own = {"features.0.0": 8, "classifier.1": 32, "features.2.conv.2": 6}
     assert quantize.scheme_of(cfg, small(0)) == ptq.scheme(4, 5, last_act_bits=8, layer_bits=own)
+    # As an older checkpoint has its flags.
+    flags = {"weight_bits": 4, "first_last_bits": 8, "layer_bits": str(path), "rate": 0.3}
+    assert quantize.flags_of_today(flags) == {
+        "weight_bits": 4, "layer_bits": "first=8,last=8,bits.json", "rd_lambda": 0.3,
+    }  # fmt: skip
+    assert config.command(quantize, flags) == (
+        "python quantize.py --weight-bits 4 --layer-bits first=8,last=8,bits.json --rd-lambda 0.3"
+    )
+    for text, last_act in [
+        ("first=8,classifier.1=6", None), ("last=8", 8), ("last_act=6,last=8", 6),
+        ("last_act=7", 7),
+    ]:  # fmt: skip
+        cfg = quantize.Settings(layer_bits=text)
+        assert quantize.scheme_of(cfg, small(0)).get("last_act_bits") == last_act
     assert quantize.scheme_of(quantize.Settings(), small(0)) == ptq.scheme(8, 8)
     scheme = quantize.scheme_of(quantize.Settings(method="reference"), small(0))
     assert scheme == {"method": "reference", "weight_bits": 8, "act_bits": 8}
@@ -411,7 +426,7 @@ def test_from_the_compressed_file_to_onnx(run, chain, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "why"), [
-    (["--method=reference"], "the reference method's steps change with every batch"),
+    (["--method=reference"], "the reference method's scales change with every batch"),
     (["--act-bits=6", "--calibration=64"], "its activations have 6 bits"),
     (["--act-bits=32", "--calibration=64"], "of its activations 32"),
 ])  # fmt: skip

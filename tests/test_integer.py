@@ -65,7 +65,7 @@ def test_the_sum_rounds_once():
     a, b = (Fraction(m, 2**shift) for m in total.mantissas)
     assert float(a) == float(torch.tensor(0.05) / 0.06) and abs(float(b) - 0.013 / 0.06) < 1e-7
     exact = [p * a + q * b for p, q in zip(x.tolist(), y.tolist(), strict=True)]
-    assert total(x, y).tolist() == [rounded(v, total.writes) for v in exact]
+    assert total(x, y).tolist() == [rounded(v, total.output_grid) for v in exact]
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def layer_of(module: nn.Module, reads=UNSIGNED, writes=UNSIGNED, bits=8) -> tupl
     out = module.weight.shape[0]
     step = torch.empty(out).uniform_(0.001, 0.01)
     module.register_buffer("weight_scale", step * torch.where(torch.rand(out) < 0.3, -1, 1))
-    high = quantizers.largest(bits)
+    high = quantizers.max_level(bits)
     levels = torch.randint(-high, high + 1, module.weight.shape, dtype=torch.int8)
     levels *= torch.rand(levels.shape) < 0.6
     with torch.no_grad():
@@ -107,10 +107,10 @@ def test_accumulators_are_the_sums(kind, reads):
         exact.bias.copy_(layer.bias)
         assert torch.equal(layer.accumulate(x).double(), exact(x.double()))
         # And what they stand for: the float layer's outputs, but for the bias's rounding.
-        floats = module(x * reads.step)
+        floats = module(x * reads.scale)
     scale = layer.scale.view(layer.per_channel)
     assert ((layer.accumulate(x) * scale - floats).abs() <= 0.5 * scale + 1e-4).all()
-    layer.kind, layer.kernel = torch.float64, layer.kernel.double()
+    layer.dtype, layer.kernel = torch.float64, layer.kernel.double()
     assert torch.equal(layer.accumulate(x).double(), exact(x.double()))
 
 
@@ -119,8 +119,8 @@ def test_levels_are_the_float_layers(kind):
     layer, module = layer_of(KINDS[kind]())
     x = torch.randint(0, 256, (4, module.weight.shape[1] * layer.groups, 16, 16))
     with torch.no_grad():
-        floats = module(x * UNSIGNED.step)
-    levels = torch.round(floats / UNSIGNED.step).clamp(0, 255)
+        floats = module(x * UNSIGNED.scale)
+    levels = torch.round(floats / UNSIGNED.scale).clamp(0, 255)
     difference = (layer(x.to(torch.int16)) - levels).abs()
     assert difference.max() <= 1  # the bias's rounding moves some over a half
     assert (difference > 0).float().mean() < 0.02
@@ -180,7 +180,7 @@ SCHEMES = {
     "W8A8": ptq.scheme(8, 8), "W4A8": ptq.scheme(4, 8), "W8A4": ptq.scheme(8, 4),
     "W3A6": ptq.scheme(3, 6), "mixed": ptq.scheme(4, 6, layer_bits={"features.0.0": 8},
                                                   last_act_bits=8),
-    "a step a tensor": ptq.scheme(8, 8, weight_scale="tensor"),
+    "a scale per tensor": ptq.scheme(8, 8, weight_scale="tensor"),
 }  # fmt: skip
 
 
@@ -199,13 +199,13 @@ def test_the_network_is_its_fake_quantized_parent(small, pixels, images, name):
         x = network.stem(network.table[torch.arange(3).view(3, 1, 1), images.long()])
         y = model.features[0](model.image(pixels)) / model.features[0][2].step
         assert (x - y.round()).abs().max() <= 1 and (x != y.round()).float().mean() < 1e-4
-    if name == "a step a tensor":
+    if name == "a scale per tensor":
         assert any((m.weight_scale < 0).any() for m in quantizers.weight_layers(model).values())
     for layer in [*network.layers(), network.classifier]:
         assert layer.weight.dtype == torch.int8 and layer.bias.dtype == torch.int32
         assert layer.bound <= INT32
-        if layer.writes is not None:
-            assert layer.writes.high <= 255
+        if layer.output_grid is not None:
+            assert layer.output_grid.high <= 255
             assert (layer.requantize.mantissa >= 2**30).all()
 
 
@@ -230,7 +230,8 @@ def test_the_table_is_what_the_float_network_sees():
 
 
 def test_schemes_without_an_integer_network_say_why():
-    assert integer.why_not(ptq.scheme(8, 8)) is None and integer.why_not(ptq.scheme(2, 2)) is None
+    for bits in (2, 8):
+        assert integer.why_no_integer_network(ptq.scheme(bits, bits)) is None
     for scheme, what in [
         (None, "not quantized"),
         ({"method": "reference", "weight_bits": 8, "act_bits": 8}, "change with every batch"),
@@ -238,10 +239,10 @@ def test_schemes_without_an_integer_network_say_why():
         (ptq.scheme(8, 32), "32, and 8 is most"), (ptq.scheme(8, 8, last_act_bits=16), "16, and"),
         (ptq.scheme(8, 8, layer_bits={"features.0.0": 9}), "9 bits"),
     ]:  # fmt: skip
-        assert what in integer.why_not(scheme)
+        assert what in integer.why_no_integer_network(scheme)
 
 
 def test_grids_say_their_sign():
     assert SIGNED.signed and not UNSIGNED.signed
     with pytest.raises(dataclasses.FrozenInstanceError):
-        SIGNED.step = 1
+        SIGNED.scale = 1

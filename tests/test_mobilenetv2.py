@@ -9,6 +9,7 @@ from torchvision.models import MobileNetV2 as TorchvisionMobileNetV2
 from torchvision.models import mobilenet_v2, resnet18
 
 from lib import metrics
+from models.layers import layers
 from models.mobilenetv2 import STAGES, MobileNetV2, settings_of, standard
 
 
@@ -210,3 +211,22 @@ def test_a_plain_state_dict_runs_as_torchvision_runs_it(width, downsample):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model(x), theirs(x))
+
+
+def test_named_fields_are_the_layers_of_that_role():
+    model = MobileNetV2(standard(0.1))
+    names = {module: name for name, module in model.named_modules()}
+    assert (names[model.stem], names[model.head]) == ("features.0", "features.18")
+    assert names[model.linear] == "classifier.1" and model.stem.activation is model.stem[2]
+    fields = []
+    for block in model.blocks:
+        expand = [] if block.expand is None else [block.expand]
+        for part in (*expand, block.depthwise):
+            assert isinstance(part.norm, nn.BatchNorm2d)
+            fields.append(names[part.conv])
+        assert isinstance(block.project_norm, nn.BatchNorm2d)
+        fields.append(names[block.project])
+        hidden = block.depthwise.conv.groups
+        assert hidden == block.depthwise.conv.out_channels == block.project.in_channels
+    inner = [layer.name for layer in layers(model.settings) if layer.block is not None]
+    assert fields == inner

@@ -176,7 +176,7 @@ def test_standard_operators_and_integer_weights(source, exported):
             levels = array.astype(int) - 128 * (array.dtype == np.uint8)
             own = state[tensor.name].numpy()
             assert (levels != 0).sum() == (own != 0).sum()
-            assert np.abs(levels).max() <= quantizers.largest(source.quantization["weight_bits"])
+            assert np.abs(levels).max() <= quantizers.max_level(source.quantization["weight_bits"])
         elif array.dtype == np.float32:  # scales alone
             assert array.size < 100
     if source.quantization["weight_bits"] == 4:  # all of them may be int8, but the classifier's

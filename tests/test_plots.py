@@ -79,10 +79,10 @@ CHARTS = {
     "rounds, one": (plots.accuracy_sparsity, rounds(1)),
     "rounds, nothing left": (plots.accuracy_sparsity,
                              [{"round": 1, "sparsity": 1.0, "val_accuracy": 0.0}]),
-    "rate": (plots.rate, [{**cell, "rate": r, "bytes": cell["bytes"] / (1 + r)}
+    "rate": (plots.accuracy_bytes, [{**cell, "rd_lambda": r, "bytes": cell["bytes"] / (1 + r)}
                           for r in (0, 0.1, 0.5) for cell in cells([8, 4], [8])]),
-    "rate, one file": (plots.rate, [{**cells([8], [8])[0], "rate": 0.5}]),
-    "rate, all wrong": (plots.rate, [{**cells([8], [8], 0.0)[0], "rate": 0.5}]),
+    "rate, one file": (plots.accuracy_bytes, [{**cells([8], [8])[0], "rd_lambda": 0.5}]),
+    "rate, all wrong": (plots.accuracy_bytes, [{**cells([8], [8], 0.0)[0], "rd_lambda": 0.5}]),
     "heatmap": (plots.heatmap, cells(BITS, BITS)),
     "heatmap, one cell": (plots.heatmap, cells([8], [8])),
     "heatmap, holes": (plots.heatmap, cells(BITS, BITS)[:-3]),
@@ -135,7 +135,7 @@ def test_the_data_are_not_changed(tmp_path):
 
 
 @pytest.mark.parametrize("draw", [plots.curves, plots.layer_sparsity, plots.accuracy_sparsity,
-                                  plots.heatmap, plots.rate, plots.parallel_coordinates,
+                                  plots.heatmap, plots.accuracy_bytes, plots.parallel_coordinates,
                                   plots.storage, plots.stages])
 def test_nothing_to_plot_is_an_error(draw, tmp_path):
     with pytest.raises(ValueError, match="nothing to plot"):
@@ -178,12 +178,12 @@ def test_pyplot_is_never_loaded_by_the_module():
 
 def test_kinds_of_layers():
     names = layer_names()
-    kinds = [plots._kind(name, set(names)) for name in names]
+    kinds = plots._roles(names)
     assert len(kinds) == 53
     assert {kind: kinds.count(kind) for kind in kinds} == {
         "stem": 1, "depthwise": 17, "project": 17, "expand": 16, "head": 1, "classifier": 1}
     assert kinds[:6] == ["stem", "depthwise", "project", "expand", "depthwise", "project"]
-    assert plots._kind("conv1", set()) == "other"
+    assert plots._roles(["conv1"]) == ["other"]
 
 
 @pytest.mark.parametrize(("count", "text"), [
@@ -204,7 +204,8 @@ def test_wilson_interval():
 
 
 def test_marks_of_the_rate_show_wherever_they_are(tmp_path):
-    files = [{**cell, "rate": 0} for cell in cells([8, 4], [8])]
+    files = [{**cell, "rd_lambda": 0} for cell in cells([8, 4], [8])]
     marks = [{}, {"near": (files[0]["bytes"], 0.9)}, {"far": (10**9, 0.9)}, {"best": (9, 1.0)}]
-    drawn = [plots.rate(files, tmp_path / "a.png", "t", mark).read_bytes() for mark in marks]
+    path = tmp_path / "a.png"
+    drawn = [plots.accuracy_bytes(files, path, "t", mark).read_bytes() for mark in marks]
     assert len(set(drawn)) == 4

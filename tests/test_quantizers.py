@@ -17,7 +17,7 @@ from lib.quantizers import (
     fold,
     grid_scale,
     integer_state,
-    largest,
+    max_level,
     per_row,
     quantize_reference,
     symmetric_scale,
@@ -44,7 +44,7 @@ def tensors():
 
 def test_bit_widths():
     assert BITS == (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 32)
-    assert [largest(b) for b in (2, 4, 8, 16)] == [1, 7, 127, 32767]
+    assert [max_level(b) for b in (2, 4, 8, 16)] == [1, 7, 127, 32767]
 
 
 @pytest.mark.parametrize("kind", tensors())
@@ -55,7 +55,8 @@ def test_levels(kind, bits):
     assert scale.ndim == 0 and scale > 0
     levels = to_levels(x, scale, bits)
     assert torch.equal(levels, levels.round())  # integers
-    assert levels.abs().max() == (0 if kind == "zero" else largest(bits))  # all the range, no more
+    top = 0 if kind == "zero" else max_level(bits)
+    assert levels.abs().max() == top  # all the range, no more
     assert not levels[x == 0].any()
     assert ((levels == 0) | (levels.sign() == x.sign())).all()
     # At most half a step away; 1e-2 of a step is for float32 at 32,767 steps.
@@ -73,7 +74,7 @@ def test_levels(kind, bits):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_values_out_of_range_are_clipped(bits):
     levels = to_levels(torch.tensor([-1e9, 1e9, torch.inf]), torch.tensor(0.5), bits)
-    assert levels.tolist() == [-largest(bits), largest(bits), largest(bits)]
+    assert levels.tolist() == [-max_level(bits), max_level(bits), max_level(bits)]
 
 
 def test_halves_round_to_even():
@@ -92,13 +93,13 @@ def test_a_step_a_row_is_each_row_on_its_own(shape):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_grid_is_found_again(bits):
-    """Also where its largest levels have gone; where there is no grid, from the largest."""
+    """Also where its max_level levels have gone; where there is no grid, from the max_level."""
     step = torch.tensor(0.0123)
-    levels = torch.randint(-largest(bits), largest(bits) + 1, (6, 5, 3, 3)).float()
-    levels[0, 0, 0, 0], levels[0, 0, 0, 1] = largest(bits), 1  # no common factor
+    levels = torch.randint(-max_level(bits), max_level(bits) + 1, (6, 5, 3, 3)).float()
+    levels[0, 0, 0, 0], levels[0, 0, 0, 1] = max_level(bits), 1  # no common factor
     assert grid_scale(levels * step, bits) == pytest.approx(step.item(), rel=1e-6)
     if bits > 2:
-        levels[levels.abs() > 0.7 * largest(bits)] = 0
+        levels[levels.abs() > 0.7 * max_level(bits)] = 0
         x = levels * step
         found = grid_scale(x, bits)
         assert found == pytest.approx(step.item(), rel=1e-6) and found > symmetric_scale(x, bits)
@@ -221,7 +222,7 @@ def test_integers_are_the_same_network(bits):
     for name, zero in zeros.items():
         levels = integers[f"{name}.weight"]
         assert levels.dtype == (torch.int8 if bits <= 8 else torch.int16)
-        assert levels.abs().max() <= largest(bits) and not levels[zero].any()
+        assert levels.abs().max() <= max_level(bits) and not levels[zero].any()
     assert identical(float_state(integers), state)
     assert identical(integer_state(float_state(integers), scheme), integers)
 
@@ -321,7 +322,7 @@ def random_steps(model: nn.Module, scheme: dict) -> None:
             if hasattr(layer, "weight_scale"):
                 bits = quantizers.bits_of(name, scheme)
                 top = layer.weight.flatten(1).abs().amax(1)
-                layer.weight_scale.copy_(torch.where(top > 0, top, 1) / largest(bits))
+                layer.weight_scale.copy_(torch.where(top > 0, top, 1) / max_level(bits))
                 quantizers.put_on_grid(layer, bits)
         for module in model.modules():
             if isinstance(module, Quantizer) and module is not model.image:

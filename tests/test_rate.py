@@ -8,19 +8,21 @@ from lib import rate
 from lib.nnz import coder
 
 
-def levels(largest: int, spread: float) -> torch.Tensor:
+def levels(max_level: int, spread: float) -> torch.Tensor:
     """(120, 90), the first rows sparse, the last ones dense."""
     rng = np.random.default_rng(4)
-    x = np.clip(np.round(rng.laplace(size=(120, 90)) * spread), -largest, largest)
+    x = np.clip(np.round(rng.laplace(size=(120, 90)) * spread), -max_level, max_level)
     x *= rng.random(x.shape) < np.linspace(0.05, 0.8, 120)[:, None]
     return torch.from_numpy(x).float()
 
 
-@pytest.mark.parametrize(("largest", "spread"), [(127, 20), (7, 2), (3, 1), (1, 0.8), (9999, 900)])
-def test_prices_are_close_to_what_is_paid(largest, spread):
-    x = levels(largest, spread)
-    zero, nonzero, size = rate.prices(x, largest)
-    assert size.shape == (largest + 1,) and zero.shape == nonzero.shape == x.shape
+@pytest.mark.parametrize(
+    ("max_level", "spread"), [(127, 20), (7, 2), (3, 1), (1, 0.8), (9999, 900)]
+)
+def test_prices_are_close_to_what_is_paid(max_level, spread):
+    x = levels(max_level, spread)
+    zero, nonzero, size = rate.prices(x, max_level)
+    assert size.shape == (max_level + 1,) and zero.shape == nonzero.shape == x.shape
     bits = torch.where(x == 0, zero, nonzero + size[x.abs().long()]).sum()
     assert 0.93 < float(bits) / 8 / len(coder.encode([x.numpy().astype(np.int16)], [1])) < 1.07
     assert nonzero[100].mean() < nonzero[5].mean() and zero[100].mean() > zero[5].mean()

@@ -116,7 +116,7 @@ def test_version_1_is_values_and_indices(chain, tmp_path):
     parent = f"--parent={chain}/checkpoints/baseline.pth"
     sparse_compress.main([f"--run-dir={tmp_path}", parent])
     source = checkpoint.load(tmp_path / "checkpoints/compressed.nnz")
-    parts = memory.parts(source)
+    parts = memory.bytes_by_part(source)
     assert sum(parts.values()) == source.bytes
     assert parts[memory.WEIGHTS] == 4 * sum(n for *_, n in metrics.layer_counts(source.build()))
     assert parts[memory.INDICES] and parts[memory.REST]
@@ -128,7 +128,7 @@ def test_shared_tensors_are_counted_as_stored(tmp_path):
     state["features.0.1.bias"] = state["features.0.1.running_mean"]  # one storage, two names
     torch.save(state, tmp_path / "plain.pth")
     source = checkpoint.load(tmp_path / "plain.pth")
-    parts = memory.parts(source)
+    parts = memory.bytes_by_part(source)
     assert sum(parts.values()) == source.bytes
     own = sum(t.nbytes for n, t in state.items() if n != "features.0.1.bias")
     assert parts[memory.WEIGHTS] + parts[memory.REST] == own

@@ -143,12 +143,12 @@ def test_impossible_bits_are_wrong_usage(tiny, parent, tmp_path, bad):
     assert error.value.code == 2
 
 
-def test_rates_give_a_curve_of_files(tiny, parent, tmp_path):
-    grid = ["--weight-bits=4,3", "--act-bits=8", "--rate=0,20,400", "--mark=other=5000=0.5"]
+def test_lambdas_give_a_curve_of_files(tiny, parent, tmp_path):
+    grid = ["--weight-bits=4,3", "--act-bits=8", "--rd-lambda=0,20,400", "--mark=other=5000=0.5"]
     sweep.main([*flags(tiny, parent, tmp_path, "ptq"), *grid])
     found = rows(tmp_path)
-    assert [(r["weight_bits"], r["rate"]) for r in found] == [
-        (bits, rate) for bits in "43" for rate in ("0.0", "20.0", "400.0")
+    assert [(r["weight_bits"], r["rd_lambda"]) for r in found] == [
+        (bits, value) for bits in "43" for value in ("0.0", "20.0", "400.0")
     ]  # fmt: skip
     for bits in "43":
         names = [f"w{bits}a8.nnz", f"w{bits}a8r20.nnz", f"w{bits}a8r400.nnz"]
@@ -158,18 +158,30 @@ def test_rates_give_a_curve_of_files(tiny, parent, tmp_path):
     assert (tmp_path / "plots/sweep_rate.png").stat().st_size > 0
 
 
+def test_records_of_older_sweeps_are_read(tiny, parent, tmp_path, monkeypatch):
+    """They call the lambda `rate`."""
+    grid = [*flags(tiny, parent, tmp_path), "--weight-bits=8", "--act-bits=32"]
+    sweep.main(grid)
+    first = rows(tmp_path)
+    record = tmp_path / "checkpoints/sweep/w8a32.json"
+    record.write_text(record.read_text().replace('"rd_lambda"', '"rate"'))
+    monkeypatch.setattr(sweep, "cell", lambda *_: 1 / 0)
+    sweep.main(grid)
+    assert rows(tmp_path) == first
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--rate=-1", "--rate needs"),
-        ("--rate=nan", "--rate needs"),
-        ("--rate=0.1", "--rate is for"),  # 32 bits are in the default grid
+        ("--rd-lambda=-1", "--rd-lambda needs"),
+        ("--rd-lambda=nan", "--rd-lambda needs"),
+        ("--rd-lambda=0.1", "--rd-lambda is for"),  # 32 bits are in the default grid
         ("--mark=report", "NAME=BYTES=ACCURACY"),
         ("--mark=report=0=0.5", "over 0"),
         ("--mark=report=1000=94.5", "0 to 1"),
     ],
 )
-def test_impossible_rates_and_marks_are_refused(flag, message, capsys):
+def test_impossible_lambdas_and_marks_are_refused(flag, message, capsys):
     with pytest.raises(SystemExit) as stop:
         sweep.main([flag])
     assert stop.value.code == 2 and message in capsys.readouterr().err
