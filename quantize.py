@@ -21,7 +21,19 @@ import json
 from pathlib import Path
 
 from autoaugment import augmentation
-from lib import checkpoint, config, engine, measure, metrics, plots, pruning, ptq, qat, quantizers
+from lib import (
+    checkpoint,
+    config,
+    engine,
+    measure,
+    metrics,
+    plots,
+    processes,
+    pruning,
+    ptq,
+    qat,
+    quantizers,
+)
 from lib.compaction import compact
 from lib.config import UserError, flag
 from lib.rate import KILOBYTE
@@ -100,13 +112,12 @@ class Settings(config.Common):
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
-    engine.start_processes(device)
+    processes.start(device)
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
-    if parent.quantization:
-        raise UserError(f"{parent.file} is quantized already: start from an fp32 network")
+    parent.refuse_quantized()
     model = parent.build(device)
     scheme = scheme_of(cfg, model)
-    with engine.main_first():
+    with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
     validate = len(images.val) > 0
     before = engine.evaluate(model, images.val) if validate else None
@@ -127,7 +138,7 @@ def main(argv=None):
         train(cfg, model, fp32, latent, scheme, images, out, parent)
         after = engine.evaluate(model, images.val) if validate else None
 
-    if engine.is_main():
+    if processes.is_main():
         figures, text = {}, f"{cfg.method} W{cfg.weight_bits}A{cfg.act_bits}"
         if validate:
             labels = images.val.labels.cpu()
@@ -143,7 +154,7 @@ def main(argv=None):
         else:
             metrics.log_stage(cfg, "quantize", {"bytes": saved.bytes, **scheme, **figures})
         print(f"{out}: {saved.bytes:,} bytes, {text}")
-    engine.stop_processes()
+    processes.stop()
 
 
 def scheme_of(cfg, model) -> dict:
@@ -202,7 +213,7 @@ def train(cfg, model, teacher, latent, scheme, images, out, parent) -> None:
         penalty=(lambda: price * qat.bits(model)) if cfg.rate else None,
     )  # fmt: skip
     qat.finish(model)
-    if engine.is_main():
+    if processes.is_main():
         plots.curves(history, cfg.path(None, "plots/quantize.png"), "Quantization-aware training")
         log.close({"best_epoch": best + 1})
 

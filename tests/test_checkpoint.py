@@ -14,6 +14,7 @@ from torchvision.models import mobilenet_v2
 import train
 from lib import checkpoint, nnz, quantizers
 from lib.config import UserError
+from lib.files import atomic
 from models.mobilenetv2 import MobileNetV2, standard
 
 SETTINGS = standard(0.1, 8)
@@ -163,7 +164,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, old):
     before = list(tmp_path.iterdir())
     with pytest.raises(ZeroDivisionError):
         checkpoint.write(path, {"a": torch.zeros(100_000), "b": Bomb()})
-    with pytest.raises(KeyboardInterrupt), checkpoint.atomic(path) as file:
+    with pytest.raises(KeyboardInterrupt), atomic(path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == before
@@ -178,16 +179,16 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
     path = tmp_path / "x.pth"
     path.write_bytes(b"old")
     monkeypatch.setattr("os.fsync" if call == "fsync" else "pathlib.Path.chmod", full)
-    with pytest.raises(OSError, match="No space left"), checkpoint.atomic(path) as file:
+    with pytest.raises(OSError, match="No space left"), atomic(path) as file:
         file.write(b"new")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
 
 
 def test_a_reader_sees_the_old_file_until_the_new_is_whole(tmp_path):
     path = tmp_path / "sub" / "x"
-    with checkpoint.atomic(path) as file:
+    with atomic(path) as file:
         file.write(b"one")
-    with checkpoint.atomic(path) as file:
+    with atomic(path) as file:
         file.write(b"two")
         file.flush()
         assert path.read_bytes() == b"one"

@@ -334,8 +334,8 @@ def test_decompressing_gives_the_same_tensors(run, chain, tmp_path):
 
 
 @pytest.mark.parametrize(("stage", "flags", "what"), [
-    ("quantize", ["--parent={}/quantized.pth"], "is quantized already"),
-    ("quantize", ["--parent={}/compressed.nnz"], "is quantized already"),
+    ("quantize", ["--parent={}/quantized.pth"], "is quantized: start from an fp32 network"),
+    ("quantize", ["--parent={}/compressed.nnz"], "is quantized: start from an fp32 network"),
     ("to_int8", ["--parent={}/pruned.pth"], "has 32-bit weights: quantize them to 8 or fewer"),
     ("sparse_compress", ["--decompress={}/int8.pth", "--out=x"], "is not a .nnz file"),
     ("quantize", ["--parent={}/int8.onnx"], "give the .pth that it was made of"),
