@@ -665,3 +665,28 @@ def speed(rows, path, title):
     for ax in (left, middle, right):
         ax.tick_params(axis="y", length=0)
     return _save(figure, path)
+
+
+def image_tables(tables, path):
+    """Draw tables of small images side by side.
+
+    tables: tuples of a title, uint8 images (rows, columns, height, width, 3) of one size for all,
+        the rows' names and the columns' names.
+    """
+    border = 2  # white pixels around each image
+    figure = Figure(figsize=(5.5 * len(tables), 16), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    for ax, (title, images, names, heads) in zip(
+        figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True
+    ):
+        around = ((0, 0), (0, 0), (border, border), (border, border), (0, 0))
+        tiles = np.pad(images, around, constant_values=255)
+        rows, columns, height, width, _ = tiles.shape
+        ax.imshow(tiles.swapaxes(1, 2).reshape(rows * height, columns * width, 3))
+        ax.set_yticks([height * (i + 0.5) for i in range(rows)], names)
+        ax.set_xticks([width * (i + 0.5) for i in range(columns)], heads)
+        ax.tick_params(length=0, labeltop=True, labelbottom=False)
+        ax.spines[:].set_visible(False)
+        ax.set_anchor("N")
+        ax.set_title(title)
+    return _save(figure, path)

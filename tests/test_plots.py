@@ -208,3 +208,20 @@ def test_marks_of_the_rate_show_wherever_they_are(tmp_path):
     marks = [{}, {"near": (files[0]["bytes"], 0.9)}, {"far": (10**9, 0.9)}, {"best": (9, 1.0)}]
     drawn = [plots.rate(files, tmp_path / "a.png", "t", mark).read_bytes() for mark in marks]
     assert len(set(drawn)) == 4
+
+
+def test_tables_of_images_show_each_image_in_its_cell(tmp_path, monkeypatch):
+    images = np.zeros((2, 3, 32, 32, 3), np.uint8)
+    images[1, 2] = (0, 200, 0)
+    path = tmp_path / "new" / "tables.png"
+    table = ("A table", images, ["first", "second"], ["a", "b", "c"])
+    assert plots.image_tables([table, table], path) == path
+    assert [file.name for file in path.parent.iterdir()] == ["tables.png"]
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    green, black = (pixels == (0, 200, 0)).all(2), (pixels == 0).all(2)
+    left = np.arange(pixels.shape[1]) < pixels.shape[1] / 2
+    for half in (left, ~left):
+        y, x = (axis.mean() for axis in np.nonzero(green[:, half]))
+        dark_y, dark_x = (axis.mean() for axis in np.nonzero(black[:, half]))
+        assert y > dark_y and x > dark_x  # the last row and column
