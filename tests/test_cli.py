@@ -150,6 +150,19 @@ def test_flags_are_read_as_declared():
     )
 
 
+def test_help_is_in_groups(run):
+    _, out, _ = run("train", "--help")
+    headings = [line for line in out.splitlines() if line.endswith(":") and line[0] != " "]
+    assert headings[-5:] == [
+        "files and data:", "recipe:", "augmentation:", "network:", "run and machine:"
+    ]  # fmt: skip
+    flags = ("files and data:", "--out FILE", "--data PATH", "recipe:", "--lr X", "network:",
+             "--width X", "run and machine:", "--amp, --no-amp", "--seed N")  # fmt: skip
+    shown = out[out.index("\nfiles and data:") :]
+    places = [shown.index(text) for text in flags]
+    assert places == sorted(places)
+
+
 # ---- exit codes ----------------------------------------------------------------------------------
 
 
