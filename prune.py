@@ -96,13 +96,9 @@ def main(argv=None):
     out = cfg.path(cfg.out, "checkpoints/pruned.pth")
     model = parent.build(device)
     parent_layers = metrics.layer_counts(model)  # for the chart
-    teacher_file = parent
-    if cfg.teacher:
-        teacher_file = checkpoint.load(Path(cfg.teacher), cfg.assume_downsample)
-        teacher_file.refuse_quantized("give an fp32 network as --teacher")
-    teacher_file.check_classes(images.classes)
+    teacher_file = _teacher_file(cfg, parent, images)
     teacher = teacher_file.build(device)
-    total = parent.original_weights
+    total = parent.original_weights  # what sparsity is a share of
     start = sparsity_of(model, total)
     if cfg.schedule == "cubic" and cfg.rounds and cfg.target < start + 1e-4:
         raise UserError(f"--target {cfg.target} is no more than the parent's sparsity {start:.4f}")
@@ -113,7 +109,7 @@ def main(argv=None):
     log = metrics.Log(cfg.path(None, "logs/prune.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
     round_file = out.with_name(out.name + ".round.resume")
-    rounds, velocity = [], None
+    rounds, velocity = [], None  # a line per round (0: the parent); SGD's momentum
     if cfg.resume:
         rounds, model, velocity = _resume(state_file, round_file, identity, model)
     else:
@@ -171,6 +167,16 @@ def main(argv=None):
         for file in (round_file, state_file):  # last: until here, the run could be continued
             file.unlink(missing_ok=True)
     processes.stop()
+
+
+def _teacher_file(cfg, parent, images) -> checkpoint.Checkpoint:
+    """Return the network whose soft labels fine-tuning learns from: --teacher's, or the parent."""
+    source = parent
+    if cfg.teacher:
+        source = checkpoint.load(Path(cfg.teacher), cfg.assume_downsample)
+        source.refuse_quantized("give an fp32 network as --teacher")
+    source.check_classes(images.classes)
+    return source
 
 
 def _recipe(cfg, number: int) -> engine.Recipe:
