@@ -36,11 +36,48 @@ class Settings:
     release: str | None = flag(None, "folder to publish in; default: release/ beside this script")
 
     def path(self, name: str) -> Path:
+        """Return a file in the run's folder."""
         return Path(self.run_dir) / name
 
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
+    files, rows = evaluated(cfg)
+    final = cfg.path(f"checkpoints/{FINAL}")
+    if FINAL not in files or not final.is_file() or not files[FINAL].file.samefile(final):
+        raise UserError(f"{final} is not among the evaluated files")
+    chain = ancestry(rows)
+    if GRAPH in rows and rows[GRAPH]["parent"] not in {row["sha256"] for row in chain}:
+        raise UserError(f"{files[GRAPH].file} is not the network of {final}")
+    cells = sweep(cfg.path("logs/sweep.csv"), rows)
+    logs = {file.stem: metrics.read_log(file) for stage in ("train", "prune", "quantize")
+            for file in sorted(cfg.path("logs").glob(f"{stage}*.jsonl"))}  # fmt: skip
+
+    release = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
+    stem, index = checkpoint.RELEASE.stem, release / "results.json"
+    index.unlink(missing_ok=True)  # written last: until then, nothing is published
+    published = {}
+    for name, suffix in {FINAL: ".nnz", GRAPH: ".onnx"}.items():
+        copy(files[name].file if name in files else None, release / f"{stem}{suffix}")
+        published |= {f"{stem}{suffix}": name} if name in files else {}
+    for chart in CHARTS:
+        copy(cfg.path(f"plots/{chart}"), release / chart)
+    write_json(index, {
+        "format": "mobilenetv2-cifar10/results/1", "published": published, "files": rows,
+        "logs": logs, "sweep": cells,
+    })  # fmt: skip
+    small, first = chain[0]["bytes"], chain[-1]["bytes"]
+    print(
+        f"{release / checkpoint.RELEASE.name}: {small:,} bytes, {first / small:.1f} times smaller "
+        f"than the {first:,} that its chain began with; {len(rows)} files, {len(cells)} cells"
+    )
+
+
+def evaluated(cfg) -> tuple[dict, dict[str, dict]]:
+    """Return the files that eval.py measured on both splits, and what is published of each.
+
+    Both are by file name. Raises UserError if a file has changed since, or lacks a split.
+    """
     files, rows = {}, {}
     for split in ("val", "test"):
         for figures in logged(cfg.path(f"logs/eval-{split}.jsonl")):
@@ -54,48 +91,17 @@ def main(argv=None):
                     "name is: run eval.py again"
                 )
             rows[name]["accuracy"][split] = {key: figures[key] for key in ACCURACY}
+    names = {row["sha256"]: name for name, row in rows.items()}
     for name, row in rows.items():
         if len(row["accuracy"]) < 2:
             raise UserError(f"{name} was not evaluated on both splits: run eval.py on the other")
         if files[name].data.get("val_size") not in (None, row["accuracy"]["val"]["total"]):
             raise UserError(f"{name} was evaluated on other validation images than it was made for")
-    names = {row["sha256"]: name for name, row in rows.items()}
-    for row in rows.values():
         if row["stage"] == "compressed" and row["parent"] in names:  # a .nnz records no command
             parent = names[row["parent"]]
-            flag_of_parent = "" if parent == "int8.pth" else f" --parent {shlex.quote(parent)}"
-            row["command"] = f"python sparse_compress.py{flag_of_parent}"
-    final = cfg.path(f"checkpoints/{FINAL}")
-    if FINAL not in files or not final.is_file() or not files[FINAL].file.samefile(final):
-        raise UserError(f"{final} is not among the evaluated files")
-    chain = ancestry(rows)
-    content = {FINAL: ".nnz", GRAPH: ".onnx"}
-    if GRAPH in rows and rows[GRAPH]["parent"] not in {row["sha256"] for row in chain}:
-        raise UserError(f"{files[GRAPH].file} is not the network of {final}")
-
-    cells = sweep(cfg.path("logs/sweep.csv"), rows)
-    logs = {file.stem: metrics.read_log(file) for stage in ("train", "prune", "quantize")
-            for file in sorted(cfg.path("logs").glob(f"{stage}*.jsonl"))}  # fmt: skip
-
-    release = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
-    stem, index = checkpoint.RELEASE.stem, release / "results.json"
-    index.unlink(missing_ok=True)  # written last: until then, nothing is published
-    published = {}
-    for name, suffix in content.items():
-        copy(files[name].file if name in files else None, release / f"{stem}{suffix}")
-        published |= {f"{stem}{suffix}": name} if name in files else {}
-    for chart in CHARTS:
-        copy(cfg.path(f"plots/{chart}"), release / chart)
-    results = {
-        "format": "mobilenetv2-cifar10/results/1", "published": published, "files": rows,
-        "logs": logs, "sweep": cells,
-    }  # fmt: skip
-    write_json(index, results)
-    small, first = chain[0]["bytes"], chain[-1]["bytes"]
-    print(
-        f"{release / checkpoint.RELEASE.name}: {small:,} bytes, {first / small:.1f} times smaller "
-        f"than the {first:,} that its chain began with; {len(rows)} files, {len(cells)} cells"
-    )
+            parent_flag = "" if parent == "int8.pth" else f" --parent {shlex.quote(parent)}"
+            row["command"] = f"python sparse_compress.py{parent_flag}"
+    return files, rows
 
 
 def logged(path: Path) -> list[dict]:
