@@ -39,7 +39,7 @@ def main(argv=None):
         raise UserError(f"no files of the chain in {folder}: `make all` makes them")
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [checkpoint.load(file, cfg.assume_downsample) for file in files]
-    split, classes = images_of(sources, cfg)
+    split, data_set = images_of(sources, cfg)
     rows = []
     for source in sources:
         row, confusion = measured(source, split, cfg.split)
@@ -54,10 +54,10 @@ def main(argv=None):
     log.begin(rows)
     smallest = min(rows, key=lambda row: row["bytes"])
     log.close(smallest["ratios"])
-    n = f"{len(split):,} {cfg.split} images of {classes}"
+    n = f"{len(split):,} {cfg.split} images of {data_set}"
     plots.stages(
         [row | {"stage": row["name"]} for row in rows], cfg.path(None, "plots/report.png"),
-        f"Size and accuracy after every stage ({cfg.split} split of {classes})",
+        f"Size and accuracy after every stage ({cfg.split} split of {data_set})",
     )  # fmt: skip
     plots.storage(
         [(row["name"], row["parts"]) for row in rows], cfg.path(None, "plots/storage.png"),
