@@ -1,15 +1,16 @@
-"""AutoAugment for CIFAR-10 (Cubuk et al. 2019) on whole batches, on any device.
+"""AutoAugment for CIFAR-10 (Cubuk et al. 2019) on whole batches, on any device; its preview.
 
     python autoaugment.py [--data PATH] [--run-dir DIR]
 
-draws plots/autoaugment.png, a preview. `augmentation(level)` is what training uses.
+out: plots/autoaugment.png, what each operation and each sub-policy does. Training uses
+     `augmentation(level)`.
 
 The specification is torchvision's `AutoAugment(AutoAugmentPolicy.CIFAR10, fill=[128] * 3)` on PIL
 images: the same 25 sub-policies, 10-bin magnitudes and NEAREST resampling, and every operation
 gives PIL's pixels exactly (tests/test_augment.py, with Pillow 13.0.0 on x86-64).
 
-Image by image this would be the slowest part of training. Here the images that drew the same
-operation are gathered, changed together and put back: see benchmarks/augment.py.
+Image by image this would be the slowest part of training. Here the images with the same operation
+are gathered, changed together and put back: see benchmarks/augment.py.
 """
 
 import math
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib import augment, config, data
+from lib import augment, config, data, plots
 from lib.config import flag
 
 # (operation, probability, magnitude bin) twice: Cubuk et al. 2019, table 7, as torchvision has it.
@@ -53,21 +54,22 @@ POLICIES = (
 )
 
 BINS = 10
-GREY = 128  # what the geometric operations leave where the image has gone
+GREY = 128  # the level of pixels that a geometric operation takes from outside of the image
 
 
 def magnitude(name: str, step: int, sign: int) -> float:
-    """The magnitude of an operation at bin `step`, 0..9; sign is 0 (negative) or 1 (positive).
+    """Return the magnitude of an operation at bin `step`, 0 to 9.
 
-    The bins are torchvision's for 32x32 images, float32 rounding included.
+    sign: 0 (negative) or 1 (positive). The bins are torchvision's for 32x32 images, float32
+    rounding included.
     """
     if name == "Posterize":  # bits kept
         return (8, 8, 7, 7, 6, 6, 5, 5, 4, 4)[step]
-    if name == "Solarize":  # the grey level from which on to invert
+    if name == "Solarize":  # levels from this one on are inverted
         return torch.linspace(255, 0, BINS)[step].item()
     top = {
-        "ShearX": 0.3,  # columns a row
-        "ShearY": 0.3,
+        "ShearX": 0.3,  # columns per row
+        "ShearY": 0.3,  # rows per column
         "TranslateX": 150 / 331 * augment.SIDE,  # pixels
         "TranslateY": 150 / 331 * augment.SIDE,
         "Rotate": 30,  # degrees, counter-clockwise
@@ -79,26 +81,29 @@ def magnitude(name: str, step: int, sign: int) -> float:
     return torch.linspace(0, top, BINS)[step].item() * (1 if sign else -1)
 
 
-# The operations: images (n, 3, 32, 32) uint8 and an amount an image, (n,) float32, to new images.
-# What the amount is, `amount` says below.
+# The operations: from images (n, 3, 32, 32) uint8 and one amount per image, (n,) float32, to new
+# images. The function `amount` below says what the amount of each operation is.
 
 
 def warp(images: Tensor, amount: Tensor) -> Tensor:
-    """The five geometric operations: pixels that move, and do not change."""
+    """Shear, translate or rotate: move pixels without changing their values."""
     return augment.remap(images, _warp_sources(images.device)[amount.long()], GREY)
 
 
 def brightness(images: Tensor, amount: Tensor) -> Tensor:
+    """Blend with black."""
     return _blend(0, images, amount)
 
 
 def color(images: Tensor, amount: Tensor) -> Tensor:
+    """Blend with the image in grey."""
     return _blend(_luma(images).float(), images, amount)
 
 
 def contrast(images: Tensor, amount: Tensor) -> Tensor:
+    """Blend with the image's mean grey level."""
     total = _luma(images).sum((1, 2, 3), keepdim=True)
-    mean = (total + augment.PIXELS // 2) // augment.PIXELS  # rounded, as ImageEnhance has it
+    mean = (total + augment.PIXELS // 2) // augment.PIXELS  # rounded, as in ImageEnhance
     return _blend(mean.float(), images, amount)
 
 
@@ -114,27 +119,30 @@ def sharpness(images: Tensor, amount: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, amount: Tensor) -> Tensor:
+    """Keep the bits of the mask `amount`."""
     return images & amount.byte().view(-1, 1, 1, 1)
 
 
 def solarize(images: Tensor, amount: Tensor) -> Tensor:
+    """Invert the levels of `amount` or more."""
     inverted = (images >= amount.byte().view(-1, 1, 1, 1)).byte()
     return images ^ inverted * 255  # torch.where is 20 times slower on the CPU for uint8
 
 
 def invert(images: Tensor, amount: Tensor) -> Tensor:
+    """Invert all levels."""
     return 255 - images
 
 
 def autocontrast(images: Tensor, amount: Tensor) -> Tensor:
-    """Each channel stretched to 0..255."""
+    """Stretch the levels of each channel to 0..255."""
     flat = images.flatten(2)
     row = flat.amin(2).long() * 256 + flat.amax(2)
     return _look_up(_stretch_tables(images.device)[row], images)
 
 
 def equalize(images: Tensor, amount: Tensor) -> Tensor:
-    """Each channel's histogram flattened; ImageOps.equalize, integers throughout."""
+    """Flatten the histogram of each channel, in integers like ImageOps.equalize."""
     flat = images.flatten(2).long()
     one = torch.ones((), dtype=torch.int32, device=images.device).expand_as(flat)
     counts = torch.zeros(*flat.shape[:2], 256, dtype=torch.int32, device=images.device)
@@ -148,31 +156,33 @@ def equalize(images: Tensor, amount: Tensor) -> Tensor:
 
 
 def _blend(degenerate: Tensor | int, images: Tensor, factor: Tensor) -> Tensor:
-    """PIL's Image.blend (libImaging/Blend.c): float32, clipped, then truncated.
+    """Blend like PIL's Image.blend (libImaging/Blend.c): float32, clipped, then truncated.
 
-    Multiply and add stay separate kernels: fused, their rounding would not be PIL's.
+    Multiplication and addition are separate kernels: a fused one would round differently from PIL.
     """
     difference = images.float() - degenerate
     return difference.mul_(factor.view(-1, 1, 1, 1)).add_(degenerate).clamp_(0, 255).byte()
 
 
 def _luma(images: Tensor) -> Tensor:
-    """(n, 1, 32, 32) int32: PIL's conversion to "L", ITU-R 601 in 16-bit fixed point."""
+    """Return grey levels, int32 (n, 1, 32, 32), like PIL's conversion to "L": ITU-R 601 in 16-bit
+    fixed point."""
     red, green, blue = images.int().split(1, dim=1)
     return (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16
 
 
 def _look_up(tables: Tensor, images: Tensor) -> Tensor:
-    """tables: (n, 3, 256) uint8, the new level for each old one, of each image and channel."""
+    """Replace levels by tables, uint8 (n, 3, 256): the new level for each old one, per image and
+    channel."""
     return tables.gather(2, images.flatten(2).long()).view_as(images)
 
 
 @cache
 def _stretch_tables(device: torch.device) -> Tensor:
-    """(256 * 256, 256) uint8, 16 MB: autocontrast's table for each (darkest, brightest) level.
+    """Return autocontrast's table for each (darkest, brightest) pair: uint8 (65536, 256), 16 MB.
 
-    ImageOps.autocontrast truncates float64, which in a few cases falls just below the integer
-    that exact arithmetic gives; tables made on the CPU keep that, even where there is no float64.
+    ImageOps.autocontrast truncates float64, which in a few cases is just below the integer of exact
+    arithmetic. Tables made on the CPU have the same cases on devices without float64 too.
     """
     level = torch.arange(256, dtype=torch.float64)
     tables = level.byte().repeat(256, 256, 1)  # a single level stays as it is
@@ -184,9 +194,10 @@ def _stretch_tables(device: torch.device) -> Tensor:
 
 @cache
 def _warp_sources(device: torch.device) -> Tensor:
-    """(100, 1024) int64: the argument of augment.remap for the codes of the five warps.
+    """Return the sources for augment.remap of each code of `warp`: int64 (100, 1024).
 
-    PIL's affine transform for NEAREST, in 16.16 fixed point (libImaging/Geometry.c).
+    They are those of PIL's affine transform with NEAREST, in 16.16 fixed point
+    (libImaging/Geometry.c).
     """
     x, y = torch.arange(augment.SIDE), torch.arange(augment.SIDE)[:, None]
     sources = []
@@ -200,9 +211,9 @@ def _warp_sources(device: torch.device) -> Tensor:
 
 
 def _inverse_matrix(name: str, step: int, sign: int) -> tuple[float, ...]:
-    """(a, b, c, d, e, f): output pixel (x, y) comes from (a x + b y + c, d x + e y + f).
+    """Return (a, b, c, d, e, f): output pixel (x, y) comes from (a x + b y + c, d x + e y + f).
 
-    Coordinates of a pixel's centre are whole + 0.5, which c and f take in.
+    The centre of a pixel lies at its integer position + 0.5, which c and f include.
     """
     m = magnitude(name, step, sign)
     a, b, c, d, e, f = 1, 0, 0, 0, 1, 0
@@ -232,37 +243,38 @@ IDENTITY = len(NAMES) * BINS * 2  # the code of "not applied"
 
 
 def encode(name: str, step: int, sign: int) -> int:
-    """An operation at a magnitude bin with a sign, as one number."""
+    """Return one number for an operation at a magnitude bin with a sign."""
     return (NAMES.index(name) * BINS + step) * 2 + sign
 
 
 def decode(code: int) -> tuple[str, int, int]:
+    """Return the name, the magnitude bin and the sign of a number made by `encode`."""
     return NAMES[code // 2 // BINS], code // 2 % BINS, code % 2
 
 
 def amount(code: int) -> float:
-    """The number that the operation's function takes; each is exact in float32 or rounded to it."""
+    """Return what the operation's function takes for a code; it will be rounded to float32."""
     name, step, sign = decode(code)
     if OPERATIONS[name] is warp:
         return code  # the row of its table
     value = magnitude(name, step, sign)
     if name == "Posterize":
-        return 256 - 2 ** (8 - value)  # the mask of the bits that stay
+        return 256 - 2 ** (8 - value)  # the mask of the bits that are kept
     if name == "Solarize":
-        return math.ceil(value)  # levels are whole
-    return 1 + value  # a blend factor; the others take nothing
+        return math.ceil(value)  # levels are integers
+    return 1 + value  # a blend factor; the other operations ignore it
 
 
 @cache
 def _tables() -> tuple[Tensor, Tensor]:
-    """For each code the position in FUNCTIONS (len(FUNCTIONS) for IDENTITY) and the amount."""
+    """Return for each code its position in FUNCTIONS (their number for IDENTITY) and its amount."""
     groups = [FUNCTIONS.index(OPERATIONS[decode(code)[0]]) for code in range(IDENTITY)]
     amounts = [amount(code) for code in range(IDENTITY)]
     return torch.tensor([*groups, len(FUNCTIONS)]), torch.tensor([*amounts, 0.0])
 
 
 def draw(n: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """operations: (n, 2) int64, the codes of what to do first and second.
+    """Draw {"operations": int64 (n, 2)}: the codes of the first and second operation per image.
 
     Each image has its own sub-policy, and each of its two operations its own chance and sign.
     """
@@ -273,18 +285,25 @@ def draw(n: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def operations(policy: Tensor, chance: Tensor, sign: Tensor) -> Tensor:
-    """(n, 2) codes: the two operations of policy (n,), where chance (n, 2) in [0, 1) allows."""
+    """Return the codes (n, 2) of the two operations of sub-policies (n,).
+
+    chance: (n, 2) in [0, 1); an operation happens if it is less than its probability.
+    sign: (n, 2) of 0 or 1.
+    """
     probability = torch.tensor([[p for _, p, _ in pair] for pair in POLICIES])
     code = [[encode(name, step or 0, 0) for name, _, step in pair] for pair in POLICIES]
     return torch.where(chance < probability[policy], torch.tensor(code)[policy] + sign, IDENTITY)
 
 
 def apply(images: Tensor, params: dict[str, Tensor]) -> Tensor:
-    """New images, each changed by its two operations; params on the CPU, images anywhere."""
+    """Return new images, each changed by its two operations.
+
+    images: uint8 (n, 3, 32, 32) on any device. params: from `draw`, on the CPU.
+    """
     images = images.clone()
     group_of, amount_of = _tables()
     for codes in params["operations"].unbind(1):
-        # Sorted and counted on the CPU, so that nothing has to come back from the device.
+        # Sorted and counted on the CPU, so that nothing is read back from the device.
         groups = group_of[codes]
         order = groups.argsort()
         sizes = groups.bincount(minlength=len(FUNCTIONS) + 1).tolist()
@@ -298,14 +317,14 @@ def apply(images: Tensor, params: dict[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image, in this order."""
+    """What happens to training images, in this order (see lib.engine.fit for the two methods)."""
 
     crop_flip: bool = False
     auto: bool = False
     cutout: bool = False
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """CPU tensors of first dimension n: [a:b] of each belongs to images [a:b]."""
+        """Draw what happens to n images: CPU tensors of first dimension n, a row per image."""
         params = {}
         if self.crop_flip:
             params |= augment.draw_crop_flip(n, generator)
@@ -316,7 +335,10 @@ class Augmentation:
         return params
 
     def apply(self, images: Tensor, params: dict[str, Tensor]) -> Tensor:
-        """uint8 (n, 3, 32, 32) to new images of the same kind, on the same device."""
+        """Return new images, uint8 (n, 3, 32, 32), on the same device.
+
+        params: the rows from `draw` that belong to these images.
+        """
         if self.crop_flip:
             images = augment.crop_flip(images, params)
         if self.auto:
@@ -327,7 +349,11 @@ class Augmentation:
 
 
 def augmentation(level: str) -> Augmentation:
-    """none; light: crop and flip; cutout: and a hole; auto: AutoAugment before the hole."""
+    """Return the augmentation of a level.
+
+    none: nothing; light: crop and flip; cutout: these and Cutout; auto: crop, flip, AutoAugment and
+    Cutout.
+    """
     return {
         "none": Augmentation(),
         "light": Augmentation(crop_flip=True),
@@ -347,24 +373,22 @@ class Settings:
 def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(Settings, __doc__, argv)
     path = Path(cfg.run_dir) / "plots" / "autoaugment.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     preview(data.load(cfg.data).train.images, path)
     print(f"autoaugment: {len(NAMES)} operations, {len(POLICIES)} sub-policies -> {path}")
 
 
 def preview(images: Tensor, path: Path) -> None:
-    """Draw each operation at magnitudes -9 to 9 and each sub-policy with all it can do."""
-    import matplotlib
+    """Draw each operation at magnitudes -9 to 9, and each sub-policy with all it can do.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    images: uint8 (n, 3, 32, 32), of which the first 25 are shown, one per row.
+    """
     steps = range(-9, 10, 3)
     single = [[encode(name, abs(step), int(step > 0)) for step in steps] for name in NAMES]
     single = torch.tensor([[[code, IDENTITY] for code in row] for row in single])
-    single[:, 3] = IDENTITY  # bin 0 would be Posterize to 8 bits, or Invert as ever
+    single[:, 3] = IDENTITY  # bin 0 would be Posterize to 8 bits, or Invert as in all bins
+    heads = [f"{step:+}" if step else "image" for step in steps]
 
-    # Chance 0 lets an operation happen and 1 does not; the two operations share their sign.
+    # At chance 0 an operation happens, at 1 it does not; the two operations share their sign.
     cases = ("image", "1st -", "1st +", "2nd -", "2nd +", "both -", "both +")
     chance = torch.tensor([[1, 1], [0, 1], [0, 1], [1, 0], [1, 0], [0, 0], [0, 0]])
     sign = torch.tensor([0, 0, 1, 0, 1, 0, 1])[:, None].expand(-1, 2)
@@ -374,26 +398,18 @@ def preview(images: Tensor, path: Path) -> None:
         "\n".join(f"{name}{'' if step is None else f' {step}'}, {p:.0%}" for name, p, step in pair)
         for pair in POLICIES
     ]
-    columns = ([f"{step:+}" if step else "image" for step in steps], cases)
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 16), layout="constrained")
-    for axis, names, heads, codes in zip(
-        axes, (NAMES, labels), columns, (single, pairs), strict=True
-    ):
-        rows = len(codes)
-        shown = images[:rows].repeat_interleave(7, 0)
-        shown = apply(shown, {"operations": codes.view(-1, 2)}).view(rows, 7, 3, 32, 32)
-        tiles = torch.nn.functional.pad(shown, (2, 2, 2, 2), value=255)
-        axis.imshow(tiles.permute(0, 3, 1, 4, 2).reshape(rows * 36, 7 * 36, 3).numpy())
-        axis.set_yticks([36 * i + 18 for i in range(rows)], names)
-        axis.set_xticks([36 * i + 18 for i in range(7)], heads)
-        axis.tick_params(length=0, labeltop=True, labelbottom=False)
-        axis.spines[:].set_visible(False)
-        axis.set_anchor("N")
-    axes[0].set_title("Operations by magnitude bin and sign")
-    axes[1].set_title("Sub-policies: operation, bin, probability")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    def changed(codes: Tensor):
+        """Apply codes (rows, columns, 2), each row to one image, as plots.image_tables wants it."""
+        rows, columns, _ = codes.shape
+        repeated = images[:rows].repeat_interleave(columns, 0)
+        results = apply(repeated, {"operations": codes.view(-1, 2)})
+        return results.view(rows, columns, 3, 32, 32).permute(0, 1, 3, 4, 2).numpy()
+
+    plots.image_tables([
+        ("Operations by magnitude bin and sign", changed(single), NAMES, heads),
+        ("Sub-policies: operation, bin, probability", changed(pairs), labels, cases),
+    ], path)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -81,15 +81,12 @@ def main(argv=None):
         for given, name in ((cfg.dense, "baseline"), (cfg.pruned, "pruned"))
     )
     for source in (dense, pruned):
-        if source.quantization:
-            raise UserError(f"{source.file} is quantized: give the fp32 network")
+        source.refuse_quantized("give the fp32 network")
     ours = runtime.load(cfg.path(cfg.int8, "checkpoints/int8.onnx"))
     if not isinstance(ours, runtime.OnnxFile):
         raise UserError(f"{ours.file} is not an .onnx: `make int8` writes int8.onnx")
     images = pruned.images(cfg.data, cfg.val_size, "cpu")
-    split = getattr(images, cfg.split)
-    if not len(split):
-        raise UserError(f"{pruned.file} was made with --val-size 0: it has no validation split")
+    split = images.split(cfg.split)
 
     sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
     field = contestants(dense.build(), compact(pruned.build())[0], ours, sample, device)
@@ -220,7 +217,7 @@ def padded_peak(settings: dict) -> int:
 
 def accuracy_of(contestant: Contestant, split) -> engine.Evaluation:
     run = contestant.start(torch.get_num_threads())
-    return engine.count(lambda x: run(contestant.prepare(x)), split, contestant.name)
+    return engine.evaluate_function(lambda x: run(contestant.prepare(x)), split, contestant.name)
 
 
 def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:

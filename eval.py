@@ -4,11 +4,11 @@
     python eval.py checkpoints/int8.onnx                       through onnxruntime
     python eval.py ../somewhere/plain_state_dict.pth --split val --json
 
-A file that holds integers (int8.pth, .nnz) runs as integers where its scheme is made for that (ptq,
-qat, at 8 bits or fewer: lib/integer.py), an .onnx through onnxruntime, all others as floats.
+A file that holds integers (int8.pth, .nnz) runs in integers if its scheme allows that (ptq or qat,
+at 8 bits or fewer: lib/integer.py), an .onnx runs in onnxruntime, all others run in floats.
 
-in:  files of ours, or plain torchvision MobileNetV2 state dicts; none named: those of the chain
-out: a table (or a JSON line a file) on the standard output; logs/eval-<split>.jsonl;
+in:  files of any stage, or plain torchvision MobileNetV2 state dicts; default: those of the chain
+out: a table (or a JSON line per file) on the standard output; logs/eval-<split>.jsonl;
      plots/confusion-<file>-<split>.png
 """
 
@@ -22,9 +22,11 @@ from lib.config import UserError, flag
 @dataclasses.dataclass
 class Settings(config.Common):
     files: list[str] = config.files("files to evaluate")
-    split: str = flag("test", "images to evaluate on", choices=("val", "test", "train"))
-    json: bool = flag(False, "a JSON object a line, for machines")
-    layers: bool = flag(False, "sparsity of every layer as well")
+    split: str = flag(
+        "test", "images to evaluate on", choices=("val", "test", "train"), heading="evaluation"
+    )
+    json: bool = flag(False, "print one JSON object per file, for machines")
+    layers: bool = flag(False, "print the sparsity of every layer too")
 
 
 def main(argv=None):
@@ -34,18 +36,16 @@ def main(argv=None):
                           if p.exists()]  # fmt: skip
     if not files:
         raise UserError(f"no files: none named, and none in {cfg.path(None, 'checkpoints')}")
-    # All of them, before any long work.
+    # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [runtime.load(file, cfg.assume_downsample) for file in files]
     log = metrics.Log(cfg.path(None, f"logs/eval-{cfg.split}.jsonl"), vars(cfg), cfg.wandb)
-    images, known, rows = None, {}, []
+    images, correct_by_file, rows = None, {}, []
     for source in sources:
         if images is None or source.val_size(cfg.val_size) not in (None, len(images.val)):
-            images, known = source.images(cfg.data, cfg.val_size, device), {}
-        split = getattr(images, cfg.split)
-        if not len(split):
-            raise UserError(f"{source.file} was made with --val-size 0: it has no validation split")
+            images, correct_by_file = source.images(cfg.data, cfg.val_size, device), {}
+        split = images.split(cfg.split)
         source.check_classes(images.classes)
-        figures, matrix = measure.file(source, split, cfg.split, known)
+        figures, matrix = measure.figures_of_file(source, split, cfg.split, correct_by_file)
         print(json.dumps(figures) if cfg.json else table(figures, cfg.layers), flush=True)
         rows.append(figures)
         stem = source.file.name if source.file.suffix == ".onnx" else source.file.stem
@@ -53,11 +53,12 @@ def main(argv=None):
         path = cfg.path(None, f"plots/confusion-{name}.png")
         title = f"{source.file.name} on {cfg.split} (n={len(split)})"
         plots.confusion(matrix.numpy(), images.classes, path, title)
-    log.begin(rows)  # only now: a run that fails leaves the last one's figures for publish.py
+    log.begin(rows)  # only now: a run that fails keeps the last one's figures for publish.py
     log.close(figures)
 
 
 def change(f: dict) -> list[str]:
+    """Return the line that compares a file's figures with an ancestor's, if there is one."""
     if "change" not in f:
         return []
     c = f["change"]
@@ -65,6 +66,7 @@ def change(f: dict) -> list[str]:
 
 
 def table(f: dict, layers: bool) -> str:
+    """Return the figures of a file (see measure.figures_of_file) as text."""
     low, high = f["interval"]
     scheme = f["quantization"]
     bits = f"W{scheme['weight_bits']}A{scheme['act_bits']} {scheme['method']}" if scheme else "fp32"
@@ -78,7 +80,7 @@ def table(f: dict, layers: bool) -> str:
         f"  ran as     {f['arithmetic']}",
         f"  weights    {f['weights']:,} in conv and linear layers, {f['live_weights']:,} in live "
         f"channels, {f['nonzeros']:,} non-zero (sparsity {f['sparsity']:.2%})",
-        f"  MACs       {f['macs']:,} an image",
+        f"  MACs       {f['macs']:,} per image",
         f"  chain      {' > '.join(chain)}",
     ]
     if layers:

@@ -1,16 +1,17 @@
-"""What is in an image? The most probable classes, by any of our files.
+"""Classify images: the most probable classes of each, by a network of any stage.
 
     python predict.py photo.jpg
     python predict.py folder/ other.png --model checkpoints/int8.onnx --top 1 --json
 
 in:  image files of any size and format that Pillow reads, or folders of them; a network: .pth, .nnz
-     or .onnx (default: checkpoints/compressed.nnz, else the latest stage that is there, else the
+     or .onnx (default: checkpoints/compressed.nnz, else the latest stage in checkpoints/, else the
      published release/mobilenetv2-cifar10.nnz, if no --run-dir is named)
-out: a line an image (or a JSON object) on the standard output
+out: a line per image (or a JSON object) on the standard output
 
-The middle square of an image is scaled to 32x32, antialiased, since that is what the network knows;
-what is transparent becomes white. An image that cannot be read is one line on the standard error,
-the others are still done, and the exit code is 1. Probabilities are the softmax of the logits.
+The middle square of an image is scaled to 32x32, antialiased, the size that the network was trained
+on; transparent pixels become white. For an image that cannot be read there is one line on the
+standard error, the others are still classified, and the exit code is 1. Probabilities are the
+softmax of the logits.
 """
 
 import dataclasses
@@ -26,15 +27,15 @@ from PIL import Image, ImageOps
 from lib import checkpoint, config, data, runtime
 from lib.config import UserError, flag
 
-BATCH = 128  # images in memory at a time
+BATCH = 128  # images in memory at once
 
 
 @dataclasses.dataclass
 class Settings:
     images: list[str] = config.files("image files, or folders of them")
     model: str | None = flag(None, "the network; default: see above")
-    top: int = flag(3, "classes an image, the most probable first")
-    json: bool = flag(False, "a JSON object a line, for machines")
+    top: int = flag(3, "classes per image, the most probable first")
+    json: bool = flag(False, "print one JSON object per image, for machines")
     assume_downsample: int | None = flag(
         None, "strides of a model that is a plain state dict: see eval.py --help",
         choices=(4, 8, 16, 32),
@@ -51,7 +52,7 @@ class Settings:
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    paths = [path for name in cfg.images for path in found(Path(name))]
+    paths = [path for name in cfg.images for path in images_in(Path(name))]
     file = cfg.model or latest(Path(cfg.run_dir) / "checkpoints")
     source = runtime.load(file, cfg.assume_downsample)
     device = config.device(cfg.device)
@@ -69,7 +70,7 @@ def main(argv=None):
                 if note:
                     print(f"predict.py: {path}: {note}", file=sys.stderr)
             except Exception as error:  # Pillow's decoders raise whatever they please
-                print(f"predict.py: {path}: {why(error)}", file=sys.stderr)
+                print(f"predict.py: {path}: {reason_of(error)}", file=sys.stderr)
                 unread += 1
         if images:
             logits = network(torch.stack(images).to(device))
@@ -79,8 +80,9 @@ def main(argv=None):
         raise UserError(f"{unread} of {len(paths)} images could not be read")
 
 
-def found(path: Path) -> list[Path]:
-    """The file itself; of a folder and those in it, all files named as images are, in order."""
+def images_in(path: Path) -> list[Path]:
+    """Return the image files in a folder and its subfolders, by their names' endings and in order;
+    or else the path itself. Raises UserError for a folder without images."""
     if not path.is_dir():
         return [path]
     kinds = Image.registered_extensions()
@@ -91,6 +93,7 @@ def found(path: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path:
+    """Return the file of the latest stage in a run's folder, or the published one."""
     files = [folder / name for name in reversed(checkpoint.CHAIN)]
     if folder == Path("checkpoints") and checkpoint.RELEASE.is_file():  # no other run was named
         files.append(checkpoint.RELEASE)
@@ -98,14 +101,14 @@ def latest(folder: Path) -> Path:
 
 
 def read(path: Path) -> tuple[np.ndarray, str]:
-    """The image as uint8 (3, 32, 32), and what had to be assumed of it, if anything.
+    """Read an image as uint8 (3, 32, 32); return it with a note on what had to be assumed, or "".
 
-    Raises ValueError for greys without a usual range, and whatever Pillow does.
+    Raises ValueError for grey levels outside of all usual ranges, and whatever Pillow raises.
     """
     note = ""
     with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode == "F" or image.mode.startswith("I"):  # greys of more than 8 bits
+        if image.mode == "F" or image.mode.startswith("I"):  # grey levels of more than 8 bits
             levels, note = grey_levels(np.asarray(image))
             image = Image.fromarray(levels)
         if image.has_transparency_data:
@@ -119,12 +122,12 @@ def read(path: Path) -> tuple[np.ndarray, str]:
 
 
 def grey_levels(values: np.ndarray) -> tuple[np.ndarray, str]:
-    """Greys of any type as uint8, and which range was assumed for them ("" where the file's type
-    says it: 16 bits that need 16 bits).
+    """Convert grey levels of any type to uint8; return them with a note on the assumed range.
 
-    A file does not say whether its greys are 12-bit numbers in 16 bits, or floats of 0 to 1. So the
-    range is the smallest usual one that holds them: 0 to 1 for floats; 8, 12, 16 or 31 bits.
-    Raises ValueError for values outside of all of them.
+    A file does not say whether its levels are 12-bit numbers in 16 bits, or floats from 0 to 1. So
+    the range is the smallest usual one that holds them: 0 to 1 for floats; 8, 12, 16 or 31 bits.
+    The note is "" for 16-bit numbers that need all 16 bits, whose range is certain.
+    Raises ValueError for values outside of all of these ranges.
     """
     is_float = values.dtype.kind == "f"
     ranges = [1] * is_float + [2**8 - 1, 2**12 - 1, 2**16 - 1] + [2**31 - 1] * (not is_float)
@@ -137,7 +140,8 @@ def grey_levels(values: np.ndarray) -> tuple[np.ndarray, str]:
     return levels, "" if declared else f"its greys, up to {high}, are taken to be of 0 to {top}"
 
 
-def why(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Say why an image could not be read."""
     if isinstance(error, FileNotFoundError):
         return "does not exist"
     if isinstance(error, Image.UnidentifiedImageError):
@@ -146,6 +150,7 @@ def why(error: Exception) -> str:
 
 
 def shown(name: str, row: torch.Tensor, classes, cfg) -> str:
+    """Return the line of an image. row: its probabilities, (classes,)."""
     best = row.topk(min(cfg.top, len(row)))
     pairs = [(classes[i], p) for p, i in zip(*map(torch.Tensor.tolist, best), strict=True)]
     if cfg.json:

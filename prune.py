@@ -1,12 +1,13 @@
 """Prune by magnitude, round by round, with fine-tuning; stop while validation accuracy holds.
 
     python prune.py --target 0.95
-    python prune.py --score magnitude --schedule geometric --rate 0.2 --rounds 30 --epochs 10 \\
-        --lr 0.001 --lr-schedule constant --distill 0 --augment auto  the reference report's way
+    python prune.py --score magnitude --schedule geometric --prune-fraction 0.2 --rounds 30 \\
+        --epochs 10 --lr 0.001 --lr-schedule constant --distill 0 --augment auto
+                                             the reference report's way
 
 in:  checkpoints/baseline.pth
 out: checkpoints/pruned.pth (the last round within --max-drop of the parent), logs/prune.jsonl
-     (a round a line), plots/prune.png, plots/sparsity.png; while it runs, pruned.pth.resume
+     (one line per round), plots/prune.png, plots/sparsity.png; while it runs, pruned.pth.resume
      (finished rounds) and pruned.pth.round.resume (finished epochs of a round) beside it
 """
 
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from autoaugment import augmentation
-from lib import checkpoint, config, engine, metrics, plots, pruning
+from lib import checkpoint, config, engine, metrics, plots, processes, pruning
 from lib.compaction import compact, take
 from lib.config import UserError, flag
 from models.mobilenetv2 import MobileNetV2
@@ -27,43 +28,49 @@ from models.mobilenetv2 import MobileNetV2
 
 @dataclasses.dataclass
 class Settings(config.Common):
-    parent: str | None = flag(None, "network to prune; default: checkpoints/baseline.pth")
+    parent: str | None = flag(
+        None, "network to prune; default: checkpoints/baseline.pth", heading="files and data"
+    )
     out: str | None = flag(None, "output file; default: checkpoints/pruned.pth")
-    rounds: int = flag(8, "rounds at the most; 0 only converts")
+    resume: bool = flag(True, "continue an interrupted run if its state is there")
+    rounds: int = flag(8, "largest number of rounds; 0 only converts", heading="pruning")
     schedule: str = flag(
-        "cubic", "cubic: to --target in --rounds; geometric: --rate of the rest a round",
+        "cubic", "cubic: to --target in --rounds; geometric: --prune-fraction per round",
         choices=("cubic", "geometric"),
     )  # fmt: skip
     score: str = flag(
-        "lamp", "what stays: the largest weights (magnitude, the report's) or LAMP's, which "
-        "cannot lose a whole layer", choices=("lamp", "magnitude"),
+        "lamp", "which weights stay: the largest (magnitude, the report's) or those of the largest "
+        "LAMP score, which never removes a whole layer", choices=("lamp", "magnitude"),
     )  # fmt: skip
     target: float = flag(0.95, "sparsity after the last round (cubic)")
-    rate: float = flag(0.2, "share of the remaining weights that goes a round (geometric)")
-    max_drop: float = flag(0.5, "points of validation accuracy that may be lost")
-    epochs: int = flag(3, "epochs of fine-tuning a round")
-    last_epochs: int | None = flag(None, "of round number --rounds; default: --epochs")
+    prune_fraction: float = flag(
+        0.2, "share of the remaining weights that is removed per round (geometric)"
+    )
+    max_drop: float = flag(0.5, "percentage points of validation accuracy that may be lost")
+    compact: bool = flag(True, "remove dead channels, exactly, before and between the rounds")
+    epochs: int = flag(3, "epochs of fine-tuning per round", heading="recipe of a round")
+    last_epochs: int | None = flag(None, "epochs of round number --rounds; default: --epochs")
     lr: float = flag(0.05, "peak learning rate of a round")
     lr_schedule: str = flag(
-        "linear", "within a round, to zero", choices=("linear", "cosine", "constant")
-    )
-    batch_size: int = flag(128, "images a step, over all processes")
+        "linear", "of the learning rate in a round, to zero unless constant",
+        choices=("linear", "cosine", "constant"),
+    )  # fmt: skip
+    batch_size: int = flag(128, "images per step, over all processes")
     weight_decay: float = flag(5e-4, "L2 penalty")
-    label_smoothing: float = flag(0.1, "share of the label spread over all classes")
-    distill: float = flag(0.5, "weight of the teacher's soft labels; 0: none")
+    label_smoothing: float = flag(0.1, "share of each label spread over all classes")
+    distill: float = flag(0.5, "weight of the teacher's soft labels against the true ones; 0: none")
     teacher: str | None = flag(
         None, "fp32 network to learn from, for a parent that is pruned already; default: the parent"
     )
     temperature: float = flag(2.0, "of the soft labels")
     augment: str = flag("cutout", "see train.py", choices=("none", "light", "cutout", "auto"))
-    amp: bool = flag(True, "bf16 autocast; fp16 with loss scaling where CUDA lacks bf16")
-    compile: bool = flag(False, "torch.compile")
-    compact: bool = flag(True, "remove dead channels, exactly, before and between the rounds")
-    resume: bool = flag(True, "continue an interrupted run if its state is there")
+    amp: bool = flag(
+        True, "bf16 autocast; fp16 with loss scaling if CUDA lacks bf16", heading="run and machine"
+    )
 
     def __post_init__(self):
-        if not 0 < self.target < 1 or not 0 < self.rate < 1:
-            raise ValueError("--target and --rate must lie between 0 and 1")
+        if not 0 < self.target < 1 or not 0 < self.prune_fraction < 1:
+            raise ValueError("--target and --prune-fraction must lie between 0 and 1")
         if self.last_epochs is not None and self.last_epochs < 1:
             raise ValueError("--last-epochs must be at least 1")
         if self.rounds < 0 or self.epochs < 1 or self.batch_size < 1:
@@ -79,39 +86,34 @@ class Settings(config.Common):
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
-    engine.start_processes(device)
+    processes.start(device)
     file = cfg.path(cfg.parent, "checkpoints/baseline.pth")
     parent = checkpoint.load(file, cfg.assume_downsample)
-    if parent.quantization:
-        raise UserError(f"{parent.file} is quantized: prune before quantizing")
-    with engine.main_first():
+    parent.refuse_quantized("prune before quantizing")
+    with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
-    if not len(images.val):
-        raise UserError("pruning stops by validation accuracy: --val-size must be over 0")
+    images.split("val")  # it decides where pruning stops
     out = cfg.path(cfg.out, "checkpoints/pruned.pth")
     model = parent.build(device)
-    layers = metrics.layer_counts(model)  # of the parent, for the chart
-    learned = checkpoint.load(Path(cfg.teacher), cfg.assume_downsample) if cfg.teacher else parent
-    if learned.quantization:
-        raise UserError(f"--teacher {learned.file} is quantized: give an fp32 network")
-    learned.check_classes(images.classes)
-    teacher = learned.build(device)
-    total = parent.original_weights
+    parent_layers = metrics.layer_counts(model)  # for the chart
+    teacher_file = _teacher_file(cfg, parent, images)
+    teacher = teacher_file.build(device)
+    total = parent.original_weights  # what sparsity is a share of
     start = sparsity_of(model, total)
     if cfg.schedule == "cubic" and cfg.rounds and cfg.target < start + 1e-4:
         raise UserError(f"--target {cfg.target} is no more than the parent's sparsity {start:.4f}")
 
     identity = config.identity(cfg) | {
-        "parent": parent.sha256, "teacher": learned.sha256, "data": images.provenance()
+        "parent": parent.sha256, "teacher": teacher_file.sha256, "data": images.provenance()
     }  # fmt: skip
     log = metrics.Log(cfg.path(None, "logs/prune.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
     round_file = out.with_name(out.name + ".round.resume")
-    rounds, velocity = [], None
+    rounds, velocity = [], None  # a line per round (0: the parent); SGD's momentum
     if cfg.resume:
         rounds, model, velocity = _resume(state_file, round_file, identity, model)
     else:
-        engine.discard(state_file, round_file)
+        processes.discard(state_file, round_file)
     if not rounds:
         if cfg.compact:
             model, _ = compact(model)
@@ -125,23 +127,15 @@ def main(argv=None):
     for number in range(len(rounds), cfg.rounds + 1):
         if not rounds[-1]["kept"]:
             break
-        epochs = cfg.last_epochs if cfg.last_epochs and number == cfg.rounds else cfg.epochs
-        recipe = engine.Recipe.of(cfg, schedule=cfg.lr_schedule, epochs=epochs)
+        recipe = _recipe(cfg, number)
         began = time.monotonic()
-        if cfg.schedule == "cubic":
-            sparsity = pruning.cubic(start, cfg.target, number, cfg.rounds)
-        else:
-            sparsity = pruning.geometric(start, cfg.rate, number)
-        pruning.keep_largest(model, round((1 - sparsity) * total), cfg.score)
-        if cfg.compact:
-            model, live = compact(model)
-            velocity = velocity and {n: take(v, live[n]) for n, v in velocity.items()}
-        mask = pruning.Mask(model)
+        model, velocity = _prune(model, velocity, cfg, number, start, total)
         try:
             history, _ = engine.fit(
                 model, images, recipe, augmentation(cfg.augment), cfg.seed + number, round_file,
                 config=identity | {"round": number}, teacher=teacher,
-                after_step=mask.apply, velocity=velocity, note=f"round {number}/{cfg.rounds} ",
+                after_step=pruning.Mask(model).apply, velocity=velocity,
+                note=f"round {number}/{cfg.rounds} ",
             )  # fmt: skip
         except engine.DivergedError as error:
             if number == 1:
@@ -149,49 +143,90 @@ def main(argv=None):
             engine.say(f"round {number}: {error}; the last good one stays")
             break
         result = engine.evaluate(model, images.val)
-        good = engine.agreed(result.accuracy, device) >= floor
+        good = processes.from_main_process(result.accuracy, device) >= floor
         rounds.append(_line(number, model, total, result, good, history, time.monotonic() - began))
         velocity = engine.velocity_of(round_file, model, recipe)
         if good:
             kept = copy.deepcopy(model)
-        engine.wait()
-        if engine.is_main():
-            checkpoint.write(state_file, {
-                "config": identity, "rounds": rounds, "settings": kept.settings,
-                "kept": kept.state_dict(), "velocity": velocity,
-            })  # fmt: skip
-            round_file.unlink()
-        engine.wait()
+        _save_round(state_file, round_file, identity, rounds, kept, velocity)
         log(rounds[-1])
         verdict = "kept" if good else f"under the floor of {floor:.2%}: the last good one stays"
         engine.say(f"round {number}: {_describe(rounds[-1])}, {verdict}")
 
     if cfg.rounds and not rounds[1]["kept"]:
-        if engine.is_main():
+        if processes.is_main():
             state_file.unlink()
         raise UserError(
             f"round 1 fell to {rounds[1]['val_accuracy']:.2%} at sparsity "
             f"{rounds[1]['sparsity']:.2%}, under the floor of {floor:.2%}: nothing to keep; "
             "give it more --epochs, more --rounds or a larger --max-drop"
         )
-    if engine.is_main():
-        _finish(cfg, out, kept, layers, parent, images, rounds, floor)
+    if processes.is_main():
+        _finish(cfg, out, kept, parent_layers, parent, images, rounds, floor)
         log.close({"sparsity": sparsity_of(kept, total)})
-        for file in (round_file, state_file):  # last of all: until here it could be finished again
+        for file in (round_file, state_file):  # last: until here, the run could be continued
             file.unlink(missing_ok=True)
-    engine.stop_processes()
+    processes.stop()
+
+
+def _teacher_file(cfg, parent, images) -> checkpoint.Checkpoint:
+    """Return the network whose soft labels fine-tuning learns from: --teacher's, or the parent."""
+    source = parent
+    if cfg.teacher:
+        source = checkpoint.load(Path(cfg.teacher), cfg.assume_downsample)
+        source.refuse_quantized("give an fp32 network as --teacher")
+    source.check_classes(images.classes)
+    return source
+
+
+def _recipe(cfg, number: int) -> engine.Recipe:
+    """Return how to fine-tune in a round."""
+    epochs = cfg.last_epochs if cfg.last_epochs and number == cfg.rounds else cfg.epochs
+    return engine.Recipe.of(cfg, schedule=cfg.lr_schedule, epochs=epochs)
+
+
+def _prune(model, velocity, cfg, number: int, start: float, total: int) -> tuple:
+    """Set the weights to zero that go in a round, and remove the channels that die with them.
+
+    velocity: the optimizer's momentum by parameter name, or None. start: the parent's sparsity.
+    total: weights of the network that the chain began with, of which sparsity is a share.
+    Returns the model and the velocity, whose buffers shrink with their weights.
+    """
+    if cfg.schedule == "cubic":
+        sparsity = pruning.cubic(start, cfg.target, number, cfg.rounds)
+    else:
+        sparsity = pruning.geometric(start, cfg.prune_fraction, number)
+    pruning.keep_largest(model, round((1 - sparsity) * total), cfg.score)
+    if cfg.compact:
+        model, live = compact(model)
+        velocity = velocity and {n: take(v, live[n]) for n, v in velocity.items()}
+    return model, velocity
+
+
+def _save_round(state_file, round_file, identity, rounds, kept, velocity) -> None:
+    """Write the state after a round, and delete that of its epochs, once for all processes."""
+    processes.wait()
+    if processes.is_main():
+        checkpoint.write(state_file, {
+            "config": identity, "rounds": rounds, "settings": kept.settings,
+            "kept": kept.state_dict(), "velocity": velocity,
+        })  # fmt: skip
+        round_file.unlink()
+    processes.wait()
 
 
 def _resume(state_file, round_file, identity: dict, model) -> tuple[list, MobileNetV2, dict | None]:
-    """The finished rounds, the last good network and the optimizer's velocity; none, the model and
-    None where there is no state."""
+    """Return the finished rounds, the last good network and the optimizer's velocity.
+
+    Without a state these are no rounds, `model` and None. Raises UserError for another run's state.
+    """
     if not state_file.is_file():
         return [], model, None
     state = checkpoint.read(state_file)
-    engine.same_run(state_file, state["config"], identity)
-    if engine.is_main() and _round_of(round_file) < len(state["rounds"]):
+    engine.refuse_other_run(state_file, state["config"], identity)
+    if processes.is_main() and _round_of(round_file) < len(state["rounds"]):
         round_file.unlink(missing_ok=True)  # killed between writing a round and this
-    engine.wait()
+    processes.wait()
     device = next(model.parameters()).device
     model = MobileNetV2(state["settings"])
     model.load_state_dict(state["kept"])
@@ -201,16 +236,17 @@ def _resume(state_file, round_file, identity: dict, model) -> tuple[list, Mobile
 
 
 def _round_of(round_file) -> int:
-    """The round whose epochs a state file holds; 0 where there is none."""
+    """Return the number of the round whose epochs a state file holds; 0 without a file."""
     return checkpoint.read(round_file)["config"]["round"] if round_file.is_file() else 0
 
 
 def sparsity_of(model, total: int) -> float:
-    """Share of the original network's weights that are gone, by zeroing or with their channel."""
+    """Return the share of `total` weights that are gone, as zeros or with their channel."""
     return 1 - sum(n for _, _, n in metrics.layer_counts(model)) / total
 
 
 def _line(number, model, total, result, good, history, seconds) -> dict:
+    """Return the log's line of a round. good: whether its accuracy is above the floor."""
     layers = metrics.layer_counts(model)
     channels = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     return {
@@ -222,6 +258,7 @@ def _line(number, model, total, result, good, history, seconds) -> dict:
 
 
 def _describe(line: dict) -> str:
+    """Return the line of a round as text."""
     return (
         f"sparsity {line['sparsity']:.2%}, val {line['val_accuracy']:.2%} "
         f"({line['val_correct']}/{line['val_total']}), {line['channels']:,} channels, "
@@ -229,7 +266,8 @@ def _describe(line: dict) -> str:
     )
 
 
-def _finish(cfg, out, model, before, parent, images, rounds, floor) -> None:
+def _finish(cfg, out, model, parent_layers, parent, images, rounds, floor) -> None:
+    """Save the pruned network and draw both charts."""
     last = [line for line in rounds if line["kept"]][-1]
     figures = {k: last[k] for k in ("round", "sparsity", "val_correct", "val_total")}
     saved = checkpoint.save(
@@ -244,7 +282,7 @@ def _finish(cfg, out, model, before, parent, images, rounds, floor) -> None:
     layers = [
         (name, weights, nonzeros)  # of the weights that the layer had
         for (name, weights, _), (_, _, nonzeros) in zip(
-            before, metrics.layer_counts(model), strict=True
+            parent_layers, metrics.layer_counts(model), strict=True
         )
     ]
     plots.layer_sparsity(

@@ -27,7 +27,19 @@ import os
 from pathlib import Path
 
 from autoaugment import augmentation
-from lib import checkpoint, config, engine, measure, metrics, plots, pruning, ptq, qat, quantizers
+from lib import (
+    checkpoint,
+    config,
+    engine,
+    measure,
+    metrics,
+    plots,
+    processes,
+    pruning,
+    ptq,
+    qat,
+    quantizers,
+)
 from lib.compaction import compact
 from lib.config import UserError, flag
 from lib.rate import KILOBYTE
@@ -101,13 +113,12 @@ class Settings(config.Common):
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
-    engine.start_processes(device)
+    processes.start(device)
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
-    if parent.quantization:
-        raise UserError(f"{parent.file} is quantized already: start from an fp32 network")
+    parent.refuse_quantized()
     model = parent.build(device)
     scheme = scheme_of(cfg, model)
-    with engine.main_first():
+    with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
     validate = len(images.val) > 0
     before = engine.evaluate(model, images.val) if validate else None
@@ -128,7 +139,7 @@ def main(argv=None):
         train(cfg, model, fp32, latent, scheme, images, out, parent)
         after = engine.evaluate(model, images.val) if validate else None
 
-    if engine.is_main():
+    if processes.is_main():
         figures, text = {}, f"{cfg.method} W{cfg.weight_bits}A{cfg.act_bits}"
         if validate:
             labels = images.val.labels.cpu()
@@ -144,7 +155,7 @@ def main(argv=None):
         else:
             metrics.log_stage(cfg, "quantize", {"bytes": saved.bytes, **scheme, **figures})
         print(f"{out}: {saved.bytes:,} bytes, {text}")
-    engine.stop_processes()
+    processes.stop()
 
 
 def scheme_of(cfg, model) -> dict:
@@ -210,21 +221,6 @@ def read_layer_bits(path: Path) -> dict[str, int]:
     return given
 
 
-def flags_of_today(stored: dict) -> dict:
-    """Return the flags stored in a checkpoint under the names that they have now.
-
-    Older checkpoints have `rate` for rd_lambda, and `first_last_bits`. Of files the names are kept.
-    """
-    flags = dict(stored)
-    if "rate" in flags:
-        flags["rd_lambda"] = flags.pop("rate")
-    items = [item if "=" in item else Path(item).name
-             for item in (flags.get("layer_bits") or "").split(",") if item]  # fmt: skip
-    if bits := flags.pop("first_last_bits", None):
-        items = [f"first={bits}", f"last={bits}", *items]
-    return flags | {"layer_bits": ",".join(items) or None}
-
-
 def train(cfg, model, teacher, latent, scheme, images, out, parent) -> None:
     """Train the quantized network, in place; leave the state of the training beside `out`."""
     if cfg.rd_lambda:  # weights zeroed to save bits count as pruned: they would flip to and from 0
@@ -245,7 +241,7 @@ def train(cfg, model, teacher, latent, scheme, images, out, parent) -> None:
         penalty=(lambda: loss_per_bit * qat.bits(model)) if cfg.rd_lambda else None,
     )  # fmt: skip
     qat.finish(model)
-    if engine.is_main():
+    if processes.is_main():
         plots.curves(history, cfg.path(None, "plots/quantize.png"), "Quantization-aware training")
         log.close({"best_epoch": best + 1})
 

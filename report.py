@@ -1,16 +1,15 @@
-"""What the chain has come to: every stage's size and accuracy, the ratios, where the bytes are.
+"""Compare the files of the chain: size, accuracy, compression ratios, and what the bytes store.
 
-    python report.py --data DIR              the report's figures 9 and 10, measured on our files
-    python report.py --status                which file of the chain is missing or stale, and why
+    python report.py --data DIR      figures 9 and 10 of the reference report, for these files
+    python report.py --status        which file of the chain is missing or stale, and why
 
-in:  the chain's files in checkpoints/, those that exist; ratios are against the first of them
-out: tables on the standard output, logs/report.jsonl (a file a line), plots/report.png (size and
-     accuracy), plots/storage.png (what the bytes are), plots/confusion-<file>-<split>.png
+in:  the files of the chain that are in checkpoints/; ratios are against the first of them
+out: tables on the standard output, logs/report.jsonl (one line per file), plots/report.png (size
+     and accuracy), plots/storage.png (what the bytes are), plots/confusion-<file>-<split>.png
 """
 
 import csv
 import dataclasses
-import hashlib
 from datetime import datetime
 from pathlib import Path
 
@@ -18,12 +17,15 @@ import torch
 
 from lib import checkpoint, config, data, measure, memory, metrics, plots
 from lib.config import UserError, flag
+from lib.files import sha256_of
 
 
 @dataclasses.dataclass
 class Settings(config.Common):
-    split: str = flag("test", "images to evaluate on", choices=("val", "test", "train"))
-    status: bool = flag(False, "only say what is there, and what is stale; evaluates nothing")
+    split: str = flag(
+        "test", "images to evaluate on", choices=("val", "test", "train"), heading="evaluation"
+    )
+    status: bool = flag(False, "only list which files are there or stale; evaluate nothing")
 
 
 def main(argv=None):
@@ -35,9 +37,9 @@ def main(argv=None):
     files = [folder / name for name in checkpoint.CHAIN if (folder / name).is_file()]
     if not files:
         raise UserError(f"no files of the chain in {folder}: `make all` makes them")
-    # All of them, before any long work.
+    # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [checkpoint.load(file, cfg.assume_downsample) for file in files]
-    split, classes = images_of(sources, cfg)
+    split, data_set = images_of(sources, cfg)
     rows = []
     for source in sources:
         row, confusion = measured(source, split, cfg.split)
@@ -52,10 +54,10 @@ def main(argv=None):
     log.begin(rows)
     smallest = min(rows, key=lambda row: row["bytes"])
     log.close(smallest["ratios"])
-    n = f"{len(split):,} {cfg.split} images of {classes}"
+    n = f"{len(split):,} {cfg.split} images of {data_set}"
     plots.stages(
         [row | {"stage": row["name"]} for row in rows], cfg.path(None, "plots/report.png"),
-        f"Size and accuracy after every stage ({cfg.split} split of {classes})",
+        f"Size and accuracy after every stage ({cfg.split} split of {data_set})",
     )  # fmt: skip
     plots.storage(
         [(row["name"], row["parts"]) for row in rows], cfg.path(None, "plots/storage.png"),
@@ -68,20 +70,18 @@ def main(argv=None):
 
 
 def images_of(sources, cfg) -> tuple[data.Split, str]:
-    """The one split that all files are judged on, and the name of the set."""
+    """Return the split that all files are evaluated on, and the name of the data set."""
     sizes = {source.val_size(cfg.val_size) for source in sources} - {None}
     if len(sizes) > 1 and cfg.split != "test":
         raise UserError(f"the files were made with different --val-size {sorted(sizes)}: give one")
     images = sources[0].images(cfg.data, min(sizes, default=None), config.device(cfg.device))
-    split = getattr(images, cfg.split)
-    if not len(split):
-        raise UserError(f"no {cfg.split} images: the files were made with --val-size 0")
-    return split, images.source
+    return images.split(cfg.split), images.source
 
 
 def measured(source, split, split_name: str) -> tuple[dict, torch.Tensor]:
-    """All figures of one file, none computed from another's, and its confusion matrix."""
-    row, confusion = measure.file(source, split, split_name)
+    """Return the figures of one file, none of which depend on another file, and its confusion
+    matrix."""
+    row, confusion = measure.figures_of_file(source, split, split_name)
     parts = memory.bytes_by_part(source)
     assert sum(parts.values()) == source.bytes, (source.file, parts)
     model, image = source.build(split.images.device), data.normalize(split.images[:1])
@@ -98,21 +98,23 @@ def measured(source, split, split_name: str) -> tuple[dict, torch.Tensor]:
     return row, confusion
 
 
-RATIOS = {  # what is compared, of one image where it is activations
+RATIOS = {  # what is compared: its name and what it is; activations are those of one image
     "bytes": ("model", "the whole file"),
     "weight_bytes": ("weights", "of conv and linear layers, with their indices"),
-    "act_sum_bytes": ("activations", "all that enter conv and linear layers"),
-    "act_peak_bytes": ("peak", "the most activations alive at once"),
+    "act_sum_bytes": ("activations", "all inputs of conv and linear layers"),
+    "act_peak_bytes": ("peak", "the most activations in memory at once"),
 }
 
 
 def against(first: dict, row: dict) -> dict:
-    """How many times smaller a file is than the first, and how many points better or worse."""
+    """Return how many times smaller a file is than the first, and by how many percentage points
+    its accuracy differs."""
     ratios = {name: first[key] / max(row[key], 1) for key, (name, _) in RATIOS.items()}
     return {"change": 100 * (row["accuracy"] - first["accuracy"]), "ratios": ratios}
 
 
 def stage_table(rows: list[dict]) -> str:
+    """Return the table of all files as text, one line per file."""
     head = ("file", "bytes", "ratio", "correct", "accuracy", "95% interval", "points", "live",
             "non-zero", "sparsity", "MACs", "bits")  # fmt: skip
     lines = [head]
@@ -131,7 +133,7 @@ def stage_table(rows: list[dict]) -> str:
 
 
 def ratio_table(first: dict, last: dict) -> str:
-    """The ratios of two files, with the bytes that they come from."""
+    """Return the ratios between two files as text, with the bytes behind them."""
     lines = [("bytes", first["name"], last["name"], "ratio", "")]
     for key, (name, note) in RATIOS.items():
         at = f", in {last['act_peak_layer']}" if key == "act_peak_bytes" else ""
@@ -141,7 +143,7 @@ def ratio_table(first: dict, last: dict) -> str:
 
 
 def aligned(rows, sides: str) -> str:
-    """Columns of text, each to its side: l or r."""
+    """Return rows of text in aligned columns; sides: l or r for each column."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -156,9 +158,9 @@ def aligned(rows, sides: str) -> str:
 
 
 def status(folder: Path) -> list[tuple[str, ...]]:
-    """A row a file of the chain: name, stage, date, bytes, and what is to be said of it."""
+    """Return a row per file of the chain: name, stage, date, bytes, and whether it is current."""
     paths = [folder / name for name in checkpoint.CHAIN]
-    hashes = {p.name: sha256(p) for p in paths if p.is_file()}
+    hashes = {p.name: sha256_of(p) for p in paths if p.is_file()}
     rows, stale, now = [], set(), checkpoint.code_version()
     for path in paths:
         stage = date = size = "-"
@@ -167,11 +169,11 @@ def status(folder: Path) -> list[tuple[str, ...]]:
             date = f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
             size = f"{path.stat().st_size:,}"
             try:
-                found = checkpoint.load(path)
-                stage, notes = found.stage, [freshness(found, hashes, stale)]
-                made = checkpoint.read(path).get("code") if path.suffix == ".pth" else None
-                if made not in (None, now):  # worth knowing, but no fault
-                    notes.append(f"made by code {made}, this is {now}")
+                source = checkpoint.load(path)
+                stage, notes = source.stage, [freshness(source, hashes, stale)]
+                code = checkpoint.read(path).get("code") if path.suffix == ".pth" else None
+                if code not in (None, now):  # worth knowing, but no fault
+                    notes.append(f"made by code {code}, this is {now}")
             except UserError as error:
                 notes = [f"unreadable: {error}"]
             if not notes[0].startswith("up to date"):
@@ -181,6 +183,7 @@ def status(folder: Path) -> list[tuple[str, ...]]:
 
 
 def sweep_status(path: Path, hashes: dict[str, str]) -> tuple[str, ...]:
+    """Return the row of the sweep's table. hashes: SHA-256 of the chain's files by name."""
     if not path.is_file():
         return (path.name, "-", "-", "-", "missing")
     with path.open(newline="") as file:
@@ -191,14 +194,16 @@ def sweep_status(path: Path, hashes: dict[str, str]) -> tuple[str, ...]:
     return (path.name, "sweep", date, f"{path.stat().st_size:,}", note)
 
 
-def freshness(found, hashes: dict[str, str], stale: set[str]) -> str:
-    """Whether a file's recorded parent is what lies there now: in the chain, or where --parent
-    said. hashes: the chain's files by name; stale: those found not to be up to date so far."""
-    if not found.ancestors:
+def freshness(source, hashes: dict[str, str], stale: set[str]) -> str:
+    """Say whether a file's recorded parent is still there, in the chain or where --parent said.
+
+    hashes: SHA-256 of the chain's files by name; stale: the names of those that are not up to date.
+    """
+    if not source.ancestors:
         return "up to date: the start of a chain"
-    parent, given = found.ancestors[-1], found.config.get("parent")
+    parent, given = source.ancestors[-1], source.config.get("parent")
     if given and Path(given).is_file():
-        hashes = hashes | {given: sha256(given)}
+        hashes = hashes | {given: sha256_of(given)}
     same = next((name for name, value in hashes.items() if value == parent["sha256"]), None)
     if same:
         return f"stale: {same} is not up to date" if same in stale else f"up to date with {same}"
@@ -208,12 +213,8 @@ def freshness(found, hashes: dict[str, str], stale: set[str]) -> str:
     return f"stale: parent {now}, was made from {parent['sha256'][:8]}"
 
 
-def sha256(path: Path | str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def unfinished(path: Path) -> list[str]:
-    """Interrupted runs whose state lies beside the file, and how far they came."""
+    """Return the interrupted runs whose state lies beside a file, and how far they came."""
     notes = []
     for file in sorted(path.parent.glob(f"{path.name}*.resume")):
         try:

@@ -10,8 +10,9 @@ out: RESULTS.md; README.md between lines `<!-- table: NAME -->` and `<!-- end --
 import dataclasses
 from pathlib import Path
 
-from lib import checkpoint, config, tables
+from lib import config, tables
 from lib.config import UserError, flag
+from lib.files import write_bytes
 
 # Section: its tables, in the order in which RESULTS.md shows them.
 ORDER = {
@@ -38,8 +39,7 @@ def main(argv=None):
     if cfg.check and stale:
         raise UserError(f"{', '.join(map(str, stale))}: not what results/ says; `make results`")
     for path in stale:
-        with checkpoint.atomic(path) as file:
-            file.write(texts[path].encode())
+        write_bytes(path, texts[path].encode())
     print(f"{len(known)} tables; {', '.join(p.name for p in stale) or 'nothing'} written")
 
 
@@ -51,9 +51,9 @@ def page(measured: dict[str, dict]) -> str:
         raise UserError(f"results/{unknown[0]}.json has no place in ORDER of results.py")
     lines = [
         "# Results", "",
-        "Every table here was written by `make results` from a file in [results/](results), which a",
-        "stage or a benchmark wrote. Accuracy: correct answers over a whole split, by the file that",
-        "is named, read back from disk.", "",
+        "Every table here was written by `make results` from a file in [results/](results), which",
+        "a stage or a benchmark wrote. Accuracy: correct answers over a whole split, by the file",
+        "that is named, read back from disk.", "",
     ]  # fmt: skip
     for section, names in ORDER.items():
         present = [name for name in names if name in measured]

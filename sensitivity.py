@@ -12,15 +12,14 @@ and all activations stay fp32. The table helps to choose --layer-bits of quantiz
 """
 
 import copy
-import csv
 import dataclasses
-import io
 
 import torch
 
 from lib import checkpoint, config, engine, measure, metrics, plots, ptq, quantizers
 from lib.compaction import compact
-from lib.config import UserError, flag
+from lib.config import flag
+from lib.files import write_csv
 
 COLUMNS = ("layer", "weight_bits", "weights", "nonzeros", "split", "correct", "total", "accuracy",
            "loss", "gained", "lost")  # fmt: skip
@@ -47,12 +46,9 @@ def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
-    if parent.quantization:
-        raise UserError(f"{parent.file} is quantized already: start from an fp32 network")
+    parent.refuse_quantized()
     images = parent.images(cfg.data, cfg.val_size, device)
-    split = getattr(images, cfg.split)
-    if not len(split):
-        raise UserError("there is no validation split (--val-size 0)")
+    split = images.split(cfg.split)
     model, _ = compact(parent.build(device))
     fp32 = quantizers.fold(model)
     labels = split.labels.cpu()
@@ -87,12 +83,7 @@ def main(argv=None):
     order = list(counts)
     rows.sort(key=lambda row: (order.index(row["layer"]), -row["weight_bits"]))
     out = cfg.path(cfg.out, "logs/sensitivity.csv")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with checkpoint.atomic(out) as file:
-        file.write(text.getvalue().encode())
+    write_csv(out, COLUMNS, rows)
     title = f"Each layer's weights alone at few bits: {parent.file.name}, {cfg.split}"
     plots.sensitivity(rows, before.accuracy, cfg.path(None, "plots/sensitivity.png"), title)
     worst = min(rows, key=lambda row: row["correct"])

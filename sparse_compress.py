@@ -15,6 +15,7 @@ import torch
 
 from lib import checkpoint, compressed, config, metrics, runtime
 from lib.config import UserError, flag
+from lib.files import write_bytes
 
 
 @dataclasses.dataclass
@@ -48,8 +49,7 @@ def compress(cfg) -> None:
     for name, tensor in compressed.stored_state(parent).items():
         if not torch.equal(decoded[name], tensor):
             raise UserError(f"{name} of {parent.file} would not decode as it is: nothing written")
-    with checkpoint.atomic(out) as file:
-        file.write(raw)
+    write_bytes(out, raw)
     if out.read_bytes() != raw:
         raise UserError(f"{out} does not hold what was written to it")
     version, parts = compressed.version(raw), compressed.sections(raw)

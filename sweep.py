@@ -13,10 +13,7 @@ out: checkpoints/sweep/w8a8.nnz ... (each decoded again before it is evaluated),
 A cell that was measured before, from the same parent and on the same images, is not measured again.
 """
 
-import csv
 import dataclasses
-import hashlib
-import io
 import json
 import math
 import time
@@ -26,15 +23,16 @@ from lib import (
     checkpoint,
     compressed,
     config,
-    engine,
     measure,
     metrics,
     plots,
+    processes,
     ptq,
     quantizers,
 )
 from lib.compaction import compact
-from lib.config import UserError, flag
+from lib.config import flag
+from lib.files import sha256_of, write_bytes, write_csv
 from lib.rate import KILOBYTE
 
 # gained, lost: images that only this file, only the parent classifies correctly.
@@ -89,16 +87,13 @@ class Settings(config.Common):
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
-    engine.start_processes(device)
-    world, rank_of_process = engine.processes()
+    processes.start(device)
+    world, rank_of_process = processes.world_and_rank()
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
-    if parent.quantization:
-        raise UserError(f"{parent.file} is quantized already: start from an fp32 network")
-    with engine.main_first():
+    parent.refuse_quantized()
+    with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
-    split = getattr(images, cfg.split)
-    if not len(split):
-        raise UserError("there is no validation split (--val-size 0): use --split test")
+    split = images.split(cfg.split)
     folder = cfg.path(None, "checkpoints/sweep")
     known = {}  # by SHA-256: which images the parent gets right, once it is measured
     grid = [
@@ -114,7 +109,7 @@ def main(argv=None):
         old = " (measured before)" if row else ""
         if not row:
             if not known:
-                measure.file(parent, split, cfg.split, known)
+                measure.figures_of_file(parent, split, cfg.split, known)
             row = cell(path, cfg, parent, images, known, weight_bits, act_bits, rd_lambda)
         print(
             f"[{number + 1}/{len(grid)}] {path.stem.upper()}: {row['accuracy']:.2%} "
@@ -122,8 +117,8 @@ def main(argv=None):
             f"{row['bytes']:,} bytes{old}",
             flush=True,
         )
-    engine.wait()
-    if engine.is_main():
+    processes.wait()
+    if processes.is_main():
         rows = [finished(folder / name_of(*bits), cfg, parent, split) for bits in grid]
         write_table(cfg, rows)
         title = f"{cfg.method} quantization of {parent.file.name}, {cfg.split} (n={len(split)})"
@@ -135,7 +130,7 @@ def main(argv=None):
         if cfg.wandb:
             log_wandb(cfg, rows)
         print(f"{cfg.path(cfg.out, 'logs/sweep.csv')}: {len(rows)} cells")
-    engine.stop_processes()
+    processes.stop()
 
 
 def name_of(weight_bits: int, act_bits: int, rd_lambda: float) -> str:
@@ -170,11 +165,10 @@ def cell(
             metrics={},
         )  # fmt: skip
     )
-    with checkpoint.atomic(path) as file:
-        file.write(raw)
-    # As floats: one arithmetic for all cells, since those of over 8 bits have no integer network.
+    write_bytes(path, raw)
+    # As floats: one arithmetic for all cells, of which those over 8 bits have no integers.
     source = checkpoint.load(path)
-    figures, _ = measure.file(source, split, cfg.split, dict(known), integers=False)
+    figures, _ = measure.figures_of_file(source, split, cfg.split, dict(known), integers=False)
     row = {
         "weight_bits": weight_bits, "act_bits": act_bits, "rd_lambda": rd_lambda,
         "method": cfg.method, "calibration": cfg.calibration, "seed": cfg.seed,
@@ -182,8 +176,7 @@ def cell(
         **{key: figures[key] for key in COLUMNS if key in figures},
         **{key: figures["change"][key] for key in ("gained", "lost")},
     }  # fmt: skip
-    with checkpoint.atomic(path.with_suffix(".json")) as file:
-        file.write(json.dumps(row).encode())
+    write_bytes(path.with_suffix(".json"), json.dumps(row).encode())
     return row
 
 
@@ -195,7 +188,7 @@ def finished(path: Path, cfg, parent, split) -> dict | None:
     wanted = {
         "parent_sha256": parent.sha256, "method": cfg.method, "split": cfg.split,
         "calibration": cfg.calibration, "seed": cfg.seed,
-        "total": len(split), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "total": len(split), "sha256": sha256_of(path),
     }  # fmt: skip
     try:
         row = json.loads(record.read_text())
@@ -207,13 +200,8 @@ def finished(path: Path, cfg, parent, split) -> dict | None:
 
 
 def write_table(cfg, rows: list[dict]) -> None:
-    """Write the CSV. Only once all cells are there: to make, its existence means done."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with checkpoint.atomic(cfg.path(cfg.out, "logs/sweep.csv")) as file:
-        file.write(text.getvalue().encode())
+    """The CSV, once all cells are there: make takes it for done."""
+    write_csv(cfg.path(cfg.out, "logs/sweep.csv"), COLUMNS, rows)
 
 
 def log_wandb(cfg, rows: list[dict]) -> None:

@@ -83,7 +83,7 @@ def export(saved, path, split) -> dict:
         first = data.Split(split.images[:1000], split.labels[:1000])
         float_network = runtime.network(saved, split.images.device, integers=False)
         answers = {
-            network.arithmetic: engine.count(network, first).predictions
+            network.arithmetic: engine.evaluate_function(network, first).predictions
             for network in (float_network, runtime.network(saved), runtime.network(onnx))
         }
         agree = {

@@ -1,23 +1,23 @@
-"""Check the published network: its hash, that it decodes, and its accuracy on the images at hand.
+"""Check the published network: its hash, that it decodes, and its accuracy on your images.
 
     python verify.py --data DIR
 
 in:  release/results.json and the files that it names
-out: a line a file and a split; exit code 1 where something is not as published
+out: one line per file and split; exit code 1 if something is not as published
 
-The official test split has 10,000 images; where fewer were published, the first ones are compared,
-and the accuracy on all that are at hand is printed beside. The .nnz runs in exact integers and has
-to get as many right everywhere; onnxruntime has kernels for each processor, so the .onnx may get
-more or fewer right by a thousandth of the images.
+The official test split has 10,000 images. If the published accuracy is on fewer, only the first
+ones are compared, and the accuracy on all images is printed too. The .nnz runs in exact integers
+and must have as many correct answers on every machine; onnxruntime's kernels differ between
+processors, so the .onnx may have more or fewer by a thousandth of the images.
 """
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
 from lib import checkpoint, config, engine, metrics, runtime
 from lib.config import UserError, flag
+from lib.files import sha256_of
 
 
 @dataclasses.dataclass
@@ -34,7 +34,7 @@ def main(argv=None):
     device = config.device(cfg.device)
     folder = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
     published = read(folder / "results.json")
-    sources = [whole(folder / name, digest) for name, (digest, _) in published.items()]
+    sources = [load_checked(folder / name, digest) for name, (digest, _) in published.items()]
     images = sources[0].images(cfg.data, None, device)
     wrong = []
     for source in sources:
@@ -44,22 +44,25 @@ def main(argv=None):
             if len(split) < n or (
                 name == "val" and source.data.get("train") not in (None, len(images.train))
             ):
-                raise UserError(f"{n} {name} images were used, the data set at hand has not these")
-            result = engine.count(network, split, note=f"{source.file.name}, {name}")
-            found = int((result.predictions[:n] == split.labels[:n].cpu()).sum())
-            text = f"{found} of {n} {name} images in {network.arithmetic}, published {correct}"
+                raise UserError(f"{n} {name} images were used; this data set does not have them")
+            result = engine.evaluate_function(network, split, note=f"{source.file.name}, {name}")
+            now = int((result.predictions[:n] == split.labels[:n].cpu()).sum())
+            text = f"{now} of {n} {name} images in {network.arithmetic}, published {correct}"
             if len(split) > n:
                 low, high = metrics.wilson(result.correct, result.total)
                 text += f"; {result} of all, 95% interval {low:.2%} to {high:.2%}"
             print(f"{source.file.name}: {text}", flush=True)
             allowed = 0 if network.arithmetic == runtime.INTEGER else n // 1000
-            wrong += [text] if abs(found - correct) > allowed else []
+            wrong += [text] if abs(now - correct) > allowed else []
     if wrong:
         raise UserError(f"not as published: {'; '.join(wrong)}")
 
 
 def read(path: Path) -> dict[str, tuple[str, dict[str, tuple[int, int]]]]:
-    """By published file: its SHA-256 and, by split, how many were right of how many."""
+    """Read results.json: for each published file its SHA-256 and {split: (correct, total)}.
+
+    Raises UserError if it is missing or damaged.
+    """
     try:
         results = json.loads(path.read_text())
         published = {
@@ -79,13 +82,13 @@ def read(path: Path) -> dict[str, tuple[str, dict[str, tuple[int, int]]]]:
     return published
 
 
-def whole(path: Path, digest: str):
-    """The file decoded, once its bytes are the published ones."""
+def load_checked(path: Path, digest: str):
+    """Load a file whose SHA-256 is `digest`. Raises UserError if it is another or missing."""
     if not path.is_file():
-        raise UserError(f"{path} is missing, results.json names it")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != digest:
-        raise UserError(f"{path} is not the published file: SHA-256 {found}, not {digest}")
+        raise UserError(f"{path} is missing, but results.json names it")
+    actual = sha256_of(path)
+    if actual != digest:
+        raise UserError(f"{path} is not the published file: SHA-256 {actual}, not {digest}")
     source = runtime.load(path)
     print(f"{path}: {source.bytes:,} bytes, of the published SHA-256; decoded", flush=True)
     return source

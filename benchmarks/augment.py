@@ -1,14 +1,14 @@
-"""Images a second of the whole input pipeline: lib.data.batches, and torchvision on PIL images.
+"""Images per second of the whole input pipeline: lib.data.batches, and torchvision on PIL images.
 
     python benchmarks/augment.py [--data PATH] [--rounds 5]
 
-Both give shuffled, normalized float32 batches of 128 on the CPU after the same recipe: crop, flip,
-AutoAugment, Cutout. Ours runs in this process, once with 1 thread and once with torch's default;
-torchvision's is a DataLoader with 2 persistent workers. Rounds alternate, after one of each to
-warm up, so that a neighbour on the machine disturbs all alike; the median counts. Without data
-the images are random.
+Both give shuffled, normalized float32 batches of 128 on the CPU with the same augmentation: crop,
+flip, AutoAugment, Cutout. Ours runs in this process, once with 1 thread and once with torch's
+default; torchvision's is a DataLoader with 2 persistent workers. Rounds alternate, after one of
+each to warm up, so that other work on the machine slows all down alike; medians are compared.
+Without data the images are random.
 
-Where others use the cores, our many short kernels wait for each other's threads: 1 thread, or
+If others use the cores, our many short kernels wait for each other's threads: 1 thread, or
 OMP_WAIT_POLICY=PASSIVE in the environment, is then several times faster than the default.
 """
 
@@ -35,13 +35,13 @@ BATCH = 128
 @dataclass
 class Settings:
     data: str | None = flag(None, "as for train.py; default: random images")
-    rounds: int = flag(5, "of each pipeline")
-    ours: int = flag(16384, "images a round of ours")
-    theirs: int = flag(4096, "images a round of torchvision's; it is slower")
+    rounds: int = flag(5, "rounds of each pipeline")
+    ours: int = flag(16384, "images per round of ours")
+    theirs: int = flag(4096, "images per round of torchvision's, which is slower")
 
 
 class Pictures(Dataset):
-    """What the usual CIFAR-10 recipe does to one image at a time."""
+    """The usual CIFAR-10 augmentation, one image at a time, by torchvision on PIL images."""
 
     def __init__(self, split: data.Split):
         self.arrays = split.images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -65,7 +65,8 @@ class Pictures(Dataset):
         return image, self.labels[index]
 
 
-def rate(batches) -> float:
+def images_per_second(batches) -> float:
+    """Time a loop over batches of (images, labels)."""
     start, images = time.perf_counter(), 0
     for batch, _ in batches:
         images += len(batch)
@@ -87,17 +88,17 @@ def main(argv: list[str] | None = None) -> None:
 
     def run_ours(count: int, seed: int) -> float:
         torch.set_num_threads(count)
-        return rate(data.batches(ours, BATCH, recipe, seed=seed, epoch=0))
+        return images_per_second(data.batches(ours, BATCH, recipe, seed=seed, epoch=0))
 
-    rates = []
+    rows = []
     for seed in range(cfg.rounds + 1):
-        rates.append((run_ours(1, seed), run_ours(threads, seed), rate(loader)))
+        rows.append((run_ours(1, seed), run_ours(threads, seed), images_per_second(loader)))
     names = ("ours, 1 thread", f"ours, {threads} threads", "PIL, 2 workers")
-    baseline = statistics.median([row[2] for row in rates[1:]])
-    for name, found in zip(names, zip(*rates[1:], strict=True), strict=True):
-        middle = statistics.median(found)
+    baseline = statistics.median([row[2] for row in rows[1:]])
+    for name, speeds in zip(names, zip(*rows[1:], strict=True), strict=True):
+        middle = statistics.median(speeds)
         print(
-            f"{name:16s} {middle:8,.0f} images/s  ({min(found):,.0f} to {max(found):,.0f}, "
+            f"{name:16s} {middle:8,.0f} images/s  ({min(speeds):,.0f} to {max(speeds):,.0f}, "
             f"{cfg.rounds} rounds)  {middle / baseline:5.1f} x"
         )
 

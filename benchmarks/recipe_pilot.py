@@ -2,9 +2,9 @@
 
     python benchmarks/recipe_pilot.py --data DIR [--epochs 2] [--seeds 47,48] [--workers 2]
 
-Each candidate changes one thing of BASE, and is trained once per seed with the strides of the full
-network (a final map of 4x4 for 16x16 pixels). Images are augmented at 32x32 and then averaged to
-16x16, in training and in validation, so a run costs a tenth of a full one of as many epochs.
+Each candidate changes one setting of BASE and is trained once per seed, with the strides of the
+full network (a final map of 4x4 for 16x16 pixels). Images are augmented at 32x32 and then averaged
+to 16x16, in training and in validation, so a run costs a tenth of a full run of as many epochs.
 Accuracy is on the validation split. Every worker is a process with one thread.
 
 out: results/recipe_pilot.json, a table
@@ -54,25 +54,27 @@ class Settings:
 
 
 class Small:
-    """An augmentation of 32x32 images whose results are shrunk."""
+    """An augmentation of 32x32 images that scales its results down (see lib.engine.fit)."""
 
     def __init__(self, level: str):
         self.full = augmentation(level)
 
     def draw(self, *args):
+        """Draw what the augmentation of full size draws."""
         return self.full.draw(*args)
 
     def apply(self, images: Tensor, params: dict[str, Tensor]) -> Tensor:
+        """Return uint8 (n, 3, SIDE, SIDE) from uint8 (n, 3, 32, 32)."""
         return shrink(self.full.apply(images, params))
 
 
 def shrink(images: Tensor) -> Tensor:
-    """Average squares of pixels: uint8 (n, 3, 32, 32) to uint8 (n, 3, SIDE, SIDE)."""
+    """Average squares of pixels, rounded: uint8 (n, 3, 32, 32) to uint8 (n, 3, SIDE, SIDE)."""
     return F.avg_pool2d(images.float(), 32 // SIDE).round_().byte()
 
 
 def run(source: str, epochs: int, seed: int, settings: dict) -> dict:
-    """Train one network; returns its figures on the validation split."""
+    """Train one network; return its settings and its figures on the validation split."""
     torch.set_num_threads(1)
     config.device("cpu")
     images = data.load(source)

@@ -1,21 +1,21 @@
-"""A training step of ours against a step as the reference report writes it, in one run.
+"""Compare a training step of this project with one written as in the reference report, in one run.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/train_step.py [--data PATH] [--steps 5]
 
-Both train the same network (width 1, 32x32 down to 8x8) on batches of 128 after the same recipe:
+Both train the same network (width 1, 32x32 down to 8x8) on batches of 128 with the same recipe:
 crop, flip, AutoAugment, Cutout; label smoothing 0.1; SGD, lr 0.07, Nesterov 0.9, decay 5e-4.
 
-Ours is lib.engine's own epoch over as many images as the turn has steps: images on the device,
-bf16 autocast, channels last, fused SGD, totals read once at the end. What it augments at a time
-is one turn, where training augments 32 steps together, so its data part is a little dear here.
-The report's: PIL images through a DataLoader of 2 workers, fp32, NCHW, torch's SGD as it comes,
-`.item()` of loss and accuracy after every step.
+Ours is lib.engine.train_epoch over the images of one turn: images on the device, bf16 autocast,
+channels last, fused SGD, totals read once at the end. It augments the images of one turn at once;
+training augments 32 steps at once, so the data part is a little slower here than there.
+The report's: PIL images through a DataLoader of 2 workers, fp32, NCHW, torch's SGD with its default
+options, `.item()` of loss and accuracy after every step.
 
-The report's side is a process of its own, so that it has neither the allocator's options that
-config.device sets for the stages nor anything else of ours; it sleeps while ours computes, and the
-other way round. (Its two workers may fill their queue in our time: that is in its favour.) Turns
-alternate, after one of each to warm up, so that a neighbour on the machine disturbs both alike;
-medians count. Without data the images are random.
+The report's side is a separate process, so that the allocator's options that config.device sets for
+the stages do not apply to it; each side sleeps while the other computes. (Its two workers may fill
+their queue in our time, which is in its favour.) Turns alternate, after one of each to warm up, so
+that other work on the machine slows both down alike; medians are compared. Without data the images
+are random.
 """
 
 import multiprocessing
@@ -46,12 +46,12 @@ RECIPE = engine.Recipe(epochs=1, batch_size=BATCH, schedule="constant", label_sm
 class Settings:
     data: str | None = flag(None, "as for train.py; default: random images")
     steps: int = flag(5, "turns of each side, after one to warm up")
-    turn: int = flag(1, "steps a turn")
+    turn: int = flag(1, "steps per turn")
     device: str = flag("auto", "auto, cpu, cuda ...")
 
 
 class Clock:
-    """Seconds by part: `with clock("data"):`. On CUDA it waits for the device, on the CPU not."""
+    """Seconds spent in each part: `with clock("data"):`. It waits for the device on CUDA."""
 
     def __init__(self):
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -69,36 +69,38 @@ class Clock:
         self.seconds[self.part] += time.perf_counter() - self.start
 
     def per_step(self, total: float, steps: int) -> dict[str, float]:
-        """Seconds a step; what is neither data nor optimizer is forward and backward."""
+        """Return the seconds per step of each part, and start again from zero.
+
+        total: seconds of all `steps`; what is neither data nor optimizer is forward and backward.
+        """
         self.seconds["step"] = total
         rest = total - self.seconds["data"] - self.seconds["optimizer"]
         self.seconds["forward, backward"] = rest
-        found = {part: seconds / steps for part, seconds in self.seconds.items()}
+        result = {part: seconds / steps for part, seconds in self.seconds.items()}
         self.__init__()
-        return found
+        return result
 
 
 def watch_optimizer(optimizer: torch.optim.Optimizer, clock: Clock) -> None:
-    """Its hooks run just before and just after every step."""
+    """Let the clock measure every step of an optimizer."""
     optimizer.register_step_pre_hook(lambda *_: clock("optimizer").__enter__())
     optimizer.register_step_post_hook(lambda *_: clock.__exit__())
 
 
 class Ours:
+    """This project's side."""
+
     def __init__(self, cfg: Settings):
         self.device = config.device(cfg.device)
         self.clock, self.count, self.turns = Clock(), cfg.turn, 0
         self.split = images(cfg, self.device)
         self.model = network().to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            engine.parameter_groups(self.model, RECIPE), lr=RECIPE.lr, momentum=RECIPE.momentum,
-            nesterov=True, fused=True,
-        )  # fmt: skip
+        self.optimizer = engine.build_optimizer(self.model, RECIPE)
         watch_optimizer(self.optimizer, self.clock)
         self.recipe = autoaugment.augmentation("auto")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
 
-    def draw(self, *args):  # the two calls that engine's loop makes of an augmentation
+    def draw(self, *args):  # with `apply`, what the engine needs of an augmentation
         with self.clock("data"):
             return self.recipe.draw(*args)
 
@@ -122,6 +124,8 @@ class Ours:
 
 
 class Theirs:
+    """The reference report's side."""
+
     def __init__(self, cfg: Settings):
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(auto if cfg.device == "auto" else cfg.device)
@@ -175,7 +179,7 @@ def images(cfg: Settings, device) -> data.Split:
 
 
 def serve(pipe, cfg: Settings) -> None:
-    """The report's side: a turn for each message."""
+    """Run the report's side in its process: a turn for each message."""
     side = Theirs(cfg)
     pipe.send(torch.get_num_threads())
     while pipe.recv():
@@ -197,19 +201,19 @@ def main(argv: list[str] | None = None) -> None:
         return pipe.recv()
 
     ours.turn(), theirs()
-    found = []
+    turns = []
     for _ in range(cfg.steps):
-        found.append((ours.turn(), theirs()))
+        turns.append((ours.turn(), theirs()))
     pipe.send(False)
     process.join()
 
-    middle = [{part: statistics.median(row[side][part] for row in found) for part in PARTS}
+    middle = [{part: statistics.median(row[side][part] for row in turns) for part in PARTS}
               for side in (0, 1)]  # fmt: skip
-    print(f"{'seconds a step':20s} {'ours':>8s} {'report':>8s} {'ratio':>7s}")
+    print(f"{'seconds per step':20s} {'ours':>8s} {'report':>8s} {'ratio':>7s}")
     for part in PARTS:
         a, b = (m[part] for m in middle)
         print(f"{part:20s} {a:8.3f} {b:8.3f} {b / a:6.1f}x")
-    ratios = sorted(b["step"] / a["step"] for a, b in found)
+    ratios = sorted(b["step"] / a["step"] for a, b in turns)
     print(
         f"{middle[1]['step'] / middle[0]['step']:.1f} times faster (turn by turn "
         f"{ratios[0]:.1f} to {ratios[-1]:.1f}; {cfg.steps} turns of {cfg.turn} step"

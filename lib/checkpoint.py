@@ -1,17 +1,16 @@
 """Checkpoints: plain types and tensors, read with weights_only=True, written atomically.
 
 A checkpoint is a dict: format, stage, settings (the network's), quantization (or None), state,
-config, metrics, ancestors (stage, sha256, bytes, weights, metrics; the last is the parent), data,
-code, environment, seed. It can rebuild its own network: `load(path).build()`.
+config (the stage's settings), command (the command line that made it, without folders), metrics,
+ancestors (stage, sha256, bytes, weights, metrics; the last is the parent), data, code, environment,
+seed. It can rebuild its own network: `load(path).build()`.
 """
 
 import dataclasses
 import hashlib
-import os
 import platform
 import subprocess
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -20,9 +19,10 @@ import torch
 from torch import nn
 
 from lib import compressed, quantizers
-from lib.config import UserError, reason
+from lib.config import UserError, command, reason
 from lib.data import Data
 from lib.data import load as load_images
+from lib.files import atomic
 from models.mobilenetv2 import MobileNetV2, settings_of
 
 FORMAT = "mobilenetv2-cifar10/1"
@@ -33,17 +33,18 @@ RELEASE = Path(__file__).parent.parent / "release/mobilenetv2-cifar10.nnz"  # th
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What a file holds. It can build the network that it describes."""
+    """What a file holds, and how to build the network that it describes."""
 
     stage: str
     settings: dict  # the network's: see models.mobilenetv2.standard
     state: dict
     quantization: dict | None = None  # see lib.quantizers.attach; None: fp32
-    config: dict = dataclasses.field(default_factory=dict)  # the stage's flags
+    config: dict = dataclasses.field(default_factory=dict)  # the stage's settings
     metrics: dict = dataclasses.field(default_factory=dict)
     data: dict = dataclasses.field(default_factory=dict)  # see lib.data.Data.provenance
     ancestors: list = dataclasses.field(default_factory=list)
     seed: int | None = None
+    command: str | None = None  # that made it; files of earlier versions do not hold it
     file: Path | None = None  # where it was read from
     sha256: str | None = None  # of that file
     bytes: int | None = None
@@ -61,36 +62,42 @@ class Checkpoint:
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             # A strict load names the tensor in its second line; torch does not check the CRCs of
             # its own files, so a flipped bit can also have made nonsense of the settings.
-            why = [line.strip() for line in str(error).splitlines()][1:2] or [reason(error)]
-            raise UserError(f"{self.file} does not fit its own description: {why[0]}") from None
+            reasons = [line.strip() for line in str(error).splitlines()][1:2] or [reason(error)]
+            text = f"{self.file} does not fit its own description: {reasons[0]}"
+            raise UserError(text) from None
         return model.to(device, memory_format=torch.channels_last).eval()
 
     @property
     def weights(self) -> int:
-        """The number of weights in Conv2d and Linear layers, zeros included."""
+        """The number of Conv2d and Linear weights, zeros included."""
         return sum(t.numel() for n, t in self.state.items() if n.endswith(".weight") and t.ndim > 1)
 
     @property
     def original_weights(self) -> int:
-        """The number of weights of the network that the chain began with, before any compaction."""
+        """The number of weights of the network that the chain began with, before compaction."""
         return self.ancestors[0]["weights"] if self.ancestors else self.weights
 
     def lineage(self) -> list[dict]:
-        """Return its ancestors and itself: what a child records as its ancestors."""
-        itself = {
+        """Return what a child records as its ancestors: this file's own, then this file."""
+        this = {
             "stage": self.stage, "sha256": self.sha256, "bytes": self.bytes,
             "weights": self.weights, "metrics": self.metrics,
         }  # fmt: skip
-        return [*self.ancestors, itself]
+        return [*self.ancestors, this]
+
+    def refuse_quantized(self, advice: str = "start from an fp32 network") -> None:
+        """Raise UserError, with the advice, if the network is quantized."""
+        if self.quantization:
+            raise UserError(f"{self.file} is quantized: {advice}")
 
     def val_size(self, given: int | None) -> int | None:
-        """Return the size of the validation split: `given`, or if None that of the training."""
+        """Return --val-size if it is given, else the number that this file was trained with."""
         return self.data.get("val_size") if given is None else given
 
     def images(self, given: str | None, val_size: int | None, device) -> Data:
-        """Return the data set that it was trained on, split as then.
+        """Load the data set that the network was trained on, split as it was then.
 
-        given and val_size: what the flags say, which goes before what the file says; None: nothing.
+        given, val_size: --data and --val-size, or None for what this file says.
         Raises UserError if the images are of another set than those of the training.
         """
         trained_on = self.data.get("source")
@@ -98,28 +105,26 @@ class Checkpoint:
             given = trained_on
         images = load_images(given, self.val_size(val_size), device)
         if trained_on not in (None, images.source):
-            raise UserError(
-                f"{self.file} was trained on {trained_on}, the images are {images.source}"
-            )
+            text = f"{self.file} was trained on {trained_on}, the images are {images.source}"
+            raise UserError(text)
         self.check_classes(images.classes)
         return images
 
     def check_classes(self, names: tuple[str, ...]) -> None:
-        """Raise UserError unless the network has as many outputs as there are names."""
+        """Raise UserError if the network has not as many classes as there are names."""
         classes = self.settings.get("classes")
         if classes != len(names):
             raise UserError(f"{self.file} tells {classes} classes apart, not {len(names)}")
 
 
 def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
-    """Return the checkpoint in a .pth or .nnz file of this program, or in a plain state dict.
+    """Read any file of the chain, or a plain torchvision MobileNetV2 state dict.
 
-    A plain state dict is that of torchvision's MobileNetV2. It does not hold the strides, which
-    downsample gives (see models.mobilenetv2.standard); None takes those of the report, and a line
-    on the standard error says so. For other files downsample is ignored.
-
-    Nothing is unpickled but tensors and plain types. Raises UserError for a file that is missing,
-    damaged or foreign, or that holds NaN or infinite values.
+    downsample: the strides of a plain state dict, which does not hold them (see
+        models.mobilenetv2.standard). None: those of the report, and a line on the standard error
+        says so. Files of the chain hold theirs.
+    Raises UserError for a file that is missing, damaged or foreign, or that holds NaN or infinite
+    values. Only tensors and plain types are unpickled.
     """
     path = Path(path)
     if not path.is_file():
@@ -150,15 +155,13 @@ def check_finite(state: dict, path: Path) -> None:
 
 
 def _how_to_make(name: str) -> str:
+    """Return what to do about a missing file of this name."""
     targets = dict(zip(CHAIN, ("train", "prune", "quantize", "int8", "compress"), strict=True))
     return f"`make {targets[name]}` makes it" if name in targets else "check the path"
 
 
 def read(path: Path):
-    """Return what a torch file holds, tensors and plain types only.
-
-    Raises UserError for a file that is damaged or foreign.
-    """
+    """Read tensors and plain types from a torch file. Raises UserError if that fails."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of what is refused in a moment anyway
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -167,6 +170,7 @@ def read(path: Path):
 
 
 def _from_dict(raw, path: Path, downsample: int | None) -> Checkpoint:
+    """Make a Checkpoint of what a torch file holds. Raises UserError if it is none of ours."""
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds a {type(raw).__name__}, not a checkpoint")
     if "format" in raw:
@@ -196,7 +200,9 @@ def save(path: Path, stage: str, model: nn.Module, cfg, parent: Checkpoint | Non
          state: dict | None = None) -> Checkpoint:  # fmt: skip
     """Write a checkpoint atomically and return it as `load` would.
 
-    state: in place of the model's own state dict, where it is stored otherwise (int8).
+    cfg: the settings of the stage, from which the command line is recorded as well.
+    parent: the checkpoint that it was made from; None for the first of a chain.
+    state: what to store in place of the model's own state dict (integers, for example).
     """
     state = model.state_dict() if state is None else state
     content = {
@@ -204,6 +210,7 @@ def save(path: Path, stage: str, model: nn.Module, cfg, parent: Checkpoint | Non
         "quantization": quantization,
         "state": {k: v.detach().cpu().contiguous() for k, v in state.items()},
         "config": {k: v for k, v in dataclasses.asdict(cfg).items() if v is not None},
+        "command": command(cfg),
         "metrics": metrics, "data": data, "ancestors": parent.lineage() if parent else [],
         "seed": cfg.seed, "code": code_version(), "environment": environment(),
     }  # fmt: skip
@@ -212,40 +219,13 @@ def save(path: Path, stage: str, model: nn.Module, cfg, parent: Checkpoint | Non
 
 
 def write(path: Path, content) -> None:
-    """torch.save through a temporary file: a reader sees the old file or the new, never a half."""
+    """Write tensors and plain types with torch.save, atomically."""
     with atomic(path) as file:
         torch.save(content, file)
 
 
-class atomic:  # noqa: N801 - used as a function
-    """Context manager: a binary file that replaces `path` when the block ends without error."""
-
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
-        self.temporary, self.file = Path(name), os.fdopen(handle, "wb")
-        return self.file
-
-    def __exit__(self, kind, *_):
-        try:
-            with self.file:
-                if kind is None:
-                    self.file.flush()
-                    os.fsync(self.file.fileno())
-            if kind is None:
-                umask = os.umask(0)
-                os.umask(umask)
-                self.temporary.chmod(0o666 & ~umask)  # mkstemp's files are private
-                self.temporary.replace(self.path)
-        finally:  # flushing is where a full disk shows
-            self.temporary.unlink(missing_ok=True)
-
-
 def code_version() -> str:
-    """The commit, `+` where files differ from it, or `unknown` outside a git checkout."""
+    """Return the git commit, with `+` if files differ from it, or `unknown` outside a checkout."""
     root = Path(__file__).parent.parent
     try:
         run = subprocess.run(
@@ -258,6 +238,7 @@ def code_version() -> str:
 
 
 def environment() -> dict:
+    """Return the versions and the hardware that a result may depend on."""
     return {
         "python": platform.python_version(), "torch": str(torch.__version__),
         "numpy": np.__version__, "platform": platform.machine(),

@@ -1,7 +1,7 @@
 """CIFAR-10 as uint8 tensors: the one place where the images, the mean and the splits come from.
 
-A set is held whole on the device (50,000 images are 154 MB), so an epoch is index arithmetic:
-no PIL, no DataLoader, no worker processes.
+The whole set is kept on the device (50,000 images are 154 MB), so that batches are made by
+indexing: no PIL, no DataLoader, no worker processes.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,11 @@ from lib import synthetic
 from lib.augment import move
 from lib.config import UserError, reason
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)  # the report's; of images in [0, 1]
+# Per channel, of images in [0, 1]; the report's numbers.
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer",
            "dog", "frog", "horse", "ship", "truck")  # fmt: skip
-SPLIT_SEED = 10  # of the validation split; one for all runs, so that their figures compare
+SPLIT_SEED = 10  # of the validation split; the same for all runs, to make them comparable
 HELP = (
     "give --data (make: DATA=) a cifar10.npz in Keras' layout, a folder that holds one or "
     "torchvision's cifar-10-batches-py, or the word synthetic"
@@ -29,7 +30,7 @@ HELP = (
 
 @dataclass
 class Split:
-    """images: uint8 (n, 3, 32, 32); labels: int64 (n,)."""
+    """Images, uint8 (n, 3, 32, 32), with their labels, int64 (n,)."""
 
     images: Tensor
     labels: Tensor
@@ -40,13 +41,28 @@ class Split:
 
 @dataclass
 class Data:
+    """A data set in three splits, on one device."""
+
     source: str  # what was read, for the checkpoint: a kind, never a path
     classes: tuple[str, ...]
     train: Split
     val: Split
     test: Split
 
+    def split(self, name: str) -> Split:
+        """Return the split `train`, `val` or `test`.
+
+        Raises UserError if it is empty, which only the validation split can be.
+        """
+        split = getattr(self, name)
+        if not len(split):
+            raise UserError(
+                "there is no validation split: --val-size is 0, here or in the network's training"
+            )
+        return split
+
     def provenance(self) -> dict:
+        """Return what a checkpoint records of its data."""
         return {
             "source": self.source, "train": len(self.train), "val_size": len(self.val),
             "test": len(self.test), "split_seed": SPLIT_SEED, "classes": list(self.classes),
@@ -58,7 +74,7 @@ def load(source: str | None = None, val_size: int | None = None, device="cpu") -
 
     source: a .npz file, a folder, `synthetic`, or None for torchvision's download to ./data.
     val_size: images held out of the training set, the same number of each class; None: a tenth.
-    Raises UserError, saying what was found and what to do.
+    Raises UserError, with what is there and what to do, if there is no such data.
     """
     name, classes = "cifar10", CLASSES
     if source == "synthetic":
@@ -77,6 +93,7 @@ def load(source: str | None = None, val_size: int | None = None, device="cpu") -
 
 
 def _read(path: Path) -> tuple:
+    """Read a .npz or a folder: the arrays x_train, y_train, x_test, y_test."""
     if path.is_file():
         return _npz(path)
     if not path.is_dir():
@@ -87,11 +104,12 @@ def _read(path: Path) -> tuple:
         return _torchvision(path.parent, download=False)
     if (path / "cifar-10-batches-py").is_dir():
         return _torchvision(path, download=False)
-    found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-    raise UserError(f"no CIFAR-10 in {path} (found {found}): {HELP}")
+    names = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+    raise UserError(f"no CIFAR-10 in {path} (found {names}): {HELP}")
 
 
 def _npz(path: Path) -> tuple:
+    """Read the four arrays from a file in Keras' layout."""
     keys = ("x_train", "y_train", "x_test", "y_test")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -106,7 +124,7 @@ def _npz(path: Path) -> tuple:
 
 
 def _torchvision(root: Path, download: bool) -> tuple:
-    """torchvision checks the MD5 sum of every file before it unpickles one."""
+    """Read the four arrays with torchvision, which checks each file's MD5 before unpickling it."""
     from torchvision.datasets import CIFAR10
 
     try:
@@ -118,7 +136,8 @@ def _torchvision(root: Path, download: bool) -> tuple:
 
 
 def _checked(name: str, images: np.ndarray, labels: np.ndarray) -> Split:
-    """Refuse anything but n uint8 images of 32x32x3 with n labels from 0 to 9, each present."""
+    """Make a Split of arrays. Raises UserError unless they are uint8 (n, 32, 32, 3) and n labels
+    from 0 to 9, each of them present."""
 
     def refuse(what: str):
         raise UserError(f"the {name} set is not CIFAR-10: {what}; {HELP}")
@@ -140,12 +159,12 @@ def _checked(name: str, images: np.ndarray, labels: np.ndarray) -> Split:
 
 
 def _stratified(labels: Tensor, size: int) -> Tensor:
-    """A mask of `size` images, size / 10 of each class, the same in every run."""
+    """Return a mask of `size` images, size / 10 of each class, the same in every run."""
     smallest = int(torch.bincount(labels).min())
     if size < 0 or size % 10 or size // 10 >= smallest:
         raise UserError(
-            f"--val-size must be a multiple of 10 and take less than a class has "
-            f"({smallest} images here), not {size}"
+            f"--val-size must be a multiple of 10 and leave some of each class "
+            f"(which has {smallest} images here), not {size}"
         )
     rng = np.random.Generator(np.random.PCG64(SPLIT_SEED))
     held = torch.zeros(len(labels), dtype=torch.bool)
@@ -156,7 +175,8 @@ def _stratified(labels: Tensor, size: int) -> Tensor:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 (n, 3, 32, 32) to float32 of about zero mean and unit deviation, channels last."""
+    """Convert uint8 (n, 3, h, w) to float32 with about zero mean and unit standard deviation per
+    channel, in channels-last memory format."""
     mean, std = _moments(images.device)
     x = images.to(torch.float32, memory_format=torch.channels_last)
     return x.div_(255).sub_(mean).div_(std)
@@ -164,7 +184,8 @@ def normalize(images: Tensor) -> Tensor:
 
 @cache
 def _moments(device: torch.device) -> tuple[Tensor, ...]:
-    """Kept on the device: to send them anew with every batch would wait for it."""
+    """Return MEAN and STD as (1, 3, 1, 1) on a device, where they stay: sending them with every
+    batch would wait for the device."""
     with torch.inference_mode(False):
         return tuple(torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (MEAN, STD))
 
@@ -173,13 +194,15 @@ def batches(
     split: Split, size: int, augment, seed: int, epoch: int, rank: int = 0, world: int = 1,
     alternate_flip: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of shuffled, augmented, normalized batches; the last incomplete one is left out.
+    """Yield one epoch of shuffled, augmented, normalized batches (images, labels).
 
-    size: images a global batch; rank r of world gets the r-th part of each. Order and
-    augmentation depend on seed and epoch alone, not on device or world.
-    alternate_flip: an augmentation that mirrors does so to each image in every second epoch, after
-        a coin toss for the first, rather than by chance: two epochs see both sides of all images
-        (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds", section 3.6).
+    size: images per global batch, of which process `rank` of `world` gets its part. A last
+        incomplete batch is left out. Order and augmentation depend on seed and epoch alone, not
+        on the device or the number of processes.
+    augment: see lib.engine.fit.
+    alternate_flip: mirror each image in every second epoch, after a coin toss for the first, and
+        not by chance: two epochs see both sides of all images (Jordan 2024, "94% on CIFAR-10 in
+        3.29 seconds", section 3.6).
     """
     device = split.images.device
     steps, share = len(split) // size, size // world
@@ -190,10 +213,9 @@ def batches(
         coins = torch.Generator().manual_seed(seed)
         first = torch.randint(2, (len(split),), generator=coins)
         params["flip"] = (first[order] + epoch) % 2
-    # This rank's share of every global batch.
-    own = torch.arange(steps * size).view(steps, size)[:, rank * share : (rank + 1) * share]
-    own = own.flatten()
-    order, params = move(order[own], device), {k: v[own] for k, v in params.items()}
+    positions = torch.arange(steps * size).view(steps, size)
+    mine = positions[:, rank * share : (rank + 1) * share].flatten()  # of every global batch
+    order, params = move(order[mine], device), {k: v[mine] for k, v in params.items()}
     chunk = share * max(1, 4096 // share)  # images augmented at a time: bounds the memory
     for start in range(0, len(order), chunk):
         part = slice(start, start + chunk)

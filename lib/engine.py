@@ -1,14 +1,11 @@
-"""The training loop that all stages share, and the evaluation that all figures come from."""
+"""The recipe, the training loop that all stages share, and the evaluation behind every figure."""
 
-import contextlib
 import copy
 import dataclasses
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,49 +14,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib import checkpoint, data, metrics, quantizers
+from lib import checkpoint, data, metrics, processes, quantizers
 from lib.augment import SIDE
 from lib.config import UserError
 
 EVAL_BATCH = 128  # the report's; its dynamic activation ranges depend on it
-GROWTH = 0.7  # of the epochs: how long images grow where they start small
+GROWTH = 0.7  # share of the epochs during which images grow, if they start small
 
 
 class DivergedError(UserError):
-    """The loss is no longer a number."""
+    """The training loss is infinite or NaN."""
 
 
 @dataclasses.dataclass
 class Recipe:
-    """How to optimize: what `fit` needs to know beside the network and the images."""
+    """How to optimize: everything that `fit` needs to know but the network and the images."""
 
     epochs: int
-    batch_size: int = 128
-    optimizer: str = "sgd"  # with Nesterov momentum, or adam (AdamW)
+    batch_size: int = 128  # images per step, over all processes
+    optimizer: str = "sgd"  # with Nesterov momentum; or adam (AdamW)
     lr: float = 0.07  # peak
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    decay_norm: bool = True  # decay BN and biases as well, as the report does
-    schedule: str = "cosine"  # or linear, constant; to zero at the last step
+    decay_norm: bool = True  # decay batch norm and biases as well, as the report does
+    schedule: str = "cosine"  # or linear, constant; the first two end at zero
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
-    start_side: int = SIDE  # pixels; under 32, the images of the first epochs are scaled down
+    start_side: int = SIDE  # pixels; if less than 32, images of the first epochs are scaled down
     flip: str = "random"  # or alternate: see lib.data.batches
-    ema: float = 0.0  # decay a step of the averaged weights; 0: none
+    ema: float = 0.0  # decay per step of the averaged weights; 0: no average
     distill: float = 0.0  # weight of the teacher's soft labels against the true ones
-    temperature: float = 2.0
-    amp: bool = True
-    channels_last: bool = True
-    compile: bool = False
+    temperature: float = 2.0  # of the soft labels
+    amp: bool = True  # mixed precision
 
     @classmethod
     def of(cls, cfg, **fixed) -> "Recipe":
-        """From the flags of the same names, and what the stage itself fixes."""
+        """Make a recipe from a stage's settings of the same names; `fixed` overrides them."""
         names = {f.name for f in dataclasses.fields(cls)} & set(vars(cfg))
         return cls(**{name: getattr(cfg, name) for name in names} | fixed)
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """Of a step counted from the start of the run: a pure function, so resuming is exact."""
+        """Return the learning rate of a step, counted from the start of the run.
+
+        It depends on nothing else, so a resumed run has exactly the same rates.
+        """
         total, warm = self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch
         if step < warm:
             return self.lr * (step + 1) / warm
@@ -69,23 +67,32 @@ class Recipe:
         return self.lr * (1 - progress) if self.schedule == "linear" else self.lr
 
     def side(self, epoch: int) -> int:
-        """Pixels of the images in an epoch: from start_side to 32 in steps of 4 over the first 70%
-        of the epochs (progressive resizing; Tan and Le 2021, EfficientNetV2, section 4)."""
+        """Return the side of the training images in an epoch, in pixels.
+
+        It grows from start_side to 32 in steps of 4 during the first 70% of the epochs
+        (progressive resizing; Tan and Le 2021, EfficientNetV2, section 4).
+        """
         growing = GROWTH * (self.epochs - 1)
         if epoch >= growing:
             return SIDE
         return self.start_side + int((SIDE - self.start_side) * epoch / growing) // 4 * 4
 
 
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass
 class Evaluation:
+    """What a network answers on a split."""
+
     correct: int
     total: int
-    loss: float
+    loss: float  # mean cross-entropy
     predictions: Tensor  # int64 (total,), on the CPU
 
     @property
     def accuracy(self) -> float:
+        """The share of correct answers."""
         return self.correct / self.total
 
     def __str__(self) -> str:
@@ -94,19 +101,22 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, split: data.Split, amp: bool = False, note: str = "") -> Evaluation:
-    """Count correct answers over a whole split, in its order, in fp32 unless amp."""
+    """Evaluate a model on a whole split, in its order; in fp32 unless `amp`.
+
+    The model stays in eval mode. note: what the progress bar is called.
+    """
     model.eval()
 
     def network(images: Tensor) -> Tensor:
         with _autocast(split.images.device, amp):
             return model(data.normalize(images)).float()
 
-    return count(network, split, note)
+    return evaluate_function(network, split, note)
 
 
 @torch.inference_mode()
-def count(network: Callable, split: data.Split, note: str = "") -> Evaluation:
-    """The same of any function from uint8 images to logits."""
+def evaluate_function(network: Callable, split: data.Split, note: str = "") -> Evaluation:
+    """Evaluate any function from uint8 images (n, 3, 32, 32) to logits (n, classes)."""
     starts = range(0, len(split), EVAL_BATCH)
     shown = tqdm(starts, desc=note or "evaluate", leave=False, disable=_quiet())
     logits = torch.cat([network(split.images[a : a + EVAL_BATCH]) for a in shown])
@@ -114,6 +124,9 @@ def count(network: Callable, split: data.Split, note: str = "") -> Evaluation:
     correct = int((predictions == split.labels).sum())
     loss = float(F.cross_entropy(logits, split.labels))
     return Evaluation(correct, len(split), loss, predictions.cpu())
+
+
+# ---- training ------------------------------------------------------------------------------------
 
 
 def fit(
@@ -135,18 +148,30 @@ def fit(
 ) -> tuple[list[dict], int]:
     """Train `model` in place and leave it with the weights of the best validation epoch.
 
+    augment: an object with two methods, such as autoaugment.Augmentation.
+        draw(n, generator) -> dict of CPU tensors of first dimension n: what happens to n images,
+            drawn from that torch.Generator alone. A tensor named `flip`, (n,) of 0 and 1, is
+            overwritten under recipe.flip "alternate".
+        apply(images, params) -> images: uint8 (m, 3, 32, 32) on the device to the same, with the
+            m matching rows of each of these tensors. (m, 3, s, s) is possible too.
     state_file: rewritten after every epoch and left behind at the end (the caller deletes it once
         its own output is safe). With `resume`, a state made with the same `config` is continued;
-        another's is refused. An epoch depends on (seed, epoch) and on that state alone, so the
-        result is bit for bit the uninterrupted one, on CPU.
-    teacher: fp32; with recipe.distill, its soft labels are mixed in (Hinton et al. 2015).
-    after_step: called after each optimizer step (to hold masks), with the share of the run done.
-    penalty: what is added to the loss at each step; the history's losses are without it.
-    velocity: SGD's momentum buffers to begin with, by parameter: see `velocity_of`.
-    Returns the history, a dict an epoch, and the index of the best epoch in it (the last one
-    where there is no validation split). Raises DivergedError when the loss is no longer finite.
+        another run's is refused. An epoch depends on (seed, epoch) and on that state alone, so
+        the result equals an uninterrupted run's to the bit, on the CPU.
+    teacher: an fp32 network; with recipe.distill, its soft labels are mixed in (Hinton, Vinyals
+        and Dean 2015).
+    after_step: called after each optimizer step with the share of the run that is done; to hold
+        masks, for example.
+    penalty: a function whose result is added to the loss at each step; logged losses are without.
+    velocity: momentum buffers for SGD to begin with, by parameter name: see `velocity_of`.
+    log: gets a line per epoch.
+    note: a prefix of what is shown for each epoch.
+
+    Returns the history, one dict per epoch, and the index of the best epoch in it (the last one
+    if there is no validation split). Raises DivergedError if the loss is no longer finite, and
+    UserError for a batch size that does not fit and for the state of another run.
     """
-    world, rank = processes()
+    world, rank = processes.world_and_rank()
     device = images.train.images.device
     steps = len(images.train) // recipe.batch_size
     if recipe.batch_size % world or not steps:
@@ -155,55 +180,34 @@ def fit(
             f"and at most the {len(images.train)} training images"
         )
     if world > 1:
-        synchronize_batchnorm(model)
-    groups = parameter_groups(model, recipe)
-    if recipe.optimizer == "adam":
-        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
-    else:
-        optimizer = torch.optim.SGD(
-            groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True, fused=True
-        )
-    for name, parameter in model.named_parameters() if velocity else ():
-        optimizer.state[parameter]["momentum_buffer"] = velocity[name].to(device, copy=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=_half(device) and recipe.amp)
-    average = copy.deepcopy(model) if recipe.ema else None
-    # Folded: a third less to compute.
+        processes.synchronize_batchnorm(model)
+    state = TrainingState(
+        model, build_optimizer(model, recipe, velocity),
+        torch.amp.GradScaler(device.type, enabled=_half(device) and recipe.amp),
+        copy.deepcopy(model) if recipe.ema else None,
+    )  # fmt: skip
+    # Without batch norm, the teacher is a third less to compute.
     teacher = quantizers.fold(teacher) if teacher and recipe.distill else None
-    history, best, best_state = [], -1, None
-
     if not resume:
-        discard(state_file)
+        processes.discard(state_file)
     if state_file.is_file():
-        state = checkpoint.read(state_file)
-        same_run(state_file, state["config"], config)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        for group in optimizer.param_groups:  # a state from before the key was renamed
-            group.setdefault("lr_factor", group.pop("rate", 1.0))
-        scaler.load_state_dict(state["scaler"])
-        if average:
-            average.load_state_dict(state["average"])
-        history, best, best_state = state["history"], state["best"], state["best_state"]
-        say(f"continuing {state_file} after epoch {len(history)}")
-    match_layouts(optimizer)
+        state.restore(state_file, config)
+        say(f"continuing {state_file} after epoch {len(state.history)}")
+    match_layouts(state.optimizer)
     if log:
-        log.begin(history)
+        log.begin(state.history)
+    forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
-    forward = model
-    if world > 1:
-        forward = nn.parallel.DistributedDataParallel(model)
-    if recipe.compile:
-        forward = torch.compile(forward)
-
-    saved = len(history)
+    saved_epochs = len(state.history)
     try:
-        for epoch in range(len(history), recipe.epochs):
+        for epoch in range(saved_epochs, recipe.epochs):
             start = time.monotonic()
-            torch.manual_seed(seed * 1_000_003 + epoch + rank * 999_983)  # dropout: its own a rank
+            # For dropout, which is a different one in each process.
+            torch.manual_seed(seed * 1_000_003 + epoch + rank * 999_983)
             totals = train_epoch(
-                forward, images.train, recipe, augment, optimizer, scaler, average, seed, epoch,
-                steps, teacher=teacher, after_step=after_step, penalty=penalty,
-                note=f"{note}epoch {epoch + 1}/{recipe.epochs}",
+                forward, images.train, recipe, augment, state.optimizer, state.scaler,
+                state.average, seed, epoch, steps, teacher=teacher, after_step=after_step,
+                penalty=penalty, note=f"{note}epoch {epoch + 1}/{recipe.epochs}",
             )  # fmt: skip
             if world > 1:
                 dist.all_reduce(totals)
@@ -215,127 +219,107 @@ def fit(
                 "epoch": epoch + 1, "train_loss": loss, "train_accuracy": correct,
                 "lr": recipe.learning_rate((epoch + 1) * steps - 1, steps),
             }  # fmt: skip
-            final = average or model
             if len(images.val):
-                result = evaluate(final, images.val, recipe.amp)
-                line |= {"val_loss": result.loss, "val_accuracy": agreed(result.accuracy, device),
-                         "val_total": result.total}  # fmt: skip
+                result = evaluate(state.final, images.val, recipe.amp)
+                accuracy = processes.from_main_process(result.accuracy, device)
+                line |= {
+                    "val_loss": result.loss, "val_accuracy": accuracy, "val_total": result.total,
+                }  # fmt: skip
             line["seconds"] = round(time.monotonic() - start, 1)
-            history.append(line)
-            if best < 0 or line.get("val_accuracy", 1) > history[best].get("val_accuracy", 0):
-                best = epoch
-                best_state = {k: v.cpu().clone() for k, v in final.state_dict().items()}
+            state.add(line)
             if rank == 0:
-                checkpoint.write(state_file, {
-                    "config": config, "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                    "average": average.state_dict() if average else None,
-                    "history": history, "best": best, "best_state": best_state,
-                })  # fmt: skip
-            saved = epoch + 1
+                state.save(state_file, config)
+            saved_epochs = epoch + 1
             if log:
                 log(line)
             say(_summary(line, f"{note}epoch {epoch + 1}/{recipe.epochs}"))
     except KeyboardInterrupt:
-        held = f"{state_file} holds {note}epoch {saved}" if saved else f"{note}epoch 0"
+        epochs = f"{note}epoch {saved_epochs}"
+        held = f"{state_file} holds {epochs}" if saved_epochs else epochs
         raise KeyboardInterrupt(f"{held}; continue with --resume") from None
-    model.load_state_dict(best_state)
-    return history, best
+    model.load_state_dict(state.best_weights)
+    return state.history, state.best
 
 
-def velocity_of(state_file: Path, model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
-    """SGD's momentum buffers at the end of the finished run whose state that is, by parameter."""
-    parameters = [p for group in parameter_groups(model, recipe) for p in group["params"]]
-    names = {id(p): name for name, p in model.named_parameters()}
-    state = checkpoint.read(state_file)["optimizer"]["state"]
-    return {names[id(p)]: state[i]["momentum_buffer"] for i, p in enumerate(parameters)}
+@dataclasses.dataclass
+class TrainingState:
+    """All that changes during a run: what is saved after every epoch, and restored."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: nn.Module | None  # the averaged weights (recipe.ema)
+    history: list[dict] = dataclasses.field(default_factory=list)  # one line per epoch
+    best: int = -1  # index in history of the best validation accuracy
+    best_weights: dict[str, Tensor] | None = None  # the state dict of that epoch, on the CPU
+
+    @property
+    def final(self) -> nn.Module:
+        """The network that is evaluated and kept."""
+        return self.average or self.model
+
+    def add(self, line: dict) -> None:
+        """Append the line of a finished epoch; keep its weights if it is the best so far."""
+        self.history.append(line)
+        best = self.history[self.best].get("val_accuracy", 0) if self.best >= 0 else -1
+        if line.get("val_accuracy", 1) > best:
+            self.best = len(self.history) - 1
+            weights = self.final.state_dict()
+            self.best_weights = {name: t.cpu().clone() for name, t in weights.items()}
+
+    def save(self, path: Path, config: dict) -> None:
+        """Write the state, with the settings that it belongs to."""
+        checkpoint.write(path, {
+            "config": config, "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "history": self.history, "best": self.best, "best_state": self.best_weights,
+        })  # fmt: skip
+
+    def restore(self, path: Path, config: dict) -> None:
+        """Read back what `save` wrote. Raises UserError if it belongs to other settings."""
+        saved = checkpoint.read(path)
+        refuse_other_run(path, saved["config"], config)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        if self.average:
+            self.average.load_state_dict(saved["average"])
+        self.history, self.best = saved["history"], saved["best"]
+        self.best_weights = saved["best_state"]
 
 
-def match_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Give each of the optimizer's buffers the strides of its parameter.
-
-    A fused optimizer walks both in the order of memory. Compaction leaves buffers contiguous where
-    the weights are channels-last: on the CPU that permutes them in silence, on CUDA it raises.
-    """
-    for parameter, state in optimizer.state.items():
-        for name, buffer in state.items():
-            if buffer.shape == parameter.shape and buffer.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
-
-
-def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, seed, epoch, steps,
-                 *, teacher, after_step, note, penalty=None) -> Tensor:  # fmt: skip
-    """One epoch; returns [sum of losses, correct answers] of this rank, on the device.
-
-    Nothing in a step waits for the device: the totals are read once, by the caller.
-    """
-    world, rank = processes()
-    device = split.images.device
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    forward.train()
-    batches = data.batches(
-        split, recipe.batch_size, augment, seed, epoch, rank, world, recipe.flip == "alternate"
-    )
-    side = recipe.side(epoch)
-    for i, (x, labels) in enumerate(
-        tqdm(batches, total=steps, desc=note, leave=False, disable=_quiet() or rank > 0)
-    ):
-        step = epoch * steps + i
-        if side < SIDE:
-            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
-        if not recipe.channels_last:
-            x = x.contiguous()
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr_factor"] * recipe.learning_rate(step, steps)
-        with _autocast(device, recipe.amp):
-            logits = forward(x)
-            with torch.no_grad():
-                soft = teacher(x).float() if teacher else None
-        loss = _loss(logits.float(), labels, soft, recipe)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss + penalty() if penalty else loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        if after_step:
-            after_step((step + 1) / (recipe.epochs * steps))
-        if average:
-            # Short memory at first (as in TensorFlow's ExponentialMovingAverage), so that the
-            # random start is forgotten.
-            decay = min(recipe.ema, (1 + step) / (10 + step))
-            update_average(average, _plain(forward), decay)
-        with torch.no_grad():
-            totals[0] += loss.detach() * len(labels)
-            totals[1] += (logits.argmax(1) == labels).sum()
-    return totals
-
-
-def _loss(logits: Tensor, labels: Tensor, soft: Tensor | None, recipe: Recipe) -> Tensor:
-    hard = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-    if soft is None:
-        return hard
-    t = recipe.temperature
-    kl = F.kl_div(
-        F.log_softmax(logits / t, 1), F.log_softmax(soft / t, 1),
-        reduction="batchmean", log_target=True,
-    )  # fmt: skip
-    return (1 - recipe.distill) * hard + recipe.distill * t * t * kl
-
-
-def _plain(forward: nn.Module) -> nn.Module:
-    """The plain network under torch.compile's and DistributedDataParallel's wrappers."""
-    forward = getattr(forward, "_orig_mod", forward)
-    return getattr(forward, "module", forward)
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average = decay * average + (1 - decay) * model, BN statistics included."""
-    pairs = [
-        (a, m)
-        for a, m in zip(average.state_dict().values(), model.state_dict().values(), strict=True)
-        if a.is_floating_point()
+def refuse_other_run(path: Path, saved: dict, wanted: dict) -> None:
+    """Raise UserError, naming the differences, if a state was not made with these settings."""
+    different = [
+        f"{key} was {saved.get(key)}, is {wanted.get(key)}"
+        for key in sorted(saved | wanted)
+        if saved.get(key) != wanted.get(key)
     ]
-    torch._foreach_lerp_([a for a, _ in pairs], [m for _, m in pairs], 1 - decay)
+    if different:
+        raise UserError(
+            f"{path} is the state of another run ({'; '.join(different)}): "
+            "give its flags to continue it, or --no-resume to discard it"
+        )
+
+
+def build_optimizer(
+    model: nn.Module, recipe: Recipe, velocity: dict[str, Tensor] | None = None
+) -> torch.optim.Optimizer:
+    """Make the recipe's optimizer for a model, fused.
+
+    velocity: momentum buffers for SGD to begin with, by parameter name; they are copied.
+    """
+    groups = parameter_groups(model, recipe)
+    if recipe.optimizer == "adam":
+        return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+    optimizer = torch.optim.SGD(
+        groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True, fused=True
+    )
+    for name, parameter in model.named_parameters() if velocity else ():
+        buffer = velocity[name].to(parameter.device, copy=True)
+        optimizer.state[parameter]["momentum_buffer"] = buffer
+    return optimizer
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
@@ -352,153 +336,140 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     ]
 
 
-def same_run(path: Path, found: dict, wanted: dict) -> None:
-    different = [
-        f"{key} was {found.get(key)}, is {wanted.get(key)}"
-        for key in sorted(found | wanted)
-        if found.get(key) != wanted.get(key)
+def velocity_of(state_file: Path, model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
+    """Return SGD's momentum buffers from the state of a run of this model, by parameter name."""
+    parameters = [p for group in parameter_groups(model, recipe) for p in group["params"]]
+    names = {id(p): name for name, p in model.named_parameters()}
+    state = checkpoint.read(state_file)["optimizer"]["state"]
+    return {names[id(p)]: state[i]["momentum_buffer"] for i, p in enumerate(parameters)}
+
+
+def match_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Give each of the optimizer's buffers the strides of its parameter.
+
+    A fused optimizer reads both in the order of memory. Compaction leaves buffers contiguous while
+    the weights are channels-last: on the CPU they would be permuted in silence, on CUDA it raises.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, buffer in state.items():
+            if buffer.shape == parameter.shape and buffer.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
+
+
+def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, seed, epoch, steps,
+                 *, teacher, after_step, note, penalty=None) -> Tensor:  # fmt: skip
+    """Train for one epoch; return [sum of losses, correct answers] of this process, float64 (2,).
+
+    forward: the model, or DistributedDataParallel around it. average: the model of averaged
+    weights, or None. steps: batches in the epoch. The rest is as in `fit`.
+    No step waits for the device: the totals stay on it, and the caller reads them once.
+    """
+    world, rank = processes.world_and_rank()
+    device = split.images.device
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    forward.train()
+    batches = data.batches(
+        split, recipe.batch_size, augment, seed, epoch, rank, world, recipe.flip == "alternate"
+    )
+    side = recipe.side(epoch)
+    for i, (x, labels) in enumerate(
+        tqdm(batches, total=steps, desc=note, leave=False, disable=_quiet() or rank > 0)
+    ):
+        step = epoch * steps + i
+        if side < SIDE:
+            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr_factor"] * recipe.learning_rate(step, steps)
+        with _autocast(device, recipe.amp):
+            logits = forward(x)
+            with torch.no_grad():
+                soft = teacher(x).float() if teacher else None
+        loss = _loss(logits.float(), labels, soft, recipe)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss + penalty() if penalty else loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if after_step:
+            after_step((step + 1) / (recipe.epochs * steps))
+        if average:
+            # A small decay at first (as in TensorFlow's ExponentialMovingAverage), so that the
+            # random start is forgotten. The plain model lies in DistributedDataParallel's `module`.
+            decay = min(recipe.ema, (1 + step) / (10 + step))
+            update_average(average, getattr(forward, "module", forward), decay)
+        with torch.no_grad():
+            totals[0] += loss.detach() * len(labels)
+            totals[1] += (logits.argmax(1) == labels).sum()
+    return totals
+
+
+def _loss(logits: Tensor, labels: Tensor, soft: Tensor | None, recipe: Recipe) -> Tensor:
+    """Return the mean cross-entropy; with a teacher's logits `soft`, mixed with the divergence
+    from its soft labels."""
+    hard = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+    if soft is None:
+        return hard
+    t = recipe.temperature
+    kl = F.kl_div(
+        F.log_softmax(logits / t, 1), F.log_softmax(soft / t, 1),
+        reduction="batchmean", log_target=True,
+    )  # fmt: skip
+    return (1 - recipe.distill) * hard + recipe.distill * t * t * kl
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Set average = decay * average + (1 - decay) * model, batch norm statistics included."""
+    pairs = [
+        (a, m)
+        for a, m in zip(average.state_dict().values(), model.state_dict().values(), strict=True)
+        if a.is_floating_point()
     ]
-    if different:
-        raise UserError(
-            f"{path} is the state of another run ({'; '.join(different)}): "
-            "give its flags to continue it, or --no-resume to discard it"
-        )
+    torch._foreach_lerp_([a for a, _ in pairs], [m for _, m in pairs], 1 - decay)
+
+
+# ---- precision, and what people see --------------------------------------------------------------
 
 
 def _half(device: torch.device) -> bool:
-    """Whether mixed precision has to be fp16, which needs loss scaling (CUDA without bf16)."""
+    """Return whether mixed precision is fp16, which needs loss scaling (CUDA without bf16)."""
     return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _autocast(device: torch.device, enabled: bool):
+    """Return the context manager of mixed precision, switched off where it would be slow."""
     dtype = torch.float16 if _half(device) else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=enabled and not _slow_bf16(device))
 
 
 def _slow_bf16(device: torch.device) -> bool:
-    """A CPU for which oneDNN has no bf16 kernels but its reference code: 100 times slower than fp32
-    (seen on one with AVX2 alone)."""
+    """Return whether this is a CPU for which oneDNN has only reference code in bf16, which is 100
+    times slower than fp32 (seen on one with AVX2 alone)."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return device.type == "cpu"
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def progress(note: str):
-    """A function that shows how far a loop over a list is."""
-    return lambda items: tqdm(items, desc=note, leave=False, disable=_quiet() or not is_main())
+    """Return a function that shows how far a loop over a list has come."""
+    hidden = _quiet() or not processes.is_main()
+    return lambda items: tqdm(items, desc=note, leave=False, disable=hidden)
 
 
 def _quiet() -> bool:
+    """Return whether to hide progress bars: they are for terminals."""
     return not sys.stderr.isatty()
 
 
 def say(text: str) -> None:
-    """A plain line for people, from the main process alone."""
-    if is_main():
+    """Print a line for people, from the main process alone."""
+    if processes.is_main():
         tqdm.write(text)
         sys.stdout.flush()
 
 
 def _summary(line: dict, note: str) -> str:
+    """Return the line of an epoch as text."""
     text = f"{note}  loss {line['train_loss']:.4f}  train {line['train_accuracy']:.2%}"
     if "val_accuracy" in line:
         text += f"  val {line['val_accuracy']:.2%} (n={line['val_total']})"
     return f"{text}  {line['seconds']:.0f} s"
-
-
-def processes() -> tuple[int, int]:
-    """(processes, this one's rank)."""
-    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-
-
-def start_processes(device: torch.device) -> None:
-    """Join the other processes where torchrun started this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        # Hours: a process may wait for another that has the longer half of a sweep.
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12)
-        )
-
-
-def stop_processes() -> None:
-    wait()  # the main process may still be writing
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def wait() -> None:
-    """For all processes, before one reads what another wrote or deleted."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-@contextlib.contextmanager
-def main_first():
-    """The main process goes through the block before the others (a download, say)."""
-    if not is_main():
-        wait()
-    yield
-    if is_main():
-        wait()
-
-
-def agreed(value: float, device: torch.device) -> float:
-    """The main process's value: decisions taken on it are the same in all."""
-    if dist.is_initialized():
-        shared = torch.tensor([value], dtype=torch.float64, device=device)
-        dist.broadcast(shared, 0)
-        value = shared.item()
-    return value
-
-
-def discard(*state_files: Path) -> None:
-    """Delete the state of an earlier run, once, for all processes."""
-    if is_main():
-        for file in state_files:
-            file.unlink(missing_ok=True)
-    wait()
-
-
-def is_main() -> bool:
-    return processes()[1] == 0
-
-
-class _AllReduce(torch.autograd.Function):
-    """The sum over all processes; its gradient is the sum of their gradients."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    backward = forward
-
-
-class _SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the global batch. torch's own SyncBatchNorm refuses CPU tensors; this one
-    runs the same lines on any device. In eval mode, and in a state dict, it is an ordinary one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = x.numel() / x.shape[1] * dist.get_world_size()
-        mean = _AllReduce.apply(x32.sum((0, 2, 3))) / count
-        centred = x32 - mean.view(1, -1, 1, 1)
-        # Two passes: the mean of squares less the square of the mean loses digits in float32.
-        var = _AllReduce.apply(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
-
-
-def synchronize_batchnorm(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = _SyncBatchNorm

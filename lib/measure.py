@@ -1,4 +1,4 @@
-"""What is known of a file: the one place that eval.py, sweep.py and report.py take figures from."""
+"""The figures of a file: where eval.py, sweep.py and report.py get all of theirs."""
 
 import torch
 from torch import Tensor
@@ -8,18 +8,19 @@ from lib.checkpoint import Checkpoint
 from models.mobilenetv2 import MobileNetV2
 
 
-def file(
-    source: Checkpoint, split: data.Split, name: str, known: dict[str, Tensor] | None = None,
-    *, integers: bool = True,
+def figures_of_file(
+    source: Checkpoint, split: data.Split, name: str,
+    correct_by_file: dict[str, Tensor] | None = None, *, integers: bool = True,
 ) -> tuple[dict, Tensor]:  # fmt: skip
-    """All figures of a file on a split, and its confusion matrix (10, 10): true by predicted.
+    """Evaluate a file on a split; return its figures and its confusion matrix.
 
-    known: which images each file got right, by its SHA-256; this one is added. Where an ancestor is
-    among them, the figures have the change from the nearest one, image by image.
+    name: of the split. The matrix is int64 (classes, classes), true classes by predicted ones.
+    correct_by_file: which images each file got right, bool (n,), by the file's SHA-256; this file
+        is added. If an ancestor is among them, the figures have the change from the nearest one.
     integers: see lib.runtime.network.
     """
     network = runtime.network(source, split.images.device, integers=integers)
-    result = engine.count(network, split, note=str(source.file))
+    result = engine.evaluate_function(network, split, note=str(source.file))
     low, high = metrics.wilson(result.correct, result.total)
     layers = [
         (name.removesuffix(".weight"), weight.numel(), int(torch.count_nonzero(weight)))
@@ -41,13 +42,12 @@ def file(
         ],
     }  # fmt: skip
     labels = split.labels.cpu()
-    known = {} if known is None else known
-    known[source.sha256] = result.predictions == labels
+    correct_by_file = {} if correct_by_file is None else correct_by_file
+    correct = correct_by_file[source.sha256] = result.predictions == labels
     for ancestor in reversed(source.ancestors):
-        if ancestor.get("sha256") in known:
-            figures["change"] = {"from": ancestor["stage"]} | change(
-                known[ancestor["sha256"]], known[source.sha256]
-            )
+        if ancestor.get("sha256") in correct_by_file:
+            moved = change(correct_by_file[ancestor["sha256"]], correct)
+            figures["change"] = {"from": ancestor["stage"]} | moved
             break
     classes = source.settings["classes"]
     pairs = labels * classes + result.predictions
@@ -55,13 +55,16 @@ def file(
 
 
 def macs(settings: dict) -> int:
+    """Return the multiply-accumulates per image of a network of these settings."""
     with torch.device("meta"):  # shapes are all that it takes
         return metrics.macs(MobileNetV2(settings))
 
 
 def change(before: Tensor, after: Tensor) -> dict[str, int]:
-    """Images that were wrong and are right, and the reverse, of two lists of right answers.
+    """Count the images that became right and those that became wrong.
 
-    Two networks on the same images differ by far less than their intervals: the noise of the
-    sample is common to both (a paired comparison; McNemar 1947)."""
+    before, after: which images are right, bool (n,).
+    Two networks on the same images differ by far less than their intervals, since both have the
+    same sample's noise (a paired comparison; McNemar 1947).
+    """
     return {"gained": int((after & ~before).sum()), "lost": int((before & ~after).sum())}

@@ -10,7 +10,7 @@ from lib.checkpoint import Checkpoint
 from lib.metrics import weight_layers
 
 WEIGHTS, INDICES, REST = "weights: values", "weights: indices", "BN, biases, scales"
-# Sections of a .nnz file (names as of lib.compressed.sections); any other section holds coded weights.
+# Sections of a .nnz file, as lib.compressed.sections names them; any other holds coded weights.
 SECTIONS = {"values": WEIGHTS, "indices": INDICES, "dense": REST, "scales": "scales",
             "biases": "biases", "steps": "activation steps", "metadata": "metadata",
             "frame": "frame"}  # fmt: skip

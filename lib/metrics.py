@@ -1,4 +1,4 @@
-"""What is counted: correct answers and their interval, weights, non-zeros, MACs; and the logs."""
+"""Counts (weights, non-zero weights, MACs), the interval of an accuracy, and the logs."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from lib.config import UserError
 
 
 def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95% interval of an accuracy measured on `total` images (Wilson 1927), as two shares."""
+    """Return the 95% interval of an accuracy of correct / total, as two shares (Wilson 1927)."""
     if not total:
         return 0.0, 1.0
     p, n = correct / total, total
@@ -24,12 +24,12 @@ def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The Conv2d and Linear layers by name: what is pruned and quantized."""
+    """Return the Conv2d and Linear layers by name: those that are pruned and quantized."""
     return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
 
 def layer_counts(model: nn.Module) -> list[tuple[str, int, int]]:
-    """(name, weights, non-zero weights) of every Conv2d and Linear layer, biases not counted."""
+    """Return (name, weights, non-zero weights) of every Conv2d and Linear layer, without biases."""
     return [
         (name, layer.weight.numel(), int(torch.count_nonzero(layer.weight)))
         for name, layer in weight_layers(model).items()
@@ -37,7 +37,10 @@ def layer_counts(model: nn.Module) -> list[tuple[str, int, int]]:
 
 
 def macs(model: nn.Module, size: int = 32) -> int:
-    """Multiply-accumulates of Conv2d and Linear layers for one image, dense: zeros count."""
+    """Count the multiply-accumulates of Conv2d and Linear layers for one image of size x size.
+
+    Weights that are zero count like the others.
+    """
     total = 0
 
     def count(layer, _, output: Tensor):
@@ -58,14 +61,17 @@ def macs(model: nn.Module, size: int = 32) -> int:
 
 
 class Log:
-    """JSON lines in a file, and W&B if asked for. Only the main process writes."""
+    """A log of JSON lines in a file, and in W&B if asked for. Only the main process writes.
+
+    config: the settings that W&B shows for the run.
+    """
 
     def __init__(self, path: Path, config: dict, wandb: bool = False):
         self.path, self.config, self.wandb, self.run = path, config, wandb, None
         self.active = int(os.environ.get("RANK", 0)) == 0
 
     def begin(self, past: list[dict]) -> None:
-        """Start the file anew with the lines of the past of a resumed run: one whole run a file."""
+        """Start the file again, with the past lines of a resumed run: one whole run per file."""
         if not self.active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +82,7 @@ class Log:
                 self.run.log(_numbers(line))
 
     def __call__(self, line: dict) -> None:
+        """Append a line."""
         if not self.active:
             return
         with self.path.open("a") as file:
@@ -84,13 +91,14 @@ class Log:
             self.run.log(_numbers(line))
 
     def close(self, summary: dict) -> None:
+        """End the W&B run, if there is one, with these figures as its summary."""
         if self.run:
             self.run.summary.update(summary)
             finish_wandb(self.run)
 
 
 def log_stage(cfg, name: str, figures: dict) -> None:
-    """The one line of a stage that is done at once: logs/<name>.jsonl, and W&B if asked for."""
+    """Write logs/<name>.jsonl with the one line of a stage that has no epochs, and W&B alike."""
     log = Log(cfg.path(None, f"logs/{name}.jsonl"), vars(cfg), cfg.wandb)
     log.begin([])
     log(figures)
@@ -98,12 +106,16 @@ def log_stage(cfg, name: str, figures: dict) -> None:
 
 
 def _numbers(line: dict) -> dict:
+    """Return what W&B can draw of a line."""
     return {k: v for k, v in line.items() if isinstance(v, (int, float))}
 
 
 def start_wandb(folder: Path, **options):
-    """A W&B run: as WANDB_MODE says, else online where there is a key or a login, else offline."""
-    import wandb  # slow to import, and not everybody's
+    """Start a W&B run: as WANDB_MODE says, else online if there is a key or a login, else offline.
+
+    options: of wandb.init.
+    """
+    import wandb  # slow to import, and optional
 
     mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +126,7 @@ def start_wandb(folder: Path, **options):
 
 
 def _wandb_key() -> bool:
+    """Return whether this machine can log in to W&B."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     with contextlib.suppress(OSError):
@@ -122,6 +135,7 @@ def _wandb_key() -> bool:
 
 
 def finish_wandb(run) -> None:
+    """End a W&B run; if it is offline, say how to upload it."""
     folder = Path(run.dir).parent
     offline = run.settings.mode == "offline"
     run.finish()
@@ -130,9 +144,9 @@ def finish_wandb(run) -> None:
 
 
 def read_log(path: Path, torn: bool = False) -> list[dict]:
-    """The lines of a log; none where there is no file. Raises UserError for a damaged one.
+    """Return the lines of a log; none if there is no file. Raises UserError if it is damaged.
 
-    torn: leave out a last line without its end, which a stage that was killed leaves.
+    torn: leave out a last line without its end, as a stage that was killed may leave it.
     """
     if not path.is_file():
         return []
@@ -142,4 +156,4 @@ def read_log(path: Path, torn: bool = False) -> list[dict]:
             lines.pop()
         return [json.loads(line) for line in lines if line.strip()]
     except ValueError:  # a stage was killed while it wrote
-        raise UserError(f"{path} is damaged: run its stage anew") from None
+        raise UserError(f"{path} is damaged: run its stage again") from None

@@ -21,6 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from lib.metrics import wilson
 from models import layers
 
 WIDTH, DPI = 9.0, 160  # inches; 1440 pixels, for screens that show more than 900
@@ -118,16 +119,6 @@ def _size(count, digits=3):
 def _smaller(first, count):
     ratio = first / max(count, 1)
     return f"{ratio:.{1 if ratio < 99.95 else 0}f}×"
-
-
-def _wilson(accuracy, total):
-    """Return the 95% interval of a proportion (Wilson 1927) as fractions; (0, 1) if total is 0."""
-    if not total:
-        return 0.0, 1.0
-    z2 = 1.96**2 / total
-    half = math.sqrt(z2 * (accuracy * (1 - accuracy) + z2 / 4))
-    low, high = ((accuracy + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
 
 
 def _contrast(colour):
@@ -229,7 +220,7 @@ def confusion(matrix, classes, path, title):
     _quiet(right, "accuracy by class", "x")
     for i, (hit, count) in enumerate(zip(hits, counts, strict=True)):
         if count:
-            span = [100 * end for end in _wilson(hit / count, count)]
+            span = [100 * end for end in wilson(hit, count)]
             right.hlines(i, *span, color=BLUE, linewidth=2)
             right.plot(100 * hit / count, i, "o", color=BLUE, ms=7)
         text = f"{100 * hit / count:.1f}" if count else "none"
@@ -619,7 +610,7 @@ def stages(rows, path, title):
         text = _size(row["bytes"]) + (f"  {_smaller(sizes[0], sizes[i])}" if i else "")
         _label(left, text, (sizes[i], i), (9, 0))
         accuracy = float(row["accuracy"])
-        span = [100 * end for end in _wilson(accuracy, row["total"])]
+        span = [100 * end for end in wilson(accuracy * row["total"], row["total"])]
         right.hlines(i, *span, color=BLUE, linewidth=2)
         right.plot(100 * accuracy, i, "o", color=BLUE, ms=8)
         _label(right, f"{100 * accuracy:.2f}", (1, i), (6, 0), side=True)
@@ -669,7 +660,7 @@ def speed(rows, path, title):
     _quiet(right, "accuracy (%)", "x")
     for row in {row["network"]: row for row in rows}.values():
         y, accuracy = names.index(row["network"]), float(row["accuracy"])
-        right.hlines(y, *(100 * end for end in _wilson(accuracy, row["total"])), color=BLUE,
+        right.hlines(y, *(100 * end for end in wilson(accuracy * row["total"], row["total"])), color=BLUE,
                      linewidth=2)
         right.plot(100 * accuracy, y, "o", color=BLUE, ms=7)
         _label(right, f"{100 * accuracy:.1f}", (1, y), (5, 0), side=True)
@@ -678,4 +669,29 @@ def speed(rows, path, title):
     left.set_ylim(len(names) - 0.5, -0.5)
     for ax in (left, middle, right):
         ax.tick_params(axis="y", length=0)
+    return _save(figure, path)
+
+
+def image_tables(tables, path):
+    """Draw tables of small images side by side.
+
+    tables: tuples of a title, uint8 images (rows, columns, height, width, 3) of one size for all,
+        the rows' names and the columns' names.
+    """
+    border = 2  # white pixels around each image
+    figure = Figure(figsize=(5.5 * len(tables), 16), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    for ax, (title, images, names, heads) in zip(
+        figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True
+    ):
+        around = ((0, 0), (0, 0), (border, border), (border, border), (0, 0))
+        tiles = np.pad(images, around, constant_values=255)
+        rows, columns, height, width, _ = tiles.shape
+        ax.imshow(tiles.swapaxes(1, 2).reshape(rows * height, columns * width, 3))
+        ax.set_yticks([height * (i + 0.5) for i in range(rows)], names)
+        ax.set_xticks([width * (i + 0.5) for i in range(columns)], heads)
+        ax.tick_params(length=0, labeltop=True, labelbottom=False)
+        ax.spines[:].set_visible(False)
+        ax.set_anchor("N")
+        ax.set_title(title)
     return _save(figure, path)

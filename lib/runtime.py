@@ -22,6 +22,7 @@ from torch import Tensor
 from lib import checkpoint, data, graph, integer
 from lib.checkpoint import Checkpoint
 from lib.config import UserError, reason
+from lib.files import write_bytes
 from models.layers import layers
 
 FLOAT, INTEGER, ONNX = "float32", "integers", "onnxruntime"
@@ -106,8 +107,7 @@ def export(source: Checkpoint, path: Path) -> OnnxFile:
     if why := why_no_onnx(source.quantization):
         raise UserError(f"no {path} from {source.file}: {why}")
     raw = graph.to_bytes(graph.int8(integer.convert(source), meta))
-    with checkpoint.atomic(path) as file:
-        file.write(raw)
+    write_bytes(path, raw)
     return load(path)
 
 

@@ -1,17 +1,18 @@
-"""An embedded image set with CIFAR-10's shapes and ten classes of its own, for `make demo`.
+"""A generated image set with CIFAR-10's array shapes and ten other classes, for `make demo`.
 
-Each 32x32 image shows one figure, or a texture filling a disc or a square, of random size, place,
-direction and colours on a sloping background, with small rectangles behind it and one in front,
-and noise. Colour and single pixels say little; shape says all. No class tells left from right,
-and a shift of a few pixels changes none.
+Each 32x32 image shows one figure, or a texture in a disc or a square, of random size, place,
+direction and colours on a background of changing brightness, with small rectangles behind it and
+one in front, and noise. The class depends on the shape; colours and single pixels say little about
+it. Mirrored images and images shifted by a few pixels stay in their class.
 
-Measured on make(6000, 1000), so one image is 0.1 points (torch 2.14.1, AMD EPYC, 2 shared cores):
+Measured on make(6000, 1000), where one test image is 0.1 percentage points (torch 2.14.1, AMD EPYC,
+2 shared cores):
   - logistic regression on normalized pixels, L-BFGS: 35.1% at the best of six weight decays (0.3);
   - torchvision's MobileNetV2 at width 0.35, 32x32 down to 4x4 (strides in blocks 2, 4 and 7, 8.3M
     MACs, no dropout), random crop and flip, SGD Nesterov at batch 64, one cycle to 0.1 and linearly
     down, decay 5e-4, fp32: 98.4% after 10 epochs (940 steps, seed 0), 98.6% after 8 epochs on
     5,400 of the images (672 steps, seed 1); at batch 128, 10 epochs of 5,400 (420 steps): 96.9%;
-  - the weights of the first of these rounded, symmetric per tensor with the largest as the scale:
+  - the weights of the first network quantized per tensor, symmetric, clipped at the largest one:
     98.5% at 8 bits, 98.4% at 6, 95.8% at 4, 36.7% at 3, 10.0% at 2;
   - drawing these 7,000 images takes 1 to 2 s, on one core.
 """
@@ -22,23 +23,25 @@ SIDE = 32  # pixels
 UNIT = 16  # lengths are integers in 1/16 pixel
 SUB = 2  # a pixel's coverage is counted on SUB x SUB points
 
+# Ranges of uniform draws; "+-" means both signs.
 RADIUS = (7, 13)  # of a figure, pixels
-SHIFT = 3  # of its centre from the image's, pixels, both ways
-GROUND = (10, 150)  # the darker colour, a channel
-CONTRAST = (20, 110)  # what a channel of the lighter colour adds
-INVERTED = 2  # percent of images with the darker colour in front
-SLOPE = 24  # of the background, 1/16 level a pixel, both ways
+SHIFT = 3  # +- pixels between the centres of the figure and of the image
+GROUND = (10, 150)  # level of the darker colour, per channel
+CONTRAST = (20, 110)  # what the lighter colour adds to it, per channel
+INVERTED = 2  # percent of the images with the darker colour in front
+SLOPE = 24  # +- of the background, in 1/16 level per pixel
 SPECKS = 4  # rectangles behind the figure; one more lies in front
-TINT = 70  # of a speck against the background, both ways
-NOISE = 26  # added to each pixel and channel, uniform, both ways
+TINT = 70  # +- levels of a speck against the background
+NOISE = 26  # +- levels, per pixel and channel
 
 TURN = 64  # directions in a full turn
 COS = np.rint(256 * np.cos(2 * np.pi * np.arange(TURN) / TURN)).astype(np.int32)  # in 1/256
 SIN = np.roll(COS, TURN // 4)
 
 
-# Each takes the coordinates of points about the figure's centre and its radius, and says which
-# points it covers. All are integers in 1/16 pixel, so every machine draws the same pixels.
+# Each function takes coordinates u, v of points relative to the figure's centre, and its radius r;
+# it returns which points the figure covers. All are integers in 1/16 pixel, so that every machine
+# draws the same pixels.
 
 
 def _disc(u, v, r):
@@ -91,15 +94,16 @@ CLASSES = (*FIGURES, *TEXTURES)
 def make(
     train: int = 6000, test: int = 1000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(x_train, y_train, x_test, y_test): images uint8 (n, 32, 32, 3), labels uint8 (n,).
+    """Return x_train, y_train, x_test, y_test: images uint8 (n, 32, 32, 3), labels uint8 (n,).
 
-    Labels index CLASSES, balanced to within one image. The two splits are separate random
-    streams: neither changes with the other's size.
+    train, test: the numbers of images. Labels are indices of CLASSES, as many of each as possible.
+    The two splits are separate random streams: neither changes with the other's size.
     """
     return *_draw(train, [seed, 0]), *_draw(test, [seed, 1])
 
 
 def _draw(n: int, stream: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return n images and their labels. stream: the seed of the random numbers."""
     rng = np.random.Generator(np.random.PCG64(stream))
 
     def draw(low, high, *shape):  # integers from low to high, both included
@@ -133,7 +137,11 @@ def _draw(n: int, stream: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cover(labels, radius, centre, turn, outline) -> np.ndarray:
-    """How many of each pixel's SUB x SUB points the figure covers: int32 (n, 32, 32)."""
+    """Count how many of each pixel's SUB x SUB points the figure covers: int32 (n, 32, 32).
+
+    All arguments have first dimension n; radius and centre are in 1/16 pixel, turn is in 1/TURN of
+    a full turn, outline says whether a texture fills a disc (1) or a square (0).
+    """
     cover = np.empty((len(labels), SIDE, SIDE), np.int32)
     step = UNIT // SUB
     points = np.arange(SIDE * SUB, dtype=np.int32) * step + step // 2

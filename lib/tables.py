@@ -19,6 +19,7 @@ import torch
 
 from lib import checkpoint
 from lib.config import UserError, reason
+from lib.files import write_bytes
 
 FORMAT = "mobilenetv2-cifar10/table/1"
 KEYS = ("title", "text", "columns", "rows", "command", "data", "hardware", "date", "code")
@@ -77,8 +78,7 @@ def write(path: Path, content: dict) -> None:
     head = {key: value for key, value in content.items() if key != "rows"}
     text = json.dumps(head, indent=1)[:-2]
     rows = ",\n  ".join(json.dumps(row) for row in content["rows"])
-    with checkpoint.atomic(path) as file:
-        file.write(f'{text},\n "rows": [\n  {rows}\n ]\n}}\n'.encode())
+    write_bytes(path, f'{text},\n "rows": [\n  {rows}\n ]\n}}\n'.encode())
 
 
 def read(path: Path) -> dict:

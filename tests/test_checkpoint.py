@@ -11,9 +11,11 @@ import pytest
 import torch
 from torchvision.models import mobilenet_v2
 
+import prune
 import train
 from lib import checkpoint, compressed, quantizers
 from lib.config import UserError
+from lib.files import atomic
 from models.mobilenetv2 import MobileNetV2, standard
 
 SETTINGS = standard(0.1, 8)
@@ -163,38 +165,31 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, old):
     before = list(tmp_path.iterdir())
     with pytest.raises(ZeroDivisionError):
         checkpoint.write(path, {"a": torch.zeros(100_000), "b": Bomb()})
-    with pytest.raises(KeyboardInterrupt), checkpoint.atomic(path) as file:
+    with pytest.raises(KeyboardInterrupt), atomic(path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == before
     assert not old or path.read_bytes() == old
 
 
-@pytest.mark.parametrize("call", ["fsync", "chmod"])
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def test_the_command_is_recorded_without_folders(tmp_path):
+    assert save(tmp_path / "a.pth").command == "python train.py"
+    cfg = prune.Settings(
+        parent="/some where/b.pth", teacher="/x/c.pth", run_dir="/run", data="/data", seed=3,
+        prune_fraction=0.5, amp=False, device="cuda:1",
+    )  # fmt: skip
+    model = MobileNetV2(SETTINGS)
+    saved = checkpoint.save(tmp_path / "b.pth", "pruned", model, cfg, None, metrics={}, data={})
+    assert saved.command == (
+        "python prune.py --seed 3 --parent b.pth --prune-fraction 0.5 --teacher c.pth --no-amp"
+    )
 
-    path = tmp_path / "x.pth"
-    path.write_bytes(b"old")
-    monkeypatch.setattr("os.fsync" if call == "fsync" else "pathlib.Path.chmod", full)
-    with pytest.raises(OSError, match="No space left"), checkpoint.atomic(path) as file:
-        file.write(b"new")
-    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
 
-
-def test_a_reader_sees_the_old_file_until_the_new_is_whole(tmp_path):
-    path = tmp_path / "sub" / "x"
-    with checkpoint.atomic(path) as file:
-        file.write(b"one")
-    with checkpoint.atomic(path) as file:
-        file.write(b"two")
-        file.flush()
-        assert path.read_bytes() == b"one"
-    assert path.read_bytes() == b"two" and list(path.parent.iterdir()) == [path]
-    plain = tmp_path / "plain"
-    plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode  # the umask's, as for any other file
+def test_a_file_of_before_the_command_was_recorded_still_loads(tmp_path):
+    content = checkpoint.read(save(tmp_path / "a.pth").file)
+    del content["command"]
+    checkpoint.write(tmp_path / "a.pth", content)
+    assert checkpoint.load(tmp_path / "a.pth").command is None
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -151,6 +151,19 @@ def test_flags_are_read_as_declared():
     )
 
 
+def test_help_is_in_groups(run):
+    _, out, _ = run("train", "--help")
+    headings = [line for line in out.splitlines() if line.endswith(":") and line[0] != " "]
+    assert headings[-5:] == [
+        "files and data:", "recipe:", "augmentation:", "network:", "run and machine:"
+    ]  # fmt: skip
+    flags = ("files and data:", "--out FILE", "--data PATH", "recipe:", "--lr X", "network:",
+             "--width X", "run and machine:", "--amp, --no-amp", "--seed N")  # fmt: skip
+    shown = out[out.index("\nfiles and data:") :]
+    places = [shown.index(text) for text in flags]
+    assert places == sorted(places)
+
+
 # ---- exit codes ----------------------------------------------------------------------------------
 
 
@@ -335,8 +348,8 @@ def test_decompressing_gives_the_same_tensors(run, chain, tmp_path):
 
 
 @pytest.mark.parametrize(("stage", "flags", "what"), [
-    ("quantize", ["--parent={}/quantized.pth"], "is quantized already"),
-    ("quantize", ["--parent={}/compressed.nnz"], "is quantized already"),
+    ("quantize", ["--parent={}/quantized.pth"], "is quantized: start from an fp32 network"),
+    ("quantize", ["--parent={}/compressed.nnz"], "is quantized: start from an fp32 network"),
     ("to_int8", ["--parent={}/pruned.pth"], "has 32-bit weights: quantize them to 8 or fewer"),
     ("sparse_compress", ["--decompress={}/int8.pth", "--out=x"], "is not a .nnz file"),
     ("quantize", ["--parent={}/int8.onnx"], "give the .pth that it was made of"),
@@ -383,14 +396,6 @@ def test_bits_by_layer_name_first_and_last_and_the_later_item_counts(small, tmp_
     cfg = quantize.Settings(weight_bits=4, act_bits=5, layer_bits=f"first=8,last=8,{path}")
     own = {"features.0.0": 8, "classifier.1": 32, "features.2.conv.2": 6}
     assert quantize.scheme_of(cfg, small(0)) == ptq.scheme(4, 5, last_act_bits=8, layer_bits=own)
-    # As an older checkpoint has its flags.
-    flags = {"weight_bits": 4, "first_last_bits": 8, "layer_bits": str(path), "rate": 0.3}
-    assert quantize.flags_of_today(flags) == {
-        "weight_bits": 4, "layer_bits": "first=8,last=8,bits.json", "rd_lambda": 0.3,
-    }  # fmt: skip
-    assert config.command(quantize, flags) == (
-        "python quantize.py --weight-bits 4 --layer-bits first=8,last=8,bits.json --rd-lambda 0.3"
-    )
     for text, last_act in [
         ("first=8,classifier.1=6", None), ("last=8", 8), ("last_act=6,last=8", 6),
         ("last_act=7", 7),

@@ -233,6 +233,14 @@ def test_larger_validation_splits_contain_the_smaller(tiny):
     assert len(small) == 20 and small < large
 
 
+def test_an_empty_split_is_refused_by_name(tiny):
+    images = data.load(tiny, 0)
+    assert images.split("train") is images.train and images.split("test") is images.test
+    with pytest.raises(UserError, match="no validation split: --val-size is 0"):
+        images.split("val")
+    assert len(data.load(tiny, 10).split("val")) == 10
+
+
 @pytest.mark.parametrize("size", [-10, 7, 320, 1000])
 def test_impossible_split(tiny, size):
     with pytest.raises(UserError, match=r"--val-size must be a multiple of 10 .*32 images.*not "):

@@ -89,6 +89,13 @@ def test_a_failing_stage_fails_make_and_leaves_nothing(tiny, tmp_path):
     assert not (tmp_path / "checkpoints/baseline.pth").exists()
 
 
+def test_a_failing_stage_fails_a_make_that_has_no_shellflags(tmp_path):
+    # GNU make 3.81, which macOS has, ignores .SHELLFLAGS: this is what it runs.
+    run = make("train", f"RUN={tmp_path}", "DATA=/nowhere", f"PYTHON={sys.executable}",
+               ".SHELLFLAGS=-c")  # fmt: skip
+    assert run.returncode != 0 and "train.py: error: no data at /nowhere" in run.stderr
+
+
 def test_eval_json_status_and_help(finished, tiny):
     folder, _ = finished
     file = folder / "checkpoints/compressed.nnz"

@@ -194,18 +194,26 @@ def test_sizes_in_words(count, text):
     assert plots._size(count) == text
 
 
-def test_wilson_interval():
-    # Newcombe 1998, Statistics in Medicine 17, table I: 81 of 263, and 0 of 20
-    assert plots._wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert plots._wilson(0.0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
-    low, high = plots._wilson(1.0, 1000)
-    assert 0.99 < low < high == 1
-    assert plots._wilson(0.0, 0) == (0, 1)
-
-
 def test_marks_of_the_rate_show_wherever_they_are(tmp_path):
     files = [{**cell, "rd_lambda": 0} for cell in cells([8, 4], [8])]
     marks = [{}, {"near": (files[0]["bytes"], 0.9)}, {"far": (10**9, 0.9)}, {"best": (9, 1.0)}]
     path = tmp_path / "a.png"
     drawn = [plots.accuracy_bytes(files, path, "t", mark).read_bytes() for mark in marks]
     assert len(set(drawn)) == 4
+
+
+def test_tables_of_images_show_each_image_in_its_cell(tmp_path, monkeypatch):
+    images = np.zeros((2, 3, 32, 32, 3), np.uint8)
+    images[1, 2] = (0, 200, 0)
+    path = tmp_path / "new" / "tables.png"
+    table = ("A table", images, ["first", "second"], ["a", "b", "c"])
+    assert plots.image_tables([table, table], path) == path
+    assert [file.name for file in path.parent.iterdir()] == ["tables.png"]
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    green, black = (pixels == (0, 200, 0)).all(2), (pixels == 0).all(2)
+    left = np.arange(pixels.shape[1]) < pixels.shape[1] / 2
+    for half in (left, ~left):
+        y, x = (axis.mean() for axis in np.nonzero(green[:, half]))
+        dark_y, dark_x = (axis.mean() for axis in np.nonzero(black[:, half]))
+        assert y > dark_y and x > dark_x  # the last row and column

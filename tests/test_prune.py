@@ -9,7 +9,7 @@ import torch
 import prune
 import train
 from autoaugment import augmentation
-from lib import checkpoint, config, data, engine, pruning
+from lib import checkpoint, data, engine, pruning
 from lib.compaction import compact, take
 from lib.config import UserError
 from lib.metrics import weight_layers
@@ -76,12 +76,12 @@ def test_a_pruned_parent_is_pruned_further_and_learns_from_the_dense_network(
     assert [a["sha256"] for a in taught.ancestors] == [
         checkpoint.load(baseline).sha256, first.sha256
     ]  # fmt: skip
-    assert config.command(prune, taught.config).endswith("--teacher baseline.pth")
+    assert taught.command.endswith("--teacher baseline.pth")
     assert any(not torch.equal(own.state[n], t) for n, t in taught.state.items())
     quantized = tmp_path / "q.pth"
     checkpoint.save(quantized, "quantized", first.build(), train.Settings(), None, metrics={},
                     data={}, quantization={"method": "ptq"})  # fmt: skip
-    with pytest.raises(UserError, match="--teacher .*q.pth is quantized"):
+    with pytest.raises(UserError, match="q.pth is quantized: give an fp32 network as --teacher"):
         run(tiny, first.file, tmp_path / "bad", f"--teacher={quantized}")
 
 
@@ -222,7 +222,7 @@ def test_no_resume_discards_the_old_state_at_once(tiny, baseline, whole, tmp_pat
 def test_refusals(tiny, baseline, whole, tmp_path):
     with pytest.raises(UserError, match="no more than the parent's sparsity"):
         run(tiny, whole[0].file, tmp_path / "x")
-    with pytest.raises(UserError, match="val-size must be over 0"):
+    with pytest.raises(UserError, match="no validation split: --val-size is 0"):
         run(tiny, baseline, tmp_path / "x", "--val-size=0")
     with pytest.raises(SystemExit) as error:
         run(tiny, baseline, tmp_path / "x", "--target=1.5")

@@ -131,6 +131,21 @@ def test_the_command_of_a_compressed_file_names_its_parent(run):
     )
 
 
+def test_a_file_that_records_no_command_is_published_without(run):
+    """As the files of earlier versions."""
+    file = run.folder / "checkpoints/int8.pth"
+    content = checkpoint.read(file)
+    del content["command"]
+    checkpoint.write(file, content)
+    sparse_compress.main([f"--run-dir={run.folder}"])
+    for split in ("val", "test"):
+        code, _, err = run("eval", *run.files[:4], f"--split={split}")
+        assert (code, err) == (0, "")
+    assert run("publish")[0] == 0
+    rows = json.loads((run.release / "results.json").read_text())["files"]
+    assert [name for name, row in rows.items() if "command" not in row] == ["int8.pth"]
+
+
 def test_verify_finds_it_as_published(published):
     code, out, err = published("verify")
     assert (code, err) == (0, "")

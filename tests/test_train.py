@@ -18,7 +18,7 @@ from torch import nn
 
 import train
 from autoaugment import augmentation
-from lib import checkpoint, data, engine
+from lib import checkpoint, data, engine, processes
 from lib.config import UserError
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -131,7 +131,7 @@ def _gradients_of_rank(rank, store, out):
     alone = copy.deepcopy(model)
     x, y = torch.randn(32, 3, 32, 32).double(), torch.randint(10, (32,))
     F.cross_entropy(alone(x), y).backward()
-    engine.synchronize_batchnorm(model)
+    processes.synchronize_batchnorm(model)
     half = slice(16 * rank, 16 * rank + 16)
     parallel = nn.parallel.DistributedDataParallel(model)
     F.cross_entropy(parallel(x[half]), y[half]).backward()

@@ -1,0 +1,117 @@
+"""Data-parallel training by torchrun: the processes, what they agree on, and their batch norm.
+
+Everything here also works in a single process, where it does nothing.
+"""
+
+import contextlib
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def start(device: torch.device) -> None:
+    """Join the other processes if torchrun started this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # Hours: a process may wait for another that has the longer half of a sweep.
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12)
+        )
+
+
+def stop() -> None:
+    """Wait for all processes and leave them."""
+    wait()  # the main process may still be writing
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_and_rank() -> tuple[int, int]:
+    """Return the number of processes and the number of this one, from 0."""
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+
+def is_main() -> bool:
+    """Return whether this is the process that prints and writes files (rank 0)."""
+    return world_and_rank()[1] == 0
+
+
+def wait() -> None:
+    """Wait until all processes are here: before one reads what another wrote or deleted."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def main_first():
+    """Context manager: the main process runs the block before the others (a download, say)."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
+
+
+def from_main_process(value: float, device: torch.device) -> float:
+    """Return the main process's value in all processes, so that they decide alike on it."""
+    if dist.is_initialized():
+        shared = torch.tensor([value], dtype=torch.float64, device=device)
+        dist.broadcast(shared, 0)
+        value = shared.item()
+    return value
+
+
+def discard(*files: Path) -> None:
+    """Delete files once for all processes, and wait until that is done."""
+    if is_main():
+        for file in files:
+            file.unlink(missing_ok=True)
+    wait()
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over all processes; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
+
+class _SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the global batch, on any device.
+
+    torch's own SyncBatchNorm refuses CPU tensors. In eval mode, and in a state dict, this is an
+    ordinary BatchNorm2d.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        count = x.numel() / x.shape[1] * dist.get_world_size()
+        mean = _AllReduce.apply(x32.sum((0, 2, 3))) / count
+        centred = x32 - mean.view(1, -1, 1, 1)
+        # Two passes: the mean of squares minus the square of the mean loses digits in float32.
+        var = _AllReduce.apply(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+
+
+def synchronize_batchnorm(model: nn.Module) -> None:
+    """Make every BatchNorm2d of the model use the statistics of the global batch, in place."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = _SyncBatchNorm
