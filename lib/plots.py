@@ -660,8 +660,8 @@ def speed(rows, path, title):
     _quiet(right, "accuracy (%)", "x")
     for row in {row["network"]: row for row in rows}.values():
         y, accuracy = names.index(row["network"]), float(row["accuracy"])
-        right.hlines(y, *(100 * end for end in wilson(accuracy * row["total"], row["total"])), color=BLUE,
-                     linewidth=2)
+        span = [100 * end for end in wilson(accuracy * row["total"], row["total"])]
+        right.hlines(y, *span, color=BLUE, linewidth=2)
         right.plot(100 * accuracy, y, "o", color=BLUE, ms=7)
         _label(right, f"{100 * accuracy:.1f}", (1, y), (5, 0), side=True)
     right.xaxis.set_major_locator(MaxNLocator(3))
