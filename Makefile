@@ -53,7 +53,7 @@ stage = @set -eu -o pipefail; \
 	$(PYTHON) $(1) $(COMMON) $(2) | tee -ia $(RUN)/logs/$(basename $(notdir $(firstword $(1)))).log
 
 .PHONY: all train prune quantize int8 compress sweep sensitivity eval report bench predict verify \
-	publish status help clean demo test venv
+	publish status help clean demo results test venv
 all: report  ## every stage, from the images to the report
 
 train: $(C)/baseline.pth        ## CIFAR-10 -> checkpoints/baseline.pth      (TRAIN_FLAGS)
@@ -101,18 +101,12 @@ publish: $(VENV)  ## copy the compressed file, and what eval.py measured on both
 status: $(VENV)  ## which files are there, which are stale, and why
 	@$(PYTHON) report.py --run-dir $(RUN) --status
 
-# On generated images, in a folder of its own.
-DEMO := all RUN=demo DATA=synthetic SPLIT=test WANDB= \
-	TRAIN_FLAGS="--width 0.35 --downsample 8 --dropout 0 --epochs 6 --batch-size 64 --lr 0.1 \
-		--schedule linear --warmup-epochs 1.5 --no-decay-norm --label-smoothing 0 \
-		--augment light --no-amp" \
-	PRUNE_FLAGS="--rounds 2 --target 0.8 --epochs 1 --batch-size 64 --lr 0.05 --max-drop 3 \
-		--label-smoothing 0 --augment light --no-amp" \
-	QUANTIZE_FLAGS= INT8_FLAGS= COMPRESS_FLAGS= REPORT_FLAGS= \
-	SWEEP_FLAGS="--weight-bits 32,8,4,2 --act-bits 32,8,4,2 --calibration 128"
 demo: $(VENV)  ## all stages on generated images, in minutes, in the folder demo/
 	@rm -rf demo
-	@$(MAKE) --no-print-directory $(DEMO)
+	+@MAKE="$(MAKE)" recipes/demo.sh demo
+
+results: $(VENV)  ## RESULTS.md and the tables in README.md, from results/*.json
+	@$(PYTHON) results.py
 
 test: $(VENV)  ## the linter and the tests
 	$(PYTHON) -m ruff check .

@@ -9,13 +9,14 @@ at 8 bits or fewer: lib/integer.py), an .onnx runs in onnxruntime, all others ru
 
 in:  files of any stage, or plain torchvision MobileNetV2 state dicts; default: those of the chain
 out: a table (or a JSON line per file) on the standard output; logs/eval-<split>.jsonl;
-     plots/confusion-<file>-<split>.png
+     plots/confusion-<file>-<split>.png; with --results, a table for RESULTS.md
 """
 
 import dataclasses
 import json
+from pathlib import Path
 
-from lib import checkpoint, config, measure, metrics, plots, runtime
+from lib import checkpoint, config, data, measure, metrics, plots, runtime, tables
 from lib.config import UserError, flag
 
 
@@ -27,6 +28,15 @@ class Settings(config.Common):
     )
     json: bool = flag(False, "print one JSON object per file, for machines")
     layers: bool = flag(False, "print the sparsity of every layer too")
+    results: str | None = flag(
+        None, "write a table for RESULTS.md, such as results/reference.json", heading="RESULTS.md"
+    )
+    title: str = flag("Files", "the table's heading")
+    labels: list[str] = flag([], "what the table calls the files; default: their names")
+
+    def __post_init__(self):
+        if self.labels and len(self.labels) != len(self.files):
+            raise ValueError(f"{len(self.labels)} --labels for {len(self.files)} files")
 
 
 def main(argv=None):
@@ -55,6 +65,27 @@ def main(argv=None):
         plots.confusion(matrix.numpy(), images.classes, path, title)
     log.begin(rows)  # only now: a run that fails keeps the last one's figures for publish.py
     log.close(figures)
+    if cfg.results:
+        tables.write(Path(cfg.results), results_table(rows, cfg, images))
+
+
+def results_table(rows: list[dict], cfg: Settings, images: data.Data) -> dict:
+    """Return the figures of all files as a table (lib/tables.py); "smaller" is against the first,
+    gained and lost are images against the file's parent, if that is in the table."""
+    names = cfg.labels or [Path(row["file"]).name for row in rows]
+    columns = ["file", "bytes", "smaller", f"correct of {rows[0]['total']:,}",
+               "accuracy, 95% interval", "gained, lost", "non-zero weights"]  # fmt: skip
+    lines = []
+    for name, row in zip(names, rows, strict=True):
+        low, high = row["interval"]
+        moved = row.get("change")
+        lines.append([
+            name, row["bytes"], f"{rows[0]['bytes'] / row['bytes']:.1f}x", row["correct"],
+            f"{row['accuracy']:.2%} ({low:.2%} to {high:.2%})",
+            f"+{moved['gained']} -{moved['lost']}" if moved else "", row["nonzeros"],
+        ])  # fmt: skip
+    about = f"{images.source}, {cfg.split} split, n={rows[0]['total']:,}"
+    return tables.table(cfg.title, columns, lines, data=about)
 
 
 def change(f: dict) -> list[str]:

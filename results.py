@@ -4,13 +4,14 @@
     python results.py --check      write nothing; fail if they are not what the JSON says
 
 in:  results/*.json, which stages and benchmarks write (--results FILE); RESULTS.md's order is ORDER
-out: RESULTS.md; README.md between lines `<!-- table: NAME -->` and `<!-- end -->`
+out: RESULTS.md; README.md between lines `<!-- table: NAME -->` and `<!-- end -->`;
+     results/files.png, accuracy against bytes
 """
 
 import dataclasses
 from pathlib import Path
 
-from lib import config, tables
+from lib import config, plots, tables
 from lib.config import UserError, flag
 from lib.files import write_bytes
 
@@ -20,6 +21,14 @@ ORDER = {
     "Our own network": ["release"],
     "Training recipe": ["recipe_pilot"],
     "Speed": ["train_step"],
+}
+# Tables of files, written by eval.py, that results/files.png shows: their names in its key.
+FILES = {"reference": "the report's network", "release": "our own"}
+# Charts of the published chain, in release/: what they show.
+CHARTS = {
+    "train.png": "Training: loss, accuracy and learning rate by epoch.",
+    "prune.png": "The first pruning: accuracy against sparsity.",
+    "sweep_heatmap.png": "The pruned network at 6 x 6 bit-widths, by PTQ.",
 }
 
 
@@ -40,6 +49,8 @@ def main(argv=None):
         raise UserError(f"{', '.join(map(str, stale))}: not what results/ says; `make results`")
     for path in stale:
         write_bytes(path, texts[path].encode())
+    if not cfg.check:
+        draw(known, folder / "results/files.png")
     print(f"{len(known)} tables; {', '.join(p.name for p in stale) or 'nothing'} written")
 
 
@@ -61,7 +72,27 @@ def page(measured: dict[str, dict]) -> str:
             lines += [f"## {section}", ""]
         for name in present:
             lines += described(name, measured[name])
+    lines += ["## Charts of the published chain", ""]
+    for chart, caption in CHARTS.items():
+        lines += [caption, "", f"![{caption}](release/{chart})", ""]
     return "\n".join(lines[:-1]) + "\n"
+
+
+def draw(measured: dict[str, dict], path: Path) -> None:
+    """Draw the files of the tables in FILES, if there are any."""
+    points = []
+    for name, group in FILES.items():
+        table = measured.get(name, {"columns": [], "rows": []})
+        for row in table["rows"]:
+            cells = dict(zip(table["columns"], row, strict=True))
+            (column,) = (c for c in cells if c.startswith("correct of "))
+            total = int(column.removeprefix("correct of ").replace(",", ""))
+            points.append({
+                "label": cells["file"], "bytes": cells["bytes"], "correct": cells[column],
+                "total": total, "group": group,
+            })  # fmt: skip
+    if points:
+        plots.files(points, path, "Accuracy on the test split against bytes on disk")
 
 
 def described(name: str, table: dict) -> list[str]:

@@ -24,7 +24,7 @@ run "$C/pruned95.pth" prune.py --rounds 5 --target 0.95 --epochs 1 --last-epochs
   --max-drop 10 --weight-decay 2e-4 --label-smoothing 0 --out "$C/pruned95.pth"
 run "$C/pruned.pth" prune.py --parent "$C/pruned95.pth" --teacher "$C/baseline.pth" --rounds 1 \
   --target 0.957 --last-epochs 22 --max-drop 10 --weight-decay 2e-4 --label-smoothing 0
-run "$C/quantized.pth" quantize.py --method qat --weight-bits 4 --rate 0.22 --scale-bits 2 \
+run "$C/quantized.pth" quantize.py --method qat --weight-bits 4 --rd-lambda 0.22 --scale-bits 2 \
   --bias-bits 0 --epochs 2 --lr 2e-5 --distill 1
 run "$C/int8.pth" to_int8.py
 run "$C/compressed.nnz" sparse_compress.py

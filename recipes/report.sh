@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${1:?usage: recipes/report.sh DATA [RUN]}
-make all DATA="$DATA" RUN="${2:-runs/report}" \
-  PRUNE_FLAGS="--score magnitude --schedule geometric --rate 0.2 --rounds 30 --epochs 10 \
+${MAKE:-make} --no-print-directory all DATA="$DATA" RUN="${2:-runs/report}" \
+  PRUNE_FLAGS="--score magnitude --schedule geometric --prune-fraction 0.2 --rounds 30 --epochs 10 \
     --lr 0.001 --lr-schedule constant --distill 0 --augment auto" \
   QUANTIZE_FLAGS="--method reference" SWEEP_FLAGS="--method reference"

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${1:?usage: recipes/small.sh DATA [RUN]}
-make all DATA="$DATA" RUN="${2:-runs/small}" \
+${MAKE:-make} --no-print-directory all DATA="$DATA" RUN="${2:-runs/small}" \
   TRAIN_FLAGS="--epochs 6 --width 0.5 --downsample 8 --lr 0.1 --schedule linear \
     --warmup-epochs 1 --no-decay-norm --augment light --label-smoothing 0" \
   PRUNE_FLAGS="--rounds 5 --target 0.9 --epochs 1 --lr 0.05 --max-drop 1 --augment light \

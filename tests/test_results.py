@@ -73,3 +73,12 @@ def test_unknown_and_damaged_tables_are_refused(folder):
         results.main([f"--folder={folder}"])
     with pytest.raises(ValueError, match="every row must have 2 values"):
         tables.table("x", ["a", "b"], [[1]])
+
+
+def test_files_are_drawn_from_their_tables(folder):
+    columns = ["file", "bytes", "smaller", "correct of 1,000", "note"]
+    rows = [["dense", 9000, "1x", 900, ""], ["small", 90, "100x", 890, ""]]
+    table = tables.table("x", columns, rows)
+    tables.write(folder / "results/reference.json", table)
+    results.main([f"--folder={folder}"])
+    assert (folder / "results/files.png").stat().st_size > 10_000

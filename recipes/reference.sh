@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The reference report's pruned network through our stages, without training: results/reference.json.
+# About 10 minutes on 2 CPU cores.
+#
+#     recipes/reference.sh DATA NETWORK [RUN]   NETWORK: the report's pruned.pth, a plain state dict
+set -euo pipefail
+cd "$(dirname "$0")/.."
+DATA=${1:?usage: recipes/reference.sh DATA NETWORK [RUN]}
+NETWORK=${2:?usage: recipes/reference.sh DATA NETWORK [RUN]}
+RUN=${3:-runs/reference}
+PYTHON=${PYTHON:-.venv/bin/python}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+
+# compress NAME FLAGS...: quantize, store as integers, encode; what is there is not made again.
+compress() {
+  local run=$RUN/$1 flags=("--data" "$DATA" "--run-dir" "$RUN/$1")
+  local files=$run/checkpoints
+  [ -e "$files/quantized.pth" ] ||
+    "$PYTHON" quantize.py --parent "$NETWORK" --assume-downsample 4 "${flags[@]}" "${@:2}"
+  [ -e "$files/int8.pth" ] || "$PYTHON" to_int8.py "${flags[@]}"
+  [ -e "$files/compressed.nnz" ] || "$PYTHON" sparse_compress.py --run-dir "$run"
+}
+
+compress w8a8
+compress w4a8 --weight-bits 4
+compress w4a8-rd --weight-bits 4 --rd-lambda 0.3
+"$PYTHON" eval.py "$NETWORK" "$RUN"/{w8a8,w4a8,w4a8-rd}/checkpoints/compressed.nnz \
+  --assume-downsample 4 --data "$DATA" --run-dir "$RUN" --split test \
+  --results results/reference.json --title "The reference report's network, compressed without training" \
+  --labels "its state dict (fp32),W8A8,W4A8,W4A8 --rd-lambda 0.3"
