@@ -20,7 +20,7 @@ ORDER = {
     "The reference report's network": ["reference"],
     "Our own network": ["release"],
     "Training recipe": ["recipe_pilot"],
-    "Speed": ["train_step"],
+    "Speed": ["train_step", "qat_step", "compaction", "augment"],
 }
 # Tables of files, written by eval.py, that results/files.png shows: their names in its key.
 FILES = {"reference": "the report's network", "release": "our own"}

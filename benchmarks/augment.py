@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import autoaugment
-from lib import augment, config, data
+from lib import augment, config, data, tables
 from lib.config import flag
 
 BATCH = 128
@@ -38,6 +38,7 @@ class Settings:
     rounds: int = flag(5, "rounds of each pipeline")
     ours: int = flag(16384, "images per round of ours")
     theirs: int = flag(4096, "images per round of torchvision's, which is slower")
+    results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
 
 
 class Pictures(Dataset):
@@ -95,12 +96,16 @@ def main(argv: list[str] | None = None) -> None:
         rows.append((run_ours(1, seed), run_ours(threads, seed), images_per_second(loader)))
     names = ("ours, 1 thread", f"ours, {threads} threads", "PIL, 2 workers")
     baseline = statistics.median([row[2] for row in rows[1:]])
+    lines = []
     for name, speeds in zip(names, zip(*rows[1:], strict=True), strict=True):
         middle = statistics.median(speeds)
-        print(
-            f"{name:16s} {middle:8,.0f} images/s  ({min(speeds):,.0f} to {max(speeds):,.0f}, "
-            f"{cfg.rounds} rounds)  {middle / baseline:5.1f} x"
-        )
+        lines.append([name, round(middle), f"{min(speeds):,.0f} to {max(speeds):,.0f}",
+                      f"{middle / baseline:.1f}x"])  # fmt: skip
+    table = tables.table(
+        "The input pipeline", ["", "images per second", "round by round", "ratio"], lines,
+        text=f"Crop, flip, AutoAugment, Cutout; medians of {cfg.rounds} alternating rounds.",
+    )
+    tables.show(table, cfg.results)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from lib import checkpoint, config, data, metrics
+from lib import checkpoint, config, data, metrics, tables
 from lib.compaction import compact
 from lib.config import UserError, flag
 
@@ -32,6 +32,7 @@ class Settings:
     batch: list[int] = flag([1, 128], "batch sizes to time")
     steps: int = flag(15, "turns of each network, after one to warm up")
     device: str = flag("auto", "auto, cpu, cuda ...")
+    results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
 
     def __post_init__(self):
         if not self.parent:
@@ -51,27 +52,28 @@ def main(argv: list[str] | None = None) -> None:
     small, _ = compact(dense)
     x = images(cfg, device)
 
-    print(f"{'':24s} {'dense':>12s} {'compacted':>12s} {'ratio':>7s}")
+    rows = []
     for name, count in (("MACs per image", metrics.macs), ("weights", weights)):
         a, b = count(dense), count(small)
-        print(f"{name:24s} {a:12,} {b:12,} {a / b:6.1f}x")
+        rows.append([name, a, b, f"{a / b:.1f}x", ""])
     for size in cfg.batch:
         batch = x[torch.arange(size) % len(x)].to(memory_format=torch.channels_last)
-        rows = [(turn(dense, batch), turn(small, batch)) for _ in range(cfg.steps + 1)][1:]
-        a, b = (statistics.median(side) for side in zip(*rows, strict=True))
-        ratios = sorted(one / other for one, other in rows)
-        print(
-            f"{f'ms per pass, batch {size}':24s} {1e3 * a:12.2f} {1e3 * b:12.2f} {a / b:6.1f}x  "
-            f"(turn by turn {ratios[0]:.1f} to {ratios[-1]:.1f})"
-        )
+        turns = [(turn(dense, batch), turn(small, batch)) for _ in range(cfg.steps + 1)][1:]
+        a, b = (statistics.median(side) for side in zip(*turns, strict=True))
+        ratios = sorted(one / other for one, other in turns)
+        rows.append([f"ms per pass, batch {size}", 1e3 * a, 1e3 * b, f"{a / b:.1f}x",
+                     f"{ratios[0]:.1f} to {ratios[-1]:.1f}"])  # fmt: skip
     of_dense, of_small = logits(dense, x), logits(small, x)
     difference = (of_dense - of_small).abs().max() / of_dense.abs().max()
     same = int((of_dense.argmax(1) == of_small.argmax(1)).sum())
-    print(
-        f"logits within {difference:.1e} of the largest; the same prediction for {same} of "
-        f"{len(x)} {'test' if cfg.data else 'random'} images"
-    )
-    print(f"({cfg.steps} turns, {torch.get_num_threads()} threads, {device}, fp32)")
+    kind = "test" if cfg.data else "random"
+    table = tables.table(
+        f"Compaction of {source.file.name}",
+        ["", "dense", "compacted", "ratio", "turn by turn"], rows,
+        text=f"Logits within {difference:.1e} of the largest; the same prediction for {same} of "
+        f"{len(x)} {kind} images. fp32, medians of {cfg.steps} alternating turns, {device}.",
+    )  # fmt: skip
+    tables.show(table, cfg.results)
 
 
 def turn(model: nn.Module, x: Tensor) -> float:

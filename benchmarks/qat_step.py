@@ -23,7 +23,7 @@ import torch
 
 import autoaugment
 from benchmarks.train_step import images
-from lib import checkpoint, config, data, engine, pruning, ptq, qat
+from lib import checkpoint, config, data, engine, pruning, ptq, qat, tables
 from lib.compaction import compact
 from lib.config import flag
 
@@ -40,6 +40,7 @@ class Settings:
     turn: int = flag(1, "steps per turn")
     amp: bool = flag(True, "bf16 autocast, as the stages do (where the processor has it)")
     device: str = flag("auto", "auto, cpu, cuda ...")
+    results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
 
     def __post_init__(self):
         if not self.parent:
@@ -105,15 +106,18 @@ def main(argv: list[str] | None = None) -> None:
             times = [side.turn() for side in pair]
             if number:
                 seconds[name].append(times)
-    print(f"{'seconds per step':20s} {'plain':>8s} {'QAT':>8s} {'ratio':>7s}")
+    lines = []
     for name, rows in seconds.items():
         a, b = (statistics.median(side) for side in zip(*rows, strict=True))
         ratios = sorted(quantized / plain for plain, quantized in rows)
-        print(f"{name:20s} {a:8.3f} {b:8.3f} {b / a:6.2f}x  "
-              f"(turn by turn {ratios[0]:.2f} to {ratios[-1]:.2f})")  # fmt: skip
-    print(f"(W{cfg.weight_bits}A{cfg.act_bits}, batch {BATCH}, {cfg.steps} turns of {cfg.turn} "
-          f"steps, {torch.get_num_threads()} threads, {device}, "
-          f"{'amp' if cfg.amp else 'fp32'})")  # fmt: skip
+        lines.append([name, a, b, f"{b / a:.2f}x", f"{ratios[0]:.2f} to {ratios[-1]:.2f}"])
+    table = tables.table(
+        "A step of quantization-aware training against a plain one",
+        ["seconds per step", "plain", "QAT", "ratio", "turn by turn"], lines,
+        text=f"W{cfg.weight_bits}A{cfg.act_bits}, batch {BATCH}, {'amp' if cfg.amp else 'fp32'}; "
+        f"medians of {cfg.steps} alternating turns of {cfg.turn} steps, {device}.",
+    )  # fmt: skip
+    tables.show(table, cfg.results)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 import autoaugment
 from benchmarks.augment import Pictures
-from lib import config, data, engine
+from lib import config, data, engine, tables
 from lib.config import flag
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -48,6 +48,7 @@ class Settings:
     steps: int = flag(5, "turns of each side, after one to warm up")
     turn: int = flag(1, "steps per turn")
     device: str = flag("auto", "auto, cpu, cuda ...")
+    results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
 
 
 class Clock:
@@ -209,17 +210,19 @@ def main(argv: list[str] | None = None) -> None:
 
     middle = [{part: statistics.median(row[side][part] for row in turns) for part in PARTS}
               for side in (0, 1)]  # fmt: skip
-    print(f"{'seconds per step':20s} {'ours':>8s} {'report':>8s} {'ratio':>7s}")
+    rows = []
     for part in PARTS:
         a, b = (m[part] for m in middle)
-        print(f"{part:20s} {a:8.3f} {b:8.3f} {b / a:6.1f}x")
+        rows.append([part, a, b, f"{b / a:.1f}x"])
     ratios = sorted(b["step"] / a["step"] for a, b in turns)
-    print(
-        f"{middle[1]['step'] / middle[0]['step']:.1f} times faster (turn by turn "
-        f"{ratios[0]:.1f} to {ratios[-1]:.1f}; {cfg.steps} turns of {cfg.turn} step"
-        f"{'s'[: cfg.turn > 1]}, batch {BATCH}, {torch.get_num_threads()} threads, "
-        f"the report's {threads}, {ours.device})"
-    )
+    table = tables.table(
+        "A training step against one as the report writes it",
+        ["seconds per step", "ours", "report", "ratio"], rows,
+        text=f"Batch {BATCH}, the report's recipe; medians of {cfg.steps} alternating turns of "
+        f"{cfg.turn} step{'s'[: cfg.turn > 1]}, {ours.device}; turn by turn {ratios[0]:.1f} to "
+        f"{ratios[-1]:.1f}. The report's side has {threads} threads and 2 loading processes.",
+    )  # fmt: skip
+    tables.show(table, cfg.results)
 
 
 if __name__ == "__main__":

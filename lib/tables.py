@@ -81,6 +81,13 @@ def write(path: Path, content: dict) -> None:
     write_bytes(path, f'{text},\n "rows": [\n  {rows}\n ]\n}}\n'.encode())
 
 
+def show(content: dict, path: str | None) -> None:
+    """Print a table, and write it if there is a path (a benchmark's --results)."""
+    print("\n".join(markdown(content)), content["text"], sep="\n")
+    if path:
+        write(Path(path), content)
+
+
 def read(path: Path) -> dict:
     """Read a table. Raises UserError for a file that is not one."""
     try:
