@@ -47,9 +47,13 @@ from lib.rate import KILOBYTE
 
 @dataclasses.dataclass
 class Settings(config.Common):
-    parent: str | None = flag(None, "fp32 network; default: checkpoints/pruned.pth")
+    parent: str | None = flag(
+        None, "fp32 network; default: checkpoints/pruned.pth", heading="files and data"
+    )
     out: str | None = flag(None, "output file; default: checkpoints/quantized.pth")
-    method: str = flag("ptq", "explained above", choices=("ptq", "qat", "reference"))
+    method: str = flag(
+        "ptq", "explained above", choices=("ptq", "qat", "reference"), heading="quantization"
+    )
     weight_bits: int = flag(8, "of weights: 2 to 16, or 32 for off", choices=quantizers.BITS)
     act_bits: int = flag(8, "of activations: 2 to 16, or 32 for off", choices=quantizers.BITS)
     weight_scale: str = flag(
@@ -72,10 +76,13 @@ class Settings(config.Common):
     rd_lambda: float = flag(
         0.0, "rate-distortion: the squared error of an image's logits that saving 1,000 bytes of "
         "weights may cost. Levels are chosen by error and size together; in qat the size is part "
-        "of the loss"
+        "of the loss",
+        heading="size against accuracy",
     )  # fmt: skip
-    calibration: int = flag(1024, "training images for ptq, used without their labels")
-    epochs: int = flag(3, "epochs of qat")
+    calibration: int = flag(
+        1024, "training images for ptq, used without their labels", heading="ptq"
+    )
+    epochs: int = flag(3, "epochs of qat", heading="qat")
     lr: float = flag(2e-4, "peak learning rate of qat (Adam), linear to zero")
     batch_size: int = flag(128, "images per step, over all processes")
     weight_decay: float = flag(0.0, "L2 penalty of qat")
@@ -83,7 +90,9 @@ class Settings(config.Common):
     temperature: float = flag(2.0, "temperature of the soft labels")
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
     augment: str = flag("light", "see train.py", choices=("none", "light", "cutout", "auto"))
-    amp: bool = flag(True, "bf16 autocast; fp16 with loss scaling where CUDA lacks bf16")
+    amp: bool = flag(
+        True, "bf16 autocast; fp16 with loss scaling if CUDA lacks bf16", heading="run and machine"
+    )
     resume: bool = flag(True, "continue an interrupted qat if its state is there")
 
     def __post_init__(self):

@@ -27,9 +27,11 @@ COLUMNS = ("layer", "weight_bits", "weights", "nonzeros", "split", "correct", "t
 
 @dataclasses.dataclass
 class Settings(config.Common):
-    parent: str | None = flag(None, "fp32 network; default: checkpoints/pruned.pth")
+    parent: str | None = flag(
+        None, "fp32 network; default: checkpoints/pruned.pth", heading="files and data"
+    )
     out: str | None = flag(None, "CSV; default: logs/sensitivity.csv")
-    weight_bits: list[int] = flag([4, 2], "bit-widths to try, each 2 to 16")
+    weight_bits: list[int] = flag([4, 2], "bit-widths to try, each 2 to 16", heading="measurement")
     calibration: int = flag(1024, "training images to fit on, used without their labels")
     split: str = flag("val", "images to evaluate on", choices=("val", "train"))
     resume: bool = flag(True, "continue an interrupted run of the same settings")

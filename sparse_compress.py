@@ -20,7 +20,9 @@ from lib.files import write_bytes
 
 @dataclasses.dataclass
 class Settings(config.Common):
-    parent: str | None = flag(None, "network to compress; default: checkpoints/int8.pth")
+    parent: str | None = flag(
+        None, "network to compress; default: checkpoints/int8.pth", heading="files and data"
+    )
     decompress: str | None = flag(None, "a .nnz file to turn back into a checkpoint")
     out: str | None = flag(None, "output file; default: checkpoints/compressed.nnz")
     onnx: str | None = flag(None, "with --decompress: an .onnx file to write")
