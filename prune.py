@@ -33,7 +33,7 @@ class Settings(config.Common):
     )
     out: str | None = flag(None, "output file; default: checkpoints/pruned.pth")
     resume: bool = flag(True, "continue an interrupted run if its state is there")
-    rounds: int = flag(8, "largest number of rounds; 0 only converts", heading="pruning")
+    rounds: int = flag(8, "largest number of rounds; 0: only compact and save", heading="pruning")
     schedule: str = flag(
         "cubic", "cubic: to --target in --rounds; geometric: --prune-fraction per round",
         choices=("cubic", "geometric"),
@@ -62,7 +62,7 @@ class Settings(config.Common):
     teacher: str | None = flag(
         None, "fp32 network to learn from, for a parent that is pruned already; default: the parent"
     )
-    temperature: float = flag(2.0, "of the soft labels")
+    temperature: float = flag(2.0, "softmax temperature of the soft labels")
     augment: str = flag("cutout", "see train.py", choices=("none", "light", "cutout", "auto"))
     amp: bool = flag(
         True, "bf16 autocast; fp16 with loss scaling if CUDA lacks bf16", heading="run and machine"
@@ -186,7 +186,7 @@ def _recipe(cfg, number: int) -> engine.Recipe:
 
 
 def _prune(model, velocity, cfg, number: int, start: float, total: int) -> tuple:
-    """Set the weights to zero that go in a round, and remove the channels that die with them.
+    """Zero the weights that a round prunes, and remove the channels that die with them.
 
     velocity: the optimizer's momentum by parameter name, or None. start: the parent's sparsity.
     total: weights of the network that the chain began with, of which sparsity is a share.

@@ -10,7 +10,7 @@ in:  logs/eval-val.jsonl and logs/eval-test.jsonl, and the files that they measu
 out: release/mobilenetv2-cifar10.nnz (and .onnx, if int8.onnx was evaluated), release/results.json,
      the charts
 
-This stage measures nothing, and writes nothing if a figure is not of the file that is there.
+This stage measures nothing, and writes nothing if a file has changed since it was measured.
 The stages' logs and charts are taken from the run's folder without a check. The command of a file
 is the one recorded in it; a file of a version that recorded none is listed without.
 """

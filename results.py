@@ -55,7 +55,7 @@ def main(argv=None):
 
 
 def page(measured: dict[str, dict]) -> str:
-    """Return the text of RESULTS.md. Raises UserError for a table that ORDER does not have."""
+    """Return the text of RESULTS.md. Raises UserError for a table missing from ORDER."""
     known = [name for names in ORDER.values() for name in names]
     unknown = sorted(set(measured) - set(known))
     if unknown:

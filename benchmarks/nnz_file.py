@@ -35,7 +35,7 @@ from lib.nnz import coder, frame, v2
 class Settings:
     files: list[str] = config.files("a .nnz file of version 2")
     turns: int = flag(3, "of each side")
-    fuzz: int = flag(0, "only: so many damaged files")
+    fuzz: int = flag(0, "number of damaged files to decode; nothing else is done")
 
 
 def made_up(seed: int = 0, bits: int = 4, act_bits: int = 8, coarse: bool = False):

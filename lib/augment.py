@@ -44,7 +44,8 @@ def source_position(y: Tensor, x: Tensor) -> Tensor:
 
 
 def draw_crop_flip(n: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw crop, (n, 2): rows and columns to skip in the padded image, 0 to 8; flip, (n,): 0, 1."""
+    """Draw crop, (n, 2): rows and columns to skip in the padded image, 0 to 8; flip, (n,): 1
+    mirrors."""
     return {
         "crop": torch.randint(2 * PADDING + 1, (n, 2), generator=generator),
         "flip": torch.randint(2, (n,), generator=generator),
@@ -79,10 +80,11 @@ def cutout(
     size: int = 16,
     fill: tuple[int, int, int] = MEAN_COLOUR,
 ) -> Tensor:
-    """Fill one square of each image, clipped at the border (DeVries and Taylor 2017, section 3).
+    """Return the images with one square each filled (DeVries and Taylor 2017, section 3).
 
-    size: side of the square in pixels; 16 is the paper's for CIFAR-10, which spans
-    [centre - 8, centre + 8).
+    images: uint8 (n, 3, 32, 32). params: those of `draw_cutout`. size: side of the square in
+    pixels, 16 in the paper for CIFAR-10: it covers rows and columns centre - 8 to centre + 7, less
+    what lies outside the image. fill: levels of the three channels, 0 to 255.
     """
     centre = move(params["hole"], images.device)
     from_edge = torch.arange(SIDE, device=images.device) - (centre[..., None] - size // 2)

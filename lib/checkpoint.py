@@ -20,7 +20,7 @@ from torch import nn
 
 from lib import compressed, quantizers
 from lib.config import UserError, command, reason
-from lib.data import Data
+from lib.data import SPLIT_SEED, Data
 from lib.data import load as load_images
 from lib.files import atomic
 from models.mobilenetv2 import MobileNetV2, settings_of
@@ -107,6 +107,8 @@ class Checkpoint:
         if trained_on not in (None, images.source):
             text = f"{self.file} was trained on {trained_on}, the images are {images.source}"
             raise UserError(text)
+        if self.data.get("split_seed", SPLIT_SEED) != SPLIT_SEED:
+            raise UserError(f"{self.file} was trained on another validation split")
         self.check_classes(images.classes)
         return images
 
@@ -202,9 +204,12 @@ def save(path: Path, stage: str, model: nn.Module, cfg, parent: Checkpoint | Non
 
     cfg: the settings of the stage, from which the command line is recorded as well.
     parent: the checkpoint that it was made from; None for the first of a chain.
+    data: what Data.provenance() says. quantization: the scheme; None: fp32.
     state: what to store in place of the model's own state dict (integers, for example).
+    Raises UserError, and leaves an old file in place, if the state holds NaN or infinite values.
     """
     state = model.state_dict() if state is None else state
+    check_finite(state, path)
     content = {
         "format": FORMAT, "stage": stage, "settings": model.settings,
         "quantization": quantization,

@@ -7,9 +7,10 @@ training can continue; in training mode the batch mean removes the constant in a
 head it goes into the classifier's bias.
 
 - A hidden channel (expand row, depthwise filter, project column) is constant where its depthwise
-  filter is zero, or where its expand row is zero and the constant that leaves (BN's, through ReLU6)
-  passes the depthwise filter unchanged by the zero padding: it is 0, or only the centre tap is not.
-  A positive constant under any other filter is uneven at the border, and stays a channel.
+  filter is zero, or where its expand row is zero and the constant that batch norm and ReLU6 then
+  give passes the depthwise filter unchanged by the zero padding: it is 0, or only the filter's
+  centre tap is non-zero. A positive constant under any other filter is uneven at the border, and
+  stays a channel.
 - The stem's channels are the hidden channels of the first block, which has no expansion. If that
   block is residual (widths of 0.25 and less), they are the channels of its stream as well, and all
   three are left as they are.
@@ -42,7 +43,8 @@ def compact(model: MobileNetV2) -> tuple[MobileNetV2, dict[str, tuple[Tensor | N
     work = copy.deepcopy(model).double()
     parts = _Parts(work)
     with torch.no_grad():
-        while any([_hidden(parts), _streams(parts), _head(parts)]):  # all of them, each time
+        # A list, so that all three run each time.
+        while any([_simplify_hidden(parts), _simplify_streams(parts), _simplify_head(parts)]):
             pass
         live = parts.live()
     kept = _indices(work, parts, live)
@@ -175,8 +177,11 @@ def _stop_writing(layer: nn.Module, where: Tensor) -> bool:
     return True
 
 
-def _hidden(parts: _Parts) -> bool:
-    """Apply the rule of hidden channels to every block; return whether anything changed."""
+def _simplify_hidden(parts: _Parts) -> bool:
+    """Fold constant hidden channels into the projections, zero the rows of unread ones, in place.
+
+    Returns whether anything changed.
+    """
     changed = False
     for block in parts.blocks[parts.first_is_residual :]:
         centre = block.depthwise.weight[:, 0, 1, 1]
@@ -193,8 +198,11 @@ def _hidden(parts: _Parts) -> bool:
     return changed
 
 
-def _streams(parts: _Parts) -> bool:
-    """Apply the rule of residual streams to each of them; return whether anything changed."""
+def _simplify_streams(parts: _Parts) -> bool:
+    """Fold constant stream channels into the layers that read them, zero unread rows, in place.
+
+    Returns whether anything changed.
+    """
     changed = False
     for numbers in parts.streams[parts.first_is_residual :]:
         writers = [(parts.blocks[n].project, parts.blocks[n].project_norm) for n in numbers]
@@ -210,8 +218,11 @@ def _streams(parts: _Parts) -> bool:
     return changed
 
 
-def _head(parts: _Parts) -> bool:
-    """Apply the rule of head channels; return whether anything changed."""
+def _simplify_head(parts: _Parts) -> bool:
+    """Fold constant head channels into the classifier's bias, zero unread rows, in place.
+
+    Returns whether anything changed.
+    """
     constant = _constant(parts.head_norm).clamp(0, 6)
     changed = _fold(parts.classifier, None, constant, _dead_rows(parts.head))
     unread = (parts.classifier.weight == 0).all(0)

@@ -496,7 +496,7 @@ def accuracy_bytes(cells, path, title, marks=None):
 def files(points, path, title):
     """Draw the accuracy of files, with its 95% interval, against their bytes on a log scale.
 
-    points: dicts of label, bytes, correct, total, group; at most three groups, a colour each.
+    points: dicts of label, bytes, correct, total, group; one colour per group, three at most.
     """
     points = sorted(points, key=lambda point: -point["bytes"])
     largest, totals = points[0]["bytes"], {point["total"] for point in points}

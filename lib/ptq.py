@@ -10,8 +10,8 @@ that on its *quantized* inputs it gives the outputs of the fp32 layer.
   activations.
 - **Equalization** (Nagel et al. 2019, section 4.1). With one scale per tensor, channels of a small
   range waste levels. Dividing a channel by a factor and multiplying the reading layer's column by
-  it changes nothing, once ReLU6 is the quantizer's own clipping. In front of a depthwise layer,
-  where a column is a whole row, that is a clip per channel for free.
+  it changes nothing, once ReLU6 is the quantizer's own clipping. In front of a depthwise layer each
+  column is the layer's whole row, so each channel gets a clip of its own at no cost.
 
 Two more make the file small:
 
@@ -77,7 +77,7 @@ def quantize(
 def layers_alone(
     model: MobileNetV2, images: Tensor, weight_bits: int, progress: Callable = iter
 ) -> dict[str, dict[str, Tensor]]:
-    """Return each layer's weight and bias for the case that it alone has so few bits.
+    """Return each layer's weight and bias when only that layer is quantized to `weight_bits`.
 
     {layer: {"weight", "bias"}}, of the folded network; all other layers are fp32.
     """
@@ -117,10 +117,10 @@ def sensitivity(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
     {layer: (rows,)}, of the folded network.
 
     Between the rows of a layer it is the mean squared gradient of a random direction of the logits,
-    which treats errors at different positions as independent (KFC). They are not: all errors of a
-    head's row point one way, and the average over the map keeps them. So all rows of a layer are
-    multiplied by one factor, such that the sum is what is observed when the layer's smallest
-    weights are left out.
+    which treats errors at different positions as independent (KFC). They are not: the errors of one
+    row of the head are correlated over positions, and the average over the map keeps them. So all
+    rows of a layer are multiplied by one factor, such that the sum is what is observed when the
+    layer's smallest weights are left out.
     """
     layers = weight_layers(model)
     costs = _mean_squared_gradients(model, layers, images[:256])
@@ -236,7 +236,8 @@ class _Walk:
         for module, output in outputs.items():
             clips = _channel_clips(output, self.scheme["act_bits"])
             # The next layer's columns are multiplied by the ranges. A depthwise row is one column,
-            # so its scale takes all of them. The rows of a projection would be widened: half each.
+            # so its scale absorbs the range. A projection has one scale over all its columns, which
+            # would have to cover the widest: there only the square root of the range is moved.
             self.ranges[module] = clips.sqrt() if module in depthwise else clips
         if self.target.blocks[0].residual:  # the stem's outputs are part of a residual stream
             del self.ranges[self.target.stem]

@@ -39,8 +39,8 @@ class _Quantizer(Quantizer):
         return FakeQuantize.apply(x, self.step, self.low, self.high)
 
 
-# What a squared error of 1 in an image's logits adds to the cross-entropy, about: 0.008 was
-# measured on the reference report's network at W4A8. Turns a price in error into one in loss.
+# The approximate increase of the cross-entropy per squared error of 1 in an image's logits. On the
+# reference report's network at W4A8, 0.008 was measured. Turns a price in error into one in loss.
 LOSS_PER_SQUARED_ERROR = 0.01
 # Scales learn this many times faster than weights: a step changes a logarithm, so a scale moves by
 # a share of itself.

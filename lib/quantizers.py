@@ -23,13 +23,14 @@ per tensor:
   itself is replaced;
 - a residual stream: signed. The sum of two tensors is not an input of a multiplication, and more
   bits for it cost little: a stream that is added to has at least 8 bits, as has the addend. If the
-  convolution that reads it wants fewer, it is quantized once more for that (`input`). A stream that
-  is only read has the bits of the layer that reads it;
+  convolution that reads it uses fewer, a second quantizer (`input`) reduces them. A stream that is
+  only read has the bits of the layer that reads it. Where the first block is residual (widths of
+  0.25 and less), its stream begins with the stem's output, which then has at least 8 bits too;
 - the head's maps, which are only averaged: at least 8 bits. Their average: unsigned, act_bits.
 
 Weight levels are symmetric and zero is a level, so pruned weights stay zero (Jacob et al. 2018;
 Nagel et al. 2021, "A white paper on neural network quantization", section 2). Signed activations
-use all levels, -128 to 127 at 8 bits. A bias is a whole number of what its accumulator counts in,
+use all levels, -128 to 127 at 8 bits. A bias is a whole number of its accumulator's unit,
 (scale of the input) * (scale of the weight): see `bias_in_accumulator_units`.
 """
 
@@ -198,22 +199,22 @@ def attach(model: MobileNetV2, scheme: dict) -> None:
 
 def _attach_quantizers(model: MobileNetV2, bits: int, last_bits: int) -> None:
     """Put quantizers in their places; the module's docstring says which has how many bits."""
-    kept = max(bits, 8)  # for what is only added or averaged
+    wide_bits = max(bits, 8)  # for what is only added or averaged
     model.image = Quantizer(8, signed=True)
     model.image.step.fill_(LARGEST_PIXEL / max_level(8))
     blocks = model.blocks
     for number, (block, after) in enumerate(zip(blocks, [*blocks[1:], None], strict=True)):
         added = after is not None and after.residual
-        block.stream = Quantizer(kept if added else bits, signed=True)
+        block.stream = Quantizer(wide_bits if added else bits, signed=True)
         if block.residual:
-            block.addend = Quantizer(kept, signed=True)
-            if kept > bits:
+            block.addend = Quantizer(wide_bits, signed=True)
+            if wide_bits > bits:
                 # The first block reads the output of the stem's ReLU6, which is never negative.
                 block.input = Quantizer(bits, signed=number > 0)
-    kept_longer = [model.head] + [model.stem] * blocks[0].residual
+    wide = [model.head] + [model.stem] * blocks[0].residual
     for module in model.modules():
         if isinstance(module, ConvBNReLU6):
-            module[2] = Quantizer(kept if module in kept_longer else bits, signed=False)
+            module[2] = Quantizer(wide_bits if module in wide else bits, signed=False)
     if last_bits < 32:
         model.pooled = Quantizer(last_bits, signed=False)
 

@@ -6,7 +6,7 @@ A layer is linear in its inputs, so the mean squared error of its output is a qu
 the Gram matrix of the inputs (Nagel et al. 2020, "Up or Down?", equation 20; Frantar et al. 2022,
 GPTQ). Its minimum over integer levels is approached by coordinate descent on all rows at once: each
 weight in turn goes to the best level given the other weights, and each row's scale to the best
-scale given its levels. Pruned weights (zeros) are no coordinates: they stay zero. With `rd_lambda`
+scale given its levels. Pruned weights (zeros) are not optimized: they stay zero. With `rd_lambda`
 the descent minimizes error + rd_lambda * bits, with the bits of lib/rate.py.
 
 This module knows one layer and nothing of the network around it.
@@ -42,7 +42,7 @@ def reconstruct(
 
     layer: a Conv2d or Linear with a buffer `weight_scale` (rows,) unless bits is 32.
     inputs, outputs: (images, channels, height, width), or (images, features) for Linear. Their
-        means are taken out first: the bias makes up for those.
+        means are taken out first: the caller corrects the bias for them.
     bits: of the weights; 32 leaves them floats, which are still fitted.
     scale_bits: mantissa bits that the scales are rounded to. A row of zeros gets the scale 1.
     rd_lambda: with row_importance (rows,), what is minimized is the sum over rows of
@@ -150,7 +150,11 @@ class IntegerLeastSquares:
         return self.row_lambda * torch.where(levels == 0, zero[:, :, columns], nonzero)
 
     def choose_scales(self) -> None:
-        """Try a range of clips per row; take the one that loses least by rounding to nearest."""
+        """Search each row's scale on a grid: the clip that loses least by rounding to nearest.
+
+        29 clips, from the row's largest weight down to 0.3 of it. Once bits have prices they start
+        at twice the largest weight: coarser levels cost fewer bits.
+        """
         top = self.start.abs().amax(2, keepdim=True)
         top = torch.where(top > 0, top, torch.ones_like(top) * self.max_level)
         least = torch.full_like(top, torch.inf)
@@ -198,9 +202,9 @@ class IntegerLeastSquares:
         self.scale, self.weight = self.scale * factor, self.weight * factor
 
     def round_scales(self, bits: int) -> None:
-        """Round each scale to so many mantissa bits, down or up, whichever loses less.
+        """Round each scale to `bits` mantissa bits, down or up, whichever loses less.
 
-        At many bits of weights that is up: below the exact scale the largest would be clipped.
+        With many weight bits that is up: rounding down would clip the largest weight.
         """
         below, above = (round_mantissa(self.scale, bits, r) for r in (torch.floor, torch.ceil))
         weights = self.on_grid(self.weight, below), self.on_grid(self.weight, above)

@@ -4,10 +4,16 @@
 #
 #     recipes/reference.sh DATA NETWORK [RUN]   NETWORK: the report's pruned.pth, a plain state dict
 set -euo pipefail
-cd "$(dirname "$0")/.."
 DATA=${1:?usage: recipes/reference.sh DATA NETWORK [RUN]}
 NETWORK=${2:?usage: recipes/reference.sh DATA NETWORK [RUN]}
 RUN=${3:-runs/reference}
+# Paths are the caller's; the scripts are in the project's folder.
+absolute() { case $1 in /* | synthetic) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
+DATA=$(absolute "$DATA")
+NETWORK=$(absolute "$NETWORK")
+RUN=$(absolute "$RUN")
+cd "$(dirname "$0")/.."
+[ -n "${PYTHON:-}" ] || ${MAKE:-make} --no-print-directory venv
 PYTHON=${PYTHON:-.venv/bin/python}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 

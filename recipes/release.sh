@@ -6,9 +6,14 @@
 #
 # An interrupted run continues where it was: give the same command again.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 DATA=${1:?usage: recipes/release.sh DATA [RUN]}
 RUN=${2:-runs/release}
+# Paths are the caller's; the scripts are in the project's folder.
+absolute() { case $1 in /* | synthetic) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
+DATA=$(absolute "$DATA")
+RUN=$(absolute "$RUN")
+cd "$(dirname "$0")/.."
+[ -n "${PYTHON:-}" ] || ${MAKE:-make} --no-print-directory venv
 PYTHON=${PYTHON:-.venv/bin/python}
 C=$RUN/checkpoints
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
@@ -28,8 +33,7 @@ run "$C/quantized.pth" quantize.py --method qat --weight-bits 4 --rd-lambda 0.22
   --bias-bits 0 --epochs 2 --lr 2e-5 --distill 1
 run "$C/int8.pth" to_int8.py
 run "$C/compressed.nnz" sparse_compress.py
-FILES="$C/baseline.pth $C/pruned95.pth $C/pruned.pth $C/quantized.pth $C/int8.pth $C/compressed.nnz"
+FILES=("$C"/{baseline,pruned95,pruned,quantized,int8}.pth "$C/compressed.nnz")
 for split in val test; do
-  # shellcheck disable=SC2086  # a list of files
-  "$PYTHON" eval.py $FILES --data "$DATA" --run-dir "$RUN" --split $split
+  "$PYTHON" eval.py "${FILES[@]}" --data "$DATA" --run-dir "$RUN" --split $split
 done

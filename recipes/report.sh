@@ -5,9 +5,14 @@
 #
 # An interrupted run continues where it was: give the same command again.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 DATA=${1:?usage: recipes/report.sh DATA [RUN]}
-${MAKE:-make} --no-print-directory all DATA="$DATA" RUN="${2:-runs/report}" \
+RUN=${2:-runs/report}
+# Paths are the caller's; the scripts are in the project's folder.
+absolute() { case $1 in /* | synthetic) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
+DATA=$(absolute "$DATA")
+RUN=$(absolute "$RUN")
+cd "$(dirname "$0")/.."
+${MAKE:-make} --no-print-directory all DATA="$DATA" RUN="$RUN" \
   PRUNE_FLAGS="--score magnitude --schedule geometric --prune-fraction 0.2 --rounds 30 --epochs 10 \
     --lr 0.001 --lr-schedule constant --distill 0 --augment auto" \
   QUANTIZE_FLAGS="--method reference" SWEEP_FLAGS="--method reference"

@@ -4,9 +4,14 @@
 #
 #     recipes/small.sh DATA [RUN]       DATA as for train.py, RUN a folder (runs/small)
 set -euo pipefail
-cd "$(dirname "$0")/.."
 DATA=${1:?usage: recipes/small.sh DATA [RUN]}
-${MAKE:-make} --no-print-directory all DATA="$DATA" RUN="${2:-runs/small}" \
+RUN=${2:-runs/small}
+# Paths are the caller's; the scripts are in the project's folder.
+absolute() { case $1 in /* | synthetic) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
+DATA=$(absolute "$DATA")
+RUN=$(absolute "$RUN")
+cd "$(dirname "$0")/.."
+${MAKE:-make} --no-print-directory all DATA="$DATA" RUN="$RUN" \
   TRAIN_FLAGS="--epochs 6 --width 0.5 --downsample 8 --lr 0.1 --schedule linear \
     --warmup-epochs 1 --no-decay-norm --augment light --label-smoothing 0" \
   PRUNE_FLAGS="--rounds 5 --target 0.9 --epochs 1 --lr 0.05 --max-drop 1 --augment light \

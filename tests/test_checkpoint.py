@@ -130,6 +130,12 @@ def test_values_that_are_no_numbers_are_refused(tmp_path, value, name):
     state[name].view(-1)[-1] = value
     torch.save(state, tmp_path / "plain.pth")
     refused(tmp_path / "plain.pth", f"holds NaN or infinite values in {name}")
+    model = MobileNetV2(SETTINGS)
+    model.load_state_dict(state)
+    before = save(tmp_path / "kept.pth").sha256
+    with pytest.raises(UserError, match="holds NaN or infinite values"):
+        save(tmp_path / "kept.pth", model=model)
+    assert checkpoint.load(tmp_path / "kept.pth").sha256 == before
     raw = {"format": checkpoint.FORMAT, "stage": "baseline", "settings": SETTINGS, "state": state}
     torch.save(raw, tmp_path / "own.pth")
     refused(tmp_path / "own.pth", f"holds NaN or infinite values in {name}")
@@ -302,3 +308,9 @@ def test_integers_without_their_scale_are_refused(whole, tmp_path):
 ])  # fmt: skip
 def test_a_missing_file_says_what_makes_it(tmp_path, name, what):
     refused(tmp_path / name, f"does not exist: {what}")
+
+
+def test_another_validation_split_is_refused(tmp_path):
+    saved = save(tmp_path / "x.pth", data={"source": "synthetic", "val_size": 60, "split_seed": 11})
+    with pytest.raises(UserError, match="was trained on another validation split"):
+        saved.images("synthetic", None, "cpu")
