@@ -16,6 +16,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from torch import Tensor
+
 from lib import checkpoint, config, data, measure, metrics, plots, runtime, tables
 from lib.config import UserError, flag
 
@@ -66,23 +68,27 @@ def main(argv=None):
     log.begin(rows)  # only now: a run that fails keeps the last one's figures for publish.py
     log.close(figures)
     if cfg.results:
-        tables.write(Path(cfg.results), results_table(rows, cfg, images))
+        correct = [correct_by_file[row["sha256"]] for row in rows]
+        tables.write(Path(cfg.results), results_table(rows, correct, cfg, images))
 
 
-def results_table(rows: list[dict], cfg: Settings, images: data.Data) -> dict:
-    """Return the figures of all files as a table (lib/tables.py); "smaller" is against the first,
-    gained and lost are images against the file's parent, if that is in the table."""
+def results_table(rows: list[dict], correct: list[Tensor], cfg, images: data.Data) -> dict:
+    """Return the figures of all files as a table (lib/tables.py).
+
+    correct: which images each file has right, bool (n,). "smaller", gained and lost are against the
+    first file.
+    """
     names = cfg.labels or [Path(row["file"]).name for row in rows]
     columns = ["file", "bytes", "smaller", f"correct of {rows[0]['total']:,}",
                "accuracy, 95% interval", "gained, lost", "non-zero weights"]  # fmt: skip
     lines = []
-    for name, row in zip(names, rows, strict=True):
+    for name, row, right in zip(names, rows, correct, strict=True):
         low, high = row["interval"]
-        moved = row.get("change")
+        moved = measure.change(correct[0], right)
         lines.append([
             name, row["bytes"], f"{rows[0]['bytes'] / row['bytes']:.1f}x", row["correct"],
             f"{row['accuracy']:.2%} ({low:.2%} to {high:.2%})",
-            f"+{moved['gained']} -{moved['lost']}" if moved else "", row["nonzeros"],
+            f"+{moved['gained']} -{moved['lost']}" if lines else "", row["nonzeros"],
         ])  # fmt: skip
     about = f"{images.source}, {cfg.split} split, n={rows[0]['total']:,}"
     return tables.table(cfg.title, columns, lines, data=about)

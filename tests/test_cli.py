@@ -17,7 +17,7 @@ import quantize
 import sparse_compress
 import to_int8
 import train
-from lib import checkpoint, config, data, engine, measure, ptq
+from lib import checkpoint, config, data, engine, measure, ptq, runtime, tables
 from models.mobilenetv2 import MobileNetV2, standard
 
 ROOT = Path(__file__).parent.parent
@@ -484,3 +484,26 @@ def test_no_validation_split_is_no_obstacle(run, chain, tiny, tmp_path):
     code, out, err = run("to_int8", f"--data={tiny}", f"--run-dir={tmp_path}")
     assert (code, err) == (0, "")
     assert checkpoint.load(tmp_path / "checkpoints/int8.pth").metrics == {}
+
+
+def test_eval_writes_a_table_for_the_results(run, chain, tiny, tmp_path):
+    files = [chain / "checkpoints" / name for name in ("baseline.pth", "int8.pth")]
+    path = tmp_path / "table.json"
+    code, _, err = run("eval", *files, f"--data={tiny}", f"--run-dir={tmp_path}", "--title=Two",
+                       f"--results={path}", "--labels=dense,small")  # fmt: skip
+    assert code == 0, err
+    table = tables.read(path)
+    assert table["title"] == "Two" and table["data"] == "cifar10, test split, n=100"
+    assert [row[:2] for row in table["rows"]] == [
+        [name, file.stat().st_size] for name, file in zip(("dense", "small"), files, strict=True)
+    ]
+    images = data.load(tiny).test
+    right = [
+        engine.evaluate_function(runtime.network(runtime.load(file)), images).predictions
+        == images.labels for file in files
+    ]  # fmt: skip
+    assert [row[3] for row in table["rows"]] == [int(r.sum()) for r in right]
+    gained, lost = (int((a & ~b).sum()) for a, b in (right[::-1], right))
+    assert [row[5] for row in table["rows"]] == ["", f"+{gained} -{lost}"]
+    code, _, err = run("eval", *files, f"--data={tiny}", "--labels=one")
+    assert code == 2 and "1 --labels for 2 files" in err
