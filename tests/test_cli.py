@@ -487,7 +487,7 @@ def test_no_validation_split_is_no_obstacle(run, chain, tiny, tmp_path):
 
 
 def test_eval_writes_a_table_for_the_results(run, chain, tiny, tmp_path):
-    files = [chain / "checkpoints" / name for name in ("baseline.pth", "int8.pth")]
+    files = [chain / "checkpoints" / name for name in ("pruned.pth", "int8.pth")]
     path = tmp_path / "table.json"
     code, _, err = run("eval", *files, f"--data={tiny}", f"--run-dir={tmp_path}", "--title=Two",
                        f"--results={path}", "--labels=dense,small")  # fmt: skip
