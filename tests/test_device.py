@@ -193,6 +193,26 @@ def test_training_equals_the_cpus_to_the_bit_resumed_or_not(small, tiny, tmp_pat
     assert history == again and same(weights, resumed)
 
 
+def test_a_first_step_that_loss_scaling_skips_leaves_no_trace(small):
+    """fp16, on a GPU without bf16, begins with a scale at which gradients overflow: the step is
+    skipped, and momentum must not be what lay in memory."""
+    plain, skipped = small(0), small(0)
+    recipe = engine.Recipe(1, lr=0.01)
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        for model, gradients in ((plain, [1.0]), (skipped, [float("inf"), 1.0])):
+            optimizer = engine.build_optimizer(model, recipe)
+            scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+            for gradient in gradients:
+                optimizer.zero_grad()
+                scaler.scale(sum(gradient * p.sum() for p in model.parameters())).backward()
+                scaler.step(optimizer)
+                scaler.update()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same(plain.state_dict(), skipped.state_dict())
+
+
 # ---- the stages ----------------------------------------------------------------------------------
 
 PRUNE = ["--epochs=1", "--rounds=2", "--target=0.8", "--batch-size=32", "--max-drop=100",
