@@ -110,20 +110,23 @@ def test_what_cuda_refuses_is_refused(waits, name):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("name", WAITING | FREE | REFUSED)
-def test_the_imitation_has_the_rules_of_cuda(name):
-    x = X.to(CUDA)
-    function = (WAITING | FREE | REFUSED)[name]
-    try:
+def test_the_imitation_has_the_rules_of_cuda():
+    others, x = [], X.to(CUDA)
+    for name, function in (WAITING | FREE | REFUSED).items():
+        if name == "pageable, non_blocking":  # the driver waits, and torch does not know of it
+            continue
+        expected = "free" if name in FREE else "waits" if name in WAITING else "refused"
         torch.cuda.set_sync_debug_mode("error")
-        if name in FREE:
+        try:
             function(x)
-        else:
-            error = "synchronizing" if name in WAITING else "device|generator|numpy"
-            with pytest.raises((RuntimeError, TypeError), match=error):
-                function(x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+            happened = "free"
+        except (RuntimeError, TypeError) as error:
+            happened = "waits" if "synchronizing" in str(error) else "refused"
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if happened != expected:
+            others.append((name, expected, happened))
+    assert not others
 
 
 # ---- training ------------------------------------------------------------------------------------
