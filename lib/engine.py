@@ -309,6 +309,7 @@ def build_optimizer(
     """Make the recipe's optimizer for a model, fused.
 
     velocity: momentum buffers for SGD to begin with, by parameter name; they are copied.
+        None: zeros.
     """
     groups = parameter_groups(model, recipe)
     if recipe.optimizer == "adam":
@@ -316,8 +317,11 @@ def build_optimizer(
     optimizer = torch.optim.SGD(
         groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True, fused=True
     )
-    for name, parameter in model.named_parameters() if velocity else ():
-        buffer = velocity[name].to(parameter.device, copy=True)
+    for name, parameter in model.named_parameters():
+        # Zeros, as a first step has them: where loss scaling skips that step (fp16), torch's own
+        # buffer would stay what lay in memory.
+        buffer = velocity[name] if velocity else torch.zeros_like(parameter)
+        buffer = buffer.to(parameter.device, copy=True)
         optimizer.state[parameter]["momentum_buffer"] = buffer
     return optimizer
 

@@ -37,7 +37,8 @@ def prices(levels: Tensor, max_level: int) -> tuple[Tensor, Tensor, Tensor]:
     group = torch.arange(max_level + 1, device=levels.device) * 16 // (max_level + 1)
     count = torch.zeros(16, device=levels.device)
     count.index_add_(0, group[levels.abs().long()].flatten(), flags.flatten())
-    members = torch.bincount(group[1:], minlength=16).clamp(min=1)
+    # Not bincount, which would wait for the device: in QAT this is part of every step.
+    members = (group[1:, None] == torch.arange(16, device=levels.device)).sum(0).clamp(min=1)
     count = count + 0.5
     magnitude = -torch.log2(count / count.sum() / members)[group]
     return F.softplus(x) / LN2, F.softplus(-x) / LN2 + 1, magnitude
