@@ -2,6 +2,7 @@
 
     python bench.py --data DIR
     python bench.py --dense FILE.pth --pruned FILE.pth --int8 FILE.onnx
+    python bench.py --peers
 
 in:  the dense fp32 network (checkpoints/baseline.pth), the pruned one (checkpoints/pruned.pth; its
      dead channels are removed first), checkpoints/int8.onnx
@@ -11,20 +12,24 @@ Six networks: dense and compacted in fp32, each in torch (eager, channels last) 
 what onnxruntime's own quantize_static makes of the compacted one (QDQ, one scale per channel,
 calibrated on training images; weights of 7 bits, as its documentation advises for processors whose
 16-bit sums would saturate, see lib/graph.py); and ours. On CUDA also dense and compacted in torch
-with bf16.
+with bf16. --peers adds OpenVINO, if it is installed (pip install openvino; tried with 2025.2): the
+compacted network in fp32, and in bf16 where the processor has it, as OpenVINO then takes by itself;
+and our int8.onnx.
 
 The networks take turns, after one turn each to warm up, so that other load on the machine disturbs
 all alike. The time of a turn is the median of its calls, a network's time the median of its turns,
-and a ratio the median over turns of dense torch's time divided by the network's own. CPU time, of
-all threads together, is given as well: it says more where cores are shared. Ours converts its uint8
-input within the measured time; the others get normalized images. Weights: the bytes of all tensors
-that a network stores. Activations: the most bytes alive at once for one image (lib/memory.py), ours
-with padding.
+and a ratio the median over turns of another network's time divided by its own: that of dense torch,
+and that of the compacted network in fp32 in onnxruntime, which says what the integers gain. CPU
+time, of all threads together, is given as well: it says more where cores are shared. Ours converts
+its uint8 input within the measured time; the others get normalized images. Weights: the bytes of
+all tensors that a network stores. Activations: the most bytes alive at once for one image
+(lib/memory.py), ours with padding.
 """
 
 import contextlib
 import copy
 import dataclasses
+import functools
 import statistics
 import tempfile
 import time
@@ -41,6 +46,8 @@ from lib.compaction import compact
 from lib.config import UserError, flag
 from models.mobilenetv2 import MobileNetV2
 
+COMPACTED = "compacted fp32, onnxruntime"  # what ratios refer to, beside the first network
+
 
 @dataclasses.dataclass
 class Settings(config.Common):
@@ -54,6 +61,7 @@ class Settings(config.Common):
     turns: int = flag(9, "turns per network, after one to warm up")
     calls: int = flag(20, "calls per turn at batch 1; one call at larger batches")
     calibration: int = flag(1024, "training images for quantize_static: as quantize.py's ptq has")
+    peers: bool = flag(False, "also measure OpenVINO, if it is installed")
     split: str = flag("test", "images for the accuracy", choices=("val", "test", "train"))
 
     def __post_init__(self):
@@ -85,11 +93,14 @@ def main(argv=None):
     ours = runtime.load(cfg.path(cfg.int8, "checkpoints/int8.onnx"))
     if not isinstance(ours, runtime.OnnxFile):
         raise UserError(f"{ours.file} is not an .onnx: `make int8` writes int8.onnx")
+    ours.refuse_saturation()
     images = pruned.images(cfg.data, cfg.val_size, "cpu")
     split = images.split(cfg.split)
 
     sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
-    field = contestants(dense.build(), compact(pruned.build())[0], ours, sample, device)
+    small = compact(pruned.build())[0]
+    field = contestants(dense.build(), small, ours, sample, device)
+    field += peers(small, ours) if cfg.peers else []
     rows, threads = [], torch.get_num_threads()
     accuracy = {c.name: accuracy_of(c, split) for c in field}
     for count in cfg.threads:
@@ -160,9 +171,49 @@ def by_onnx(name: str, raw: bytes, prepare: Callable, peak: int) -> Contestant:
         session = runtime.session(raw, threads, name)
         return lambda x: torch.from_numpy(session.run(None, {"images": x})[0])
 
+    return Contestant(name, prepare, start, stored_bytes(raw), peak)
+
+
+def peers(small, ours) -> list[Contestant]:
+    """Return the same networks as run by OpenVINO; none, and a line that says so, without it."""
+    try:
+        import openvino
+    except ImportError:
+        print("--peers: none is measured, since openvino is not installed")
+        return []
+    core = openvino.Core()
+
+    def by_openvino(name: str, raw: bytes, prepare: Callable, peak: int, **options) -> Contestant:
+        def start(threads: int) -> Callable:
+            settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **options}
+
+            @functools.cache
+            def request(count: int):  # a fixed batch size is a third faster than any
+                model = core.read_model(raw, b"")
+                model.reshape([count, 3, 32, 32])
+                return core.compile_model(model, "CPU", settings).create_infer_request()
+
+            return lambda x: torch.from_numpy(request(len(x)).infer([x])["logits"])
+
+        return Contestant(f"{name}, OpenVINO", prepare, start, stored_bytes(raw), peak)
+
+    raw, values = graph.to_bytes(graph.fp32(small, {})), memory.activations(small)["peak_values"]
+
+    def compacted(kind: str, size: int) -> Contestant:
+        """Return it in numbers of that kind, of so many bytes."""
+        options = {"INFERENCE_PRECISION_HINT": kind.replace("fp32", "f32")}
+        return by_openvino(f"compacted {kind}", raw, normalized, size * values, **options)
+
+    bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    integers = by_openvino(
+        "int8.onnx (ours)", ours.graph, lambda x: x.numpy(), padded_peak(ours.settings)
+    )
+    return [compacted("fp32", 4), *[compacted("bf16", 2)] * bf16, integers]
+
+
+def stored_bytes(raw: bytes) -> int:
     tensors = onnx.load_from_string(raw).graph.initializer
-    weights = sum(numpy_helper.to_array(t).nbytes for t in tensors)
-    return Contestant(name, prepare, start, weights, peak)
+    return sum(numpy_helper.to_array(t).nbytes for t in tensors)
 
 
 def normalized(images) -> np.ndarray:
@@ -223,7 +274,7 @@ def accuracy_of(contestant: Contestant, split) -> engine.Evaluation:
 def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:
     """Time all networks in turns; return times per call, images per second and ratios, by name.
 
-    A ratio is the time of the first network divided by this network's.
+    A ratio is the time of the first network, or of COMPACTED, divided by this network's.
     """
     ready = [(c.name, c.start(threads), c.prepare(images)) for c in field]
     turns = {c.name: [] for c in field}
@@ -241,34 +292,44 @@ def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:
             worked = (time.process_time() - worked) / calls
             if turn:
                 turns[name].append((statistics.median(wall), worked))
-    figures, dense = {}, list(zip(*turns[field[0].name], strict=True))
+
+    def ratios(base: str, name: str) -> list[float]:
+        """Return those of wall and CPU time."""
+        pairs = list(zip(turns[base], turns[name], strict=True))
+        return [statistics.median(a[i] / b[i] for a, b in pairs) for i in range(2)]
+
+    figures = {}
     for name, pairs in turns.items():
-        wall, cpu = times = list(zip(*pairs, strict=True))
-        ratios = [
-            statistics.median(a / b for a, b in zip(of_dense, of_this, strict=True))
-            for of_dense, of_this in zip(dense, times, strict=True)
-        ]
+        wall, cpu = list(zip(*pairs, strict=True))
+        ratio, cpu_ratio = ratios(field[0].name, name)
+        to_compacted, cpu_to_compacted = ratios(COMPACTED, name)
         figures[name] = {
             "milliseconds": 1000 * statistics.median(wall), "fastest": 1000 * min(wall),
-            "images_a_second": len(images) / statistics.median(wall), "ratio": ratios[0],
-            "cpu_milliseconds": 1000 * statistics.median(cpu), "cpu_ratio": ratios[1],
-            "turns": len(wall),
+            "images_a_second": len(images) / statistics.median(wall), "ratio": ratio,
+            "ratio_to_compacted": to_compacted,
+            "cpu_milliseconds": 1000 * statistics.median(cpu), "cpu_ratio": cpu_ratio,
+            "cpu_ratio_to_compacted": cpu_to_compacted, "turns": len(wall),
         }  # fmt: skip
     return figures
 
 
 def table(rows: list[dict]) -> str:
-    """Return the rows as text, one part per thread count and batch size."""
+    """Return the rows as text, one part per thread count and batch size.
+
+    Columns: times, and how many times faster than the dense network in torch and than COMPACTED.
+    """
     lines = []
     for threads, batch in dict.fromkeys((r["threads"], r["batch"]) for r in rows):
         some = [r for r in rows if (r["threads"], r["batch"]) == (threads, batch)]
         plural = "s" if threads > 1 else ""
         lines.append(f"\n{threads} thread{plural}, batch {batch}, {some[0]['turns']} turns")
-        lines.append(f"  {'':28}{'ms':>10}{'images/s':>9}{'ratio':>7}{'CPU ms':>10}{'ratio':>7}"
+        lines.append(f"  {'':28}{'ms':>10}{'images/s':>9}{'dense':>8}{'compacted':>11}"
+                     f"{'CPU ms':>10}{'dense':>8}{'compacted':>11}"
                      f"{'accuracy':>10}{'weights':>12}{'activations':>13}")  # fmt: skip
         lines += [
             f"  {r['network']:28}{r['milliseconds']:>10.2f}{r['images_a_second']:>9.0f}"
-            f"{r['ratio']:>6.1f}x{r['cpu_milliseconds']:>10.2f}{r['cpu_ratio']:>6.1f}x"
+            f"{r['ratio']:>7.1f}x{r['ratio_to_compacted']:>10.1f}x{r['cpu_milliseconds']:>10.2f}"
+            f"{r['cpu_ratio']:>7.1f}x{r['cpu_ratio_to_compacted']:>10.1f}x"
             f"{r['accuracy']:>10.2%}"
             f"{r['weight_bytes']:>12,}{r['peak_bytes']:>13,}"
             for r in some

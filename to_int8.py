@@ -1,11 +1,16 @@
 """Store the weights of a quantized network as integers, and write the integer network as ONNX.
 
     python to_int8.py
+    python to_int8.py --target vnni
 
 in:  checkpoints/quantized.pth, weights at 8 bits or fewer
 out: checkpoints/int8.pth: int8 weights with their scales, the rest unchanged; logs/int8.jsonl
      checkpoints/int8.onnx, if methods ptq or qat quantized the activations to 8 bits: the same
-     network in integers alone (lib/integer.py), for onnxruntime; its input is uint8 images
+     network in integers alone (lib/integer.py), for onnxruntime and OpenVINO; its input is uint8
+     images
+
+On processors with VNNI (Intel and AMD servers since 2019 and 2022) --target vnni is faster: see
+lib/graph.py. Its file gives wrong answers on older ones; this project's programs refuse it there.
 
 How often the float network, the integer network and onnxruntime agree is counted on the first
 1,000 validation images.
@@ -16,7 +21,7 @@ from itertools import combinations
 
 import torch
 
-from lib import checkpoint, config, data, engine, metrics, quantizers, runtime
+from lib import checkpoint, config, data, engine, graph, metrics, quantizers, runtime
 from lib.config import UserError, flag
 
 
@@ -24,6 +29,7 @@ from lib.config import UserError, flag
 class Settings(config.Common):
     parent: str | None = flag(None, "quantized network; default: checkpoints/quantized.pth")
     out: str | None = flag(None, "output file; default: checkpoints/int8.pth")
+    target: str = flag("any", "processors that the .onnx is for", choices=graph.TARGETS)
 
     def __post_init__(self):
         if self.out and self.out.endswith(".onnx"):
@@ -33,6 +39,8 @@ class Settings(config.Common):
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
+    if cfg.target == "vnni" and runtime.saturates():
+        raise UserError("--target vnni: this processor has no VNNI, and could not check the file")
     file = cfg.path(cfg.parent, "checkpoints/quantized.pth")
     parent = checkpoint.load(file, cfg.assume_downsample)
     scheme = parent.quantization
@@ -64,11 +72,11 @@ def main(argv=None):
         out.unlink()
         raise UserError(f"{out} was not the same network as {parent.file}: it is deleted")
     print(f"{out}: {saved.bytes:,} bytes (parent {parent.bytes:,}), val {expected}, checked")
-    figures |= export(saved, out.with_suffix(".onnx"), images.val)
+    figures |= export(saved, out.with_suffix(".onnx"), images.val, cfg.target)
     metrics.log_stage(cfg, "int8", {"bytes": saved.bytes, **figures})
 
 
-def export(saved, path, split) -> dict:
+def export(saved, path, split, target: str) -> dict:
     """Write the .onnx, or say why there is none.
 
     Returns figures for the log, with how often the three arithmetics agree on images of the split.
@@ -77,8 +85,8 @@ def export(saved, path, split) -> dict:
         path.unlink(missing_ok=True)  # one that is there belongs to another network
         print(f"no {path.name}: {why}")
         return {}
-    onnx = runtime.export(saved, path)
-    figures, text = {"onnx_bytes": onnx.bytes}, ""
+    onnx = runtime.export(saved, path, target)
+    figures, text = {"onnx_bytes": onnx.bytes, "target": target}, ""
     if len(split):
         first = data.Split(split.images[:1000], split.labels[:1000])
         float_network = runtime.network(saved, split.images.device, integers=False)
@@ -91,7 +99,7 @@ def export(saved, path, split) -> dict:
         }
         figures |= {"agree": agree, "agree_total": len(first)}
         text = f"; same answers of {len(first)}: " + "; ".join(f"{k} {n}" for k, n in agree.items())
-    print(f"{path}: {onnx.bytes:,} bytes{text}")
+    print(f"{path}: {onnx.bytes:,} bytes, target {target}{text}")
     return figures
 
 

@@ -1,22 +1,26 @@
 """Networks as ONNX graphs, built node by node: in fp32, and in integers.
 
 Standard operators of opset 17 only, weights included, any batch size, the same bytes for the same
-network. The integer graph computes what lib.integer computes, with these differences:
+network. The integer graph is in QDQ form: Conv, Add, GlobalAveragePool and Gemm in floating point,
+each between a DequantizeLinear per input and a QuantizeLinear. onnxruntime fuses each such group
+into one integer kernel (QLinearConv, QLinearAdd, QLinearGlobalAveragePool, QGemm), and OpenVINO
+reads it too. It then computes what lib.integer computes, with these differences:
 
-- Activations are uint8: unsigned levels as they are, signed ones with zero point 128.
-- Weights are stored in 8 bits even if they have fewer: as int8 where that is exact on every
-  processor, else as uint8 with zero point 128. Processors with AVX2 but without VNNI multiply uint8
-  by int8 in pairs whose sum saturates at 16 bits (vpmaddubsw); onnxruntime's kernels for two uint8
-  are exact and take about twice as long. A depthwise layer has no pairs, and weights of up to 7
-  bits cannot saturate: see `_pairs_fit`. In front of a projection, the channels are put in an order
-  in which pairs do not saturate: see `_order`. (The channels of a residual stream are read by
-  several layers, and no order suits all of them.)
+- Activations are uint8: unsigned levels as they are, signed ones with zero point 128. So ReLU6 is
+  what the type cuts off.
+- Weights are stored in 8 bits even if they have fewer. Processors with AVX2 but without VNNI
+  multiply uint8 by int8 in pairs whose sum saturates at 16 bits (vpmaddubsw); onnxruntime's kernels
+  for two uint8 are exact and take about twice as long. The target says for whom a graph is made:
+  - `vnni`: all weights are int8. Wrong on a processor that saturates.
+  - `any`: weights are int8 where that is exact on every processor, else uint8 with zero point 128.
+    A depthwise layer has no pairs, and weights of up to 7 bits cannot saturate: see `_pairs_fit`.
+    In front of a projection, the channels are put in an order in which pairs do not saturate: see
+    `_order`. (The channels of a residual stream are read by several layers, and no order suits all
+    of them.)
 - Channels are padded with zeros to a multiple of 16, so that vectors have no remainders.
-- Requantization: QLinearConv multiplies by the same ratio of scales in floating point and rounds
+- Requantization: onnxruntime multiplies by the same ratio of scales in floating point and rounds
   halves to even. A level may differ from lib.integer's where float rounding crosses a half.
-- The residual addition and the average are DequantizeLinear, Add or GlobalAveragePool,
-  QuantizeLinear; onnxruntime fuses these three into one integer kernel.
-- The classifier is MatMulInteger plus an int32 bias; logits = float(acc) * scale.
+- A bias is the int32 of the accumulator; its scale is the product of two others in float32.
 - The levels of the image come from the same table of 768 entries, by Gather.
 """
 
@@ -37,6 +41,7 @@ from models.mobilenetv2 import MobileNetV2
 OPSET, IR = 17, 8  # of 2022: old enough for any runtime in use
 ZERO = 128  # the zero point of signed levels in uint8
 MULTIPLE = 16  # of channels
+TARGETS = ("any", "vnni")  # processors, see above
 PAIR = (2**15 - 1) // 255  # two weights of one sign that add up to no more fit, see `_pairs_fit`
 FORMAT, META = "mobilenetv2-cifar10/onnx/1", "mobilenetv2-cifar10"  # value of `format`; its key
 
@@ -124,20 +129,48 @@ def _geometry(stride: int, padding: int, kernel: torch.Tensor) -> dict:
 # ---- integers ------------------------------------------------------------------------------------
 
 
-def int8(network: IntegerNetwork, meta: dict) -> onnx.ModelProto:
+def int8(network: IntegerNetwork, meta: dict, target: str = "any") -> onnx.ModelProto:
     """Return the graph of an integer network; input: uint8 images, not normalized.
 
-    A padded channel has no weights and no bias: its level is 0. meta: as in `fp32`.
+    A padded channel has no weights and no bias: its level is 0. meta: as in `fp32`; the target, one
+    of TARGETS, is added to it.
     """
     g = _Graph()
     for name, point in (("unsigned.zero", 0), ("signed.zero", ZERO)):
         g.constant(name, np.uint8(point))
-    g.constant("int8.zero", np.int8(0))
+
+    def encoded(x: str, grid: Grid, name: str) -> str:
+        """Add the levels of a float tensor; the constants of the grid are named after them."""
+        return g("QuantizeLinear", [x, *scale_and_zero(name, grid)], name)
+
+    def decoded(x: str, grid: Grid) -> str:
+        """Add the float values of levels, once per tensor."""
+        name = f"{x}.float"
+        if all(name not in node.output for node in g.nodes):
+            g("DequantizeLinear", [x, *scale_and_zero(x, grid)], name)
+        return name
 
     def scale_and_zero(name: str, grid: Grid) -> list[str]:
-        """Add the scale of a tensor; return its name and that of the zero point."""
         scale = g.constant(f"{name}.step", np.float32(grid.scale))
         return [scale, "signed.zero" if grid.signed else "unsigned.zero"]
+
+    def parameters(layer: Layer, kernel, scale, bias, axis: int, signed: bool) -> list[str]:
+        """Add the weight and the bias of a layer, as levels and their scales; return the floats.
+
+        kernel: int8; scale: float32 (out,), its own; bias: int32; axis: that of the output in
+        `kernel`; signed: whether to store int8 rather than uint8.
+        """
+        zero, dtype = (0, torch.int8) if signed else (ZERO, torch.uint8)
+        kernel = (kernel.to(torch.int16) + zero).to(dtype)
+        zeros = torch.full(scale.shape, zero, dtype=dtype)
+        bias_scale = np.float32(layer.input_grid.scale) * scale.numpy()
+        weight = [g.constant(f"{layer.name}.weight", kernel),
+                  g.constant(f"{layer.name}.weight_scale", scale),
+                  g.constant(f"{layer.name}.weight_zero", zeros)]  # fmt: skip
+        bias = [g.constant(f"{layer.name}.bias", bias),
+                g.constant(f"{layer.name}.bias_scale", bias_scale)]  # fmt: skip
+        return [g("DequantizeLinear", weight, f"{layer.name}.weight.float", axis=axis),
+                g("DequantizeLinear", bias, f"{layer.name}.bias.float", axis=0)]  # fmt: skip
 
     def conv(layer: Layer, x: str, order=slice(None), inputs=slice(None)) -> str:
         """Add a convolution; order, inputs: the order of its output and of its input channels."""
@@ -145,27 +178,13 @@ def int8(network: IntegerNetwork, meta: dict) -> onnx.ModelProto:
         bias, rows = layer.bias[order], -len(kernel) % MULTIPLE  # rows, columns: of padding
         columns = -kernel.shape[1] % MULTIPLE if layer.groups == 1 and x != "image" else 0
         kernel = F.pad(kernel, (0, 0, 0, 0, 0, columns, 0, rows))
-        scale = F.pad(scale.float(), (0, rows), value=1.0)
-        signed = layer.groups > 1 or _pairs_fit(kernel)
-        inputs = [x, *scale_and_zero(x, layer.input_grid), weight(layer, kernel, signed),
-                  g.constant(f"{layer.name}.weight_scale", scale),
-                  "int8.zero" if signed else "signed.zero",
-                  *scale_and_zero(layer.name, layer.output_grid),
-                  g.constant(f"{layer.name}.bias", F.pad(bias, (0, rows)))]  # fmt: skip
+        scale, bias = F.pad(scale.float(), (0, rows), value=1.0), F.pad(bias, (0, rows))
+        signed = target == "vnni" or layer.groups > 1 or _pairs_fit(kernel)
+        inputs = [decoded(x, layer.input_grid), *parameters(layer, kernel, scale, bias, 0, signed)]
         geometry = _geometry(layer.stride, layer.padding, kernel)
         groups = len(kernel) if layer.groups > 1 else 1
-        return g("QLinearConv", inputs, layer.name, group=groups, **geometry)
-
-    def weight(layer: Layer, levels: torch.Tensor, signed: bool) -> str:
-        if not signed:
-            levels = (levels.to(torch.int16) + ZERO).to(torch.uint8)
-        return g.constant(f"{layer.name}.weight", levels)
-
-    def decoded(x: str, grid: Grid, name: str) -> str:
-        return g("DequantizeLinear", [x, *scale_and_zero(x, grid)], f"{name}.float")
-
-    def encoded(x: str, grid: Grid, name: str) -> str:
-        return g("QuantizeLinear", [x, *scale_and_zero(name, grid)], name)
+        y = g("Conv", inputs, f"{layer.name}.output", group=groups, **geometry)
+        return encoded(y, layer.output_grid, layer.name)
 
     first = g.constant("table.first", np.arange(0, 768, 256, dtype=np.int32).reshape(3, 1, 1))
     table = g.constant("table", (network.table + ZERO).to(torch.uint8).flatten())
@@ -173,26 +192,25 @@ def int8(network: IntegerNetwork, meta: dict) -> onnx.ModelProto:
     x = conv(network.stem, g("Gather", [table, indices], "image"))
     for i, block in enumerate(network.blocks, 1):
         *expand, depthwise, projection = block.layers
-        order = _order(projection.weight) if expand else slice(None)
+        order = _order(projection.weight) if expand and target == "any" else slice(None)
         y = x
         for layer in expand:
             y = conv(layer, y, order)
         y = conv(projection, conv(depthwise, y, order), inputs=order)
         if block.sum is not None:
             name, total = f"features.{i}.sum", block.sum
-            terms = [decoded(x, total.x_grid, f"{name}.x"),
-                     decoded(y, total.addend_grid, f"{name}.addend")]  # fmt: skip
-            y = encoded(g("Add", terms, f"{name}.float"), total.output_grid, name)
+            terms = [decoded(x, total.x_grid), decoded(y, total.addend_grid)]
+            y = encoded(g("Add", terms, f"{name}.output"), total.output_grid, name)
         x = y
-    x = decoded(conv(network.head, x), network.head.output_grid, "head")
-    x = encoded(g("GlobalAveragePool", [x], "average.float"), network.pooled, "average")
+    x = decoded(conv(network.head, x), network.head.output_grid)
+    x = encoded(g("GlobalAveragePool", [x], "average.output"), network.pooled, "average")
     last, x = network.classifier, g("Flatten", [x], "flat")
     levels = F.pad(last.weight, (0, -last.weight.shape[1] % MULTIPLE)).T
-    inputs = [x, weight(last, levels, signed=False), "unsigned.zero", "signed.zero"]
-    acc = g("Add", [g("MatMulInteger", inputs, "products"), g.constant("bias", last.bias)], "acc")
-    acc = g("Cast", [acc], "acc.float", to=TensorProto.FLOAT)
-    g("Mul", [acc, g.constant("scale", last.scale.float())], "logits")
-    return g.model(TensorProto.UINT8, len(last.bias), meta)
+    scale = (last.scale / last.input_grid.scale).float()
+    signed = target == "vnni" or _pairs_fit(levels.T[:, :, None, None])
+    inputs = [decoded(x, network.pooled), *parameters(last, levels, scale, last.bias, 1, signed)]
+    g("Gemm", inputs, "logits")
+    return g.model(TensorProto.UINT8, len(last.bias), meta | {"target": target})
 
 
 def _sides(kernel: torch.Tensor) -> list[torch.Tensor]:

@@ -9,14 +9,16 @@ Floating point: fp32 networks, and quantized.pth, which simulates its integers. 
 .onnx.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from lib import checkpoint, data, graph, integer
@@ -33,6 +35,13 @@ class OnnxFile(Checkpoint):
     torch network."""
 
     graph: bytes
+    target: str  # one of graph.TARGETS
+
+    def refuse_saturation(self) -> None:
+        """Raise UserError if onnxruntime would compute something else on this processor."""
+        if self.target == "vnni" and saturates():
+            raise UserError(f"{self.file} is for processors with VNNI, and this one has none: "
+                            "`python to_int8.py --target any` makes one for all")  # fmt: skip
 
     def build(self, device="cpu"):
         raise UserError(f"{self.file} is a graph: start from the .pth that it was made of")
@@ -67,6 +76,7 @@ def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
         raise UserError(f"{path} does not fit its own description: {reason(error)}") from None
     source.file, source.bytes, source.graph = path, len(raw), raw
     source.sha256 = hashlib.sha256(raw).hexdigest()
+    source.target = meta.get("target", "any")  # files of before there were two
     return source
 
 
@@ -95,10 +105,10 @@ def _floats(model: onnx.ModelProto) -> dict[str, Tensor]:
     return {n: torch.from_numpy(a.copy()) for n, a in arrays.items() if a.dtype.kind == "f"}
 
 
-def export(source: Checkpoint, path: Path) -> OnnxFile:
+def export(source: Checkpoint, path: Path, target: str = "any") -> OnnxFile:
     """Write the integer network of a checkpoint as ONNX, read it back and return that.
 
-    Raises UserError for a scheme that has no such graph.
+    target: one of graph.TARGETS. Raises UserError for a scheme that has no such graph.
     """
     meta = {
         "settings": source.settings, "quantization": source.quantization, "seed": source.seed,
@@ -106,7 +116,7 @@ def export(source: Checkpoint, path: Path) -> OnnxFile:
     }  # fmt: skip
     if why := why_no_onnx(source.quantization):
         raise UserError(f"no {path} from {source.file}: {why}")
-    raw = graph.to_bytes(graph.int8(integer.convert(source), meta))
+    raw = graph.to_bytes(graph.int8(integer.convert(source), meta, target))
     write_bytes(path, raw)
     return load(path)
 
@@ -126,6 +136,7 @@ def network(source: Checkpoint, device="cpu", *, integers=True, threads=None) ->
     networks. threads: of onnxruntime; None: as many as torch has.
     """
     if isinstance(source, OnnxFile):
+        source.refuse_saturation()
         return _Session(source.graph, threads, source.file)
     has_integers = integer.why_no_integer_network(source.quantization) is None
     if integers and holds_integers(source) and has_integers:
@@ -192,3 +203,19 @@ def session(raw: bytes, threads: int, name="the graph", optimized: Path | None =
         return onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own, of many kinds
         raise UserError(f"onnxruntime does not take {name}: {reason(error)}") from None
+
+
+@functools.cache
+def saturates() -> bool:
+    """Return whether onnxruntime's sums of uint8 times int8 saturate here: see lib/graph.py."""
+    weight = numpy_helper.from_array(np.full((16, 16), 127, np.int8), "weight")
+    levels = helper.make_tensor_value_info("levels", TensorProto.UINT8, [16, 16])
+    sums = helper.make_tensor_value_info("sums", TensorProto.INT32, [16, 16])
+    node = helper.make_node("MatMulInteger", ["levels", "weight"], ["sums"])
+    model = helper.make_model(
+        helper.make_graph([node], "saturates", [levels], [sums], [weight]),
+        opset_imports=[helper.make_opsetid("", graph.OPSET)], ir_version=graph.IR,
+    )  # fmt: skip
+    largest = {"levels": np.full((16, 16), 255, np.uint8)}
+    (result,) = session(model.SerializeToString(), 1).run(None, largest)
+    return bool((result != 16 * 255 * 127).any())

@@ -1,6 +1,7 @@
 """bench.py on tiny networks: who takes part, what is written; the figures are the machine's."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ import torch
 import bench
 import train
 from lib import checkpoint, plots, ptq, quantizers, runtime
+from lib.config import UserError
 
 
-def test_all_of_them_run_and_are_written_down(small, pixels, tiny, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def folder(small, pixels, tmp_path, monkeypatch):
+    """Checkpoints to measure."""
     monkeypatch.setattr(plots, "DPI", 40)
     folder, scheme = tmp_path / "checkpoints", ptq.scheme(8, 8)
     given = {"metrics": {}, "data": {"source": "cifar10", "val_size": 50}}
@@ -23,6 +27,10 @@ def test_all_of_them_run_and_are_written_down(small, pixels, tiny, tmp_path, cap
         state=quantizers.integer_state(model.state_dict(), scheme), **given,
     )  # fmt: skip
     runtime.export(int8, folder / "int8.onnx")
+    return folder
+
+
+def test_all_of_them_run_and_are_written_down(folder, tiny, tmp_path, capsys):
     before = torch.get_num_threads()
     bench.main([f"--data={tiny}", f"--run-dir={tmp_path}", "--threads=1", "--batches=1,4",
                 "--turns=2", "--calls=2", "--calibration=64"])  # fmt: skip
@@ -41,7 +49,42 @@ def test_all_of_them_run_and_are_written_down(small, pixels, tiny, tmp_path, cap
         assert torch_row["accuracy"] == pytest.approx(onnx_row["accuracy"], abs=0.02)
         assert torch_row["peak_bytes"] == onnx_row["peak_bytes"]
     assert rows[0]["ratio"] == rows[0]["cpu_ratio"] == 1
+    base = by_name["compacted fp32, onnxruntime"]
+    assert base["ratio_to_compacted"] == base["cpu_ratio_to_compacted"] == 1
     assert by_name["int8.onnx (ours)"]["peak_bytes"] < by_name["dense fp32, torch"]["peak_bytes"]
     assert (tmp_path / "plots/bench.png").stat().st_size > 1000
     out = capsys.readouterr().out
     assert "1 thread, batch 4, 2 turns" in out and "accuracy on 100 test images" in out
+    assert "--peers" not in out
+
+
+def few(tiny, tmp_path) -> list[str]:
+    return [f"--data={tiny}", f"--run-dir={tmp_path}", "--threads=1", "--batches=1", "--turns=1",
+            "--calls=1", "--calibration=64", "--peers"]  # fmt: skip
+
+
+def test_without_a_peer_the_others_are_measured(folder, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)  # as if it were not installed
+    bench.main(few(tiny, tmp_path))
+    out = capsys.readouterr().out
+    assert "--peers: none is measured, since openvino is not installed\n" in out
+    assert len((tmp_path / "logs/bench.jsonl").read_text().splitlines()) == 6
+
+
+def test_openvino_on_the_fp32_network_and_on_ours(folder, tiny, tmp_path):
+    pytest.importorskip("openvino")
+    bench.main(few(tiny, tmp_path))
+    lines = (tmp_path / "logs/bench.jsonl").read_text().splitlines()
+    rows = {row["network"]: row for row in map(json.loads, lines)}
+    for name in ("compacted fp32", "int8.onnx (ours)"):
+        ours = rows[name if "ours" in name else f"{name}, onnxruntime"]
+        theirs = rows[f"{name}, OpenVINO"]
+        assert theirs["accuracy"] == pytest.approx(ours["accuracy"], abs=0.03)
+        assert theirs["weight_bytes"] == ours["weight_bytes"]
+
+
+def test_no_race_on_a_processor_that_computes_something_else(folder, tiny, tmp_path, monkeypatch):
+    runtime.export(checkpoint.load(folder / "int8.pth"), folder / "int8.onnx", "vnni")
+    monkeypatch.setattr(runtime, "saturates", lambda: True)
+    with pytest.raises(UserError, match="int8.onnx is for processors with VNNI"):
+        bench.main(few(tiny, tmp_path))

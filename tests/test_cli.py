@@ -458,6 +458,21 @@ def test_to_int8_counts_how_often_the_three_agree(chain):
     assert line["onnx_bytes"] == (chain / "checkpoints/int8.onnx").stat().st_size
 
 
+def test_to_int8_for_processors_with_vnni(run, chain, tiny, tmp_path, monkeypatch):
+    flags = [f"--parent={chain}/checkpoints/quantized.pth", f"--data={tiny}",
+             f"--run-dir={tmp_path}", "--target=vnni"]  # fmt: skip
+    monkeypatch.setattr(runtime, "saturates", lambda: True)
+    code, out, err = run("to_int8", *flags)
+    assert code == 1 and one_line("to_int8", err) and "this processor has no VNNI" in err
+    assert files(tmp_path) == []
+    monkeypatch.setattr(runtime, "saturates", lambda: False)  # 4 bits saturate nowhere
+    code, out, err = run("to_int8", *flags)
+    assert (code, err) == (0, "") and "int8.onnx: " in out and "target vnni; same answers" in out
+    assert json.loads((tmp_path / "logs/int8.jsonl").read_text())["target"] == "vnni"
+    code, _, err = run("to_int8", *flags, "--target=avx2")
+    assert code == 2 and "invalid choice: 'avx2'" in err
+
+
 @pytest.mark.parametrize("stage", ["quantize", "to_int8", "sparse_compress"])
 @pytest.mark.parametrize("old", [None, b"old"])
 def test_a_full_disk_leaves_no_half_of_a_file(run, chain, tiny, tmp_path, monkeypatch, stage, old):

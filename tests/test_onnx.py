@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,6 +14,8 @@ import train
 from lib import checkpoint, compressed, data, graph, integer, ptq, quantizers, runtime, synthetic
 from lib.config import UserError
 from models.mobilenetv2 import MobileNetV2, standard
+
+OLD = Path(__file__).parent / "golden/w4a8-1.onnx"  # of QLinearConv, as this project wrote it first
 
 
 def saved(folder, model, scheme, name="int8"):
@@ -45,6 +48,12 @@ def exported(source):
     return runtime.export(source, source.file.with_suffix(".onnx"))
 
 
+@pytest.fixture
+def vnni(source, tmp_path):
+    """The same network for processors with VNNI."""
+    return runtime.export(source, tmp_path / "vnni.onnx", "vnni")
+
+
 def run(raw: bytes, images):
     return runtime._Session(raw, 1, "test")(images)
 
@@ -56,6 +65,16 @@ def test_onnxruntime_answers_as_the_integer_network(source, exported, images):
     ours, theirs = integer.convert(source)(images), run(exported.graph, images)
     assert (ours.argmax(1) == theirs.argmax(1))[:64].sum() >= 63
     assert (ours - theirs).abs().mean() < 0.01 * ours.std()
+
+
+def test_openvino_answers_as_the_integer_network(source, exported, vnni, images):
+    openvino = pytest.importorskip("openvino")
+    core, ours = openvino.Core(), integer.convert(source)(images)
+    for file in (exported, vnni):
+        compiled = core.compile_model(core.read_model(file.graph, b""), "CPU")
+        theirs = torch.from_numpy(compiled({"images": images.numpy()})["logits"])
+        assert (ours.argmax(1) == theirs.argmax(1))[:64].sum() >= 62
+        assert (ours - theirs).abs().mean() < 0.05 * ours.std()
 
 
 def test_signed_levels_end_where_onnxruntime_clips(source, images):
@@ -105,7 +124,10 @@ def test_multipliers_are_those_of_onnxruntime(source, exported):
     values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     nodes = {n.name: n for n in model.graph.node}
     for layer in integer.convert(source).layers():
-        x, w, y = (values[nodes[layer.name].input[i]] for i in (1, 4, 6))
+        read, weight, bias = nodes[f"{layer.name}.output"].input
+        scales = [nodes[name].input[1] for name in (read, weight, layer.name, bias)]
+        x, w, y, unit = (values[name] for name in scales)
+        assert np.array_equal(unit, x * w)  # or the nodes would not mean what the kernel computes
         theirs = np.sort((x * w / y)[: len(layer.bias)])  # hidden channels have another order
         m = layer.requantize
         ours = (m.mantissa.double() * 2.0 ** -m.shift.double()).flatten()
@@ -179,15 +201,35 @@ def test_standard_operators_and_integer_weights(source, exported):
             assert np.abs(levels).max() <= quantizers.max_level(source.quantization["weight_bits"])
         elif array.dtype == np.float32:  # scales alone
             assert array.size < 100
-    if source.quantization["weight_bits"] == 4:  # all of them may be int8, but the classifier's
-        kinds = Counter(t.data_type for t in model.graph.initializer if t.name.endswith(".weight"))
-        assert kinds[TensorProto.UINT8] == 1
+    if source.quantization["weight_bits"] == 4:  # no pair of these can saturate
+        assert weight_types(exported) == {TensorProto.INT8}
 
 
-def test_the_optimized_graph_has_no_float_convolution(exported, tmp_path):
-    runtime.session(exported.graph, 1, optimized=tmp_path / "x.onnx")
+def weight_types(file) -> set[int]:
+    tensors = onnx.load_from_string(file.graph).graph.initializer
+    return {t.data_type for t in tensors if t.name.endswith(".weight")}
+
+
+def test_each_operator_stands_between_levels(exported):
+    """What makes the graph QDQ: floats are read from levels, and written to levels at once."""
+    model = onnx.load_from_string(exported.graph)
+    made_by = {n.output[0]: n.op_type for n in model.graph.node}
+    read_by = {i: n.op_type for n in model.graph.node for i in n.input}
+    kinds, floats = Counter(), ("Conv", "Gemm", "GlobalAveragePool")
+    for node in model.graph.node:
+        if node.op_type in floats or node.name.endswith(".sum.output"):
+            kinds[node.op_type] += 1
+            assert {made_by[i] for i in node.input} == {"DequantizeLinear"}
+            assert node.output[0] == "logits" or read_by[node.output[0]] == "QuantizeLinear"
+    assert kinds == {"Conv": 19, "Add": 2, "GlobalAveragePool": 1, "Gemm": 1}
+
+
+@pytest.mark.parametrize("target", graph.TARGETS)
+def test_the_optimized_graph_has_no_float_convolution(source, target, tmp_path):
+    raw = graph.to_bytes(graph.int8(integer.convert(source), {}, target))
+    runtime.session(raw, 1, optimized=tmp_path / "x.onnx")
     kinds = Counter(n.op_type for n in onnx.load(tmp_path / "x.onnx").graph.node)
-    assert kinds["QLinearConv"] == 19 and kinds["MatMulInteger"] == 1
+    assert kinds["QLinearConv"] == 19 and kinds["QGemm"] == 1
     assert kinds["QLinearAdd"] == 2 and kinds["QLinearGlobalAveragePool"] == 1
     assert not [k for k in kinds if "Conv" in k and k != "QLinearConv"]
     assert not {"DequantizeLinear", "QuantizeLinear", "Gemm", "MatMul"} & set(kinds)
@@ -214,6 +256,45 @@ def test_it_says_where_it_comes_from(source, exported):
         own = torch.where(quantizers.per_row(flipped, own), -own, own)
         assert levels.shape == own.shape
         assert torch.equal(levels.flatten().sort().values, own.flatten().sort().values)
+
+
+# ---- for which processors ------------------------------------------------------------------------
+
+
+def test_for_processors_with_vnni_all_weights_are_int8(source, exported, vnni, images):
+    assert exported.target == "any" and vnni.target == runtime.load(vnni.file).target == "vnni"
+    assert weight_types(vnni) == {TensorProto.INT8}
+    for name, levels in vnni.state.items():  # in the network's own order
+        flipped = source.state[f"{name}_scale"] < 0
+        own = source.state[name].to(torch.int16)
+        assert torch.equal(levels, torch.where(quantizers.per_row(flipped, own), -own, own))
+    if not runtime.saturates():
+        assert torch.equal(runtime.network(vnni)(images), run(exported.graph, images))
+
+
+def test_no_wrong_answers_on_a_processor_that_saturates(exported, vnni, images, monkeypatch):
+    monkeypatch.setattr(runtime, "saturates", lambda: True)
+    with pytest.raises(UserError, match="vnni.onnx is for processors with VNNI, and this one has"):
+        runtime.network(vnni)
+    assert runtime.network(exported)(images[:1]).shape == (1, 10)
+
+
+def test_which_processors_saturate():
+    """Those with AVX2, if they have no instruction that sums four products in 32 bits."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    if "avx2" not in text:
+        pytest.skip("no list of the processor's instructions, or not of this kind")
+    assert runtime.saturates() is not ("avx512_vnni" in text or "avx_vnni" in text)
+
+
+def test_files_of_before_there_were_targets(images):
+    old = runtime.load(OLD)
+    assert old.target == "any" and old.settings["head"] == 7
+    network = integer.convert(checkpoint.load(OLD.with_name("w4a8.nnz")))
+    assert (runtime.network(old)(images) - network(images)).abs().max() < 1e-3
+    new = run(graph.to_bytes(graph.int8(network, {})), images)
+    assert torch.allclose(runtime.network(old)(images), new, rtol=1e-6)
 
 
 # ---- which arithmetic ----------------------------------------------------------------------------
