@@ -33,6 +33,7 @@ class OnnxFile(Checkpoint):
     torch network."""
 
     graph: bytes
+    dtype = "int8"
 
     def build(self, device="cpu"):
         raise UserError(f"{self.file} is a graph: start from the .pth that it was made of")
