@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import re
 import struct
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torchvision.models import mobilenet_v2
 
+import eval as evaluation
 from lib import checkpoint, foreign
 from lib.config import UserError
 
@@ -148,6 +150,16 @@ def test_the_type_of_the_weights_is_told(plain, tmp_path, capfd, dtype, name):
     state, said = loaded(cast, tmp_path, capfd)
     assert said == "" and {t.dtype for t in state.values()} == {torch.float32, torch.int64}
     assert checkpoint.load(tmp_path / "x.pth", 4).dtype == name
+
+
+def test_eval_tells_the_type_of_the_weights(plain, tiny, tmp_path, capfd):
+    halves = {n: t.half() if t.is_floating_point() else t for n, t in plain.items()}
+    torch.save(halves, tmp_path / "half.pth")
+    flags = [f"{tmp_path}/half.pth", f"--data={tiny}", f"--run-dir={tmp_path}"]
+    evaluation.main(flags)
+    assert re.search(r"\n  size       [\d,]+ bytes, fp16\n", capfd.readouterr().out)
+    evaluation.main([*flags, "--json"])
+    assert json.loads(capfd.readouterr().out)["dtype"] == "fp16"
 
 
 # ---- pickles -------------------------------------------------------------------------------------
