@@ -7,7 +7,7 @@
 A file that holds integers (int8.pth, .nnz) runs in integers if its scheme allows that (ptq or qat,
 at 8 bits or fewer: lib/integer.py), an .onnx runs in onnxruntime, all others run in floats.
 
-in:  files of any stage, or plain torchvision MobileNetV2 state dicts; default: those of the chain
+in:  files of any stage, or state dicts of torchvision's MobileNetV2; default: those of the chain
 out: a table (or a JSON line per file) on the standard output; logs/eval-<split>.jsonl;
      plots/confusion-<file>-<split>.png; with --results, a table for RESULTS.md
 """
@@ -105,8 +105,9 @@ def change(f: dict) -> list[str]:
 def table(f: dict, layers: bool) -> str:
     """Return the figures of a file (see measure.figures_of_file) as text."""
     low, high = f["interval"]
-    scheme = f["quantization"]
-    bits = f"W{scheme['weight_bits']}A{scheme['act_bits']} {scheme['method']}" if scheme else "fp32"
+    scheme, bits = f["quantization"], f["dtype"]
+    if scheme:
+        bits = f"W{scheme['weight_bits']}A{scheme['act_bits']} {scheme['method']}"
     chain = [*(a["stage"] for a in f["ancestors"]), f["stage"]]
     lines = [
         f"{f['file']}",

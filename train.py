@@ -1,9 +1,11 @@
-"""Train MobileNetV2 on CIFAR-10 from scratch.
+"""Train MobileNetV2 on CIFAR-10, from scratch or from the weights of another MobileNetV2.
 
     python train.py --data DIR                       the report's recipe, 300 epochs
+    python train.py --init mobilenet_v2.pth          from torchvision's ImageNet weights
     torchrun --nproc-per-node 2 train.py --data DIR  data-parallel, with the same global batches
 
-in:  the training images without the validation split
+in:  the training images without the validation split; with --init, any fp32 file of the chain or
+     state dict of a MobileNetV2
 out: checkpoints/baseline.pth (the weights of the best validation epoch), logs/train.jsonl,
      plots/train.png; checkpoints/baseline.pth.resume while it runs
 """
@@ -23,6 +25,10 @@ class Settings(config.Common):
     out: str | None = flag(
         None, "output file; default: checkpoints/baseline.pth", heading="files and data"
     )
+    init: str | None = flag(
+        None, "file to start from: its weights, of the same --width; its classifier too if it has "
+        "as many classes; the strides are those of --downsample",
+    )  # fmt: skip
     resume: bool = flag(True, "continue an interrupted run if its state is there")
     epochs: int = flag(300, "epochs", heading="recipe")
     batch_size: int = flag(128, "images per step, over all processes")
@@ -71,15 +77,14 @@ def main(argv=None):
     device = config.device(cfg.device)
     processes.start(device)
     out = cfg.path(cfg.out, "checkpoints/baseline.pth")
+    source = checkpoint.load(cfg.init, cfg.downsample) if cfg.init else None
     with processes.main_first():
         images = data.load(cfg.data, cfg.val_size, device)
-    try:
-        settings = standard(cfg.width, cfg.downsample, cfg.dropout, len(images.classes))
-    except ValueError as error:
-        raise config.UserError(error) from None
-    torch.manual_seed(cfg.seed)
-    model = MobileNetV2(settings).to(device, memory_format=torch.channels_last)
+    model = network(cfg, len(images.classes), source)
+    model = model.to(device, memory_format=torch.channels_last)
     identity = config.identity(cfg) | {"data": images.provenance()}
+    origin = {"init_sha256": source.sha256} if source else {}
+    identity |= origin
     log = metrics.Log(cfg.path(None, "logs/train.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
 
@@ -89,7 +94,7 @@ def main(argv=None):
     )  # fmt: skip
     if processes.is_main():
         final = engine.evaluate(model, images.val) if len(images.val) else None
-        figures = {"epoch": history[best]["epoch"]}
+        figures = {"epoch": history[best]["epoch"]} | origin
         if final:
             figures |= {"val_correct": final.correct, "val_total": final.total}
         saved = checkpoint.save(
@@ -101,6 +106,64 @@ def main(argv=None):
         state_file.unlink()  # last: until here, the run could be continued
         print(f"{out}: {saved.bytes:,} bytes, epoch {figures['epoch']}, val {final}")
     processes.stop()
+
+
+def network(cfg, classes: int, source: checkpoint.Checkpoint | None) -> MobileNetV2:
+    """Return the network to train: with new weights, or with those of `source` (--init).
+
+    Strides are those of --downsample. A classifier for another number of classes stays new. Raises
+    UserError for a source that is quantized or folded, or that has other channels than --width.
+    """
+    try:
+        settings = standard(cfg.width, cfg.downsample, cfg.dropout, classes)
+    except ValueError as error:
+        raise config.UserError(error) from None
+    weights = weights_for(settings, source, cfg) if source else {}
+    torch.manual_seed(cfg.seed)
+    model = MobileNetV2(settings)
+    model.load_state_dict(model.state_dict() | weights)
+    return model
+
+
+def weights_for(settings: dict, source: checkpoint.Checkpoint, cfg) -> dict[str, torch.Tensor]:
+    """Return those weights of a network that one of these settings starts from, and say which.
+
+    The blocks in `settings` whose strides are the file's get its residual connections too: files of
+    earlier versions may have fewer. Raises UserError as `network` does.
+    """
+    source.refuse_quantized("--init takes an fp32 network")
+    weights = source.build().state_dict()
+    theirs, classes = source.settings, settings["classes"]
+    if theirs.get("folded"):
+        raise config.UserError(f"{source.file} has no batch norms any more: give an earlier file")
+    if channels(theirs) != channels(settings):
+        fits = [w for w in (i / 20 for i in range(1, 61))
+                if channels(standard(w)) == channels(theirs)]  # fmt: skip
+        advice = f"give --width {fits[-1]}" if fits else "no --width has them"
+        text = f"{source.file} has other channels than --width {cfg.width}: {advice}"
+        raise config.UserError(text)
+    said = f"{source.file}: starting from its weights"
+    if theirs["classes"] != classes:
+        weights = {name: t for name, t in weights.items() if not name.startswith("classifier.")}
+        said += f", without its classifier ({theirs['classes']} classes, not {classes})"
+    if strides(theirs) != strides(settings):
+        said += f", with the strides of --downsample {cfg.downsample}, not its own"
+    for block, its in zip(settings["blocks"], theirs["blocks"], strict=True):
+        if block["stride"] == its["stride"]:
+            block["residual"] = its["residual"]
+    engine.say(said)
+    return weights
+
+
+def channels(settings: dict) -> list:
+    """Return the numbers of channels of a network's layers."""
+    blocks = [(b["hidden"], b["out"], b["expand"]) for b in settings["blocks"]]
+    return [settings["stem"], *blocks, settings["head"]]
+
+
+def strides(settings: dict) -> list[int]:
+    """Return the strides of a network's stem and blocks."""
+    return [settings["stem_stride"], *(b["stride"] for b in settings["blocks"])]
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ seed. It can rebuild its own network: `load(path).build()`.
 import dataclasses
 import hashlib
 import platform
+import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from lib import compressed, quantizers
+from lib import compressed, foreign, quantizers
 from lib.config import UserError, command, reason
 from lib.data import SPLIT_SEED, Data
 from lib.data import load as load_images
@@ -28,6 +28,9 @@ from models.mobilenetv2 import MobileNetV2, settings_of
 FORMAT = "mobilenetv2-cifar10/1"
 REPORTS_DOWNSAMPLE = 4  # the strides that the reference report trained with
 CHAIN = ("baseline.pth", "pruned.pth", "quantized.pth", "int8.pth", "compressed.nnz")
+DTYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"
+}  # fmt: skip
 RELEASE = Path(__file__).parent.parent / "release/mobilenetv2-cifar10.nnz"  # the published one
 
 
@@ -63,7 +66,7 @@ class Checkpoint:
             # A strict load names the tensor in its second line; torch does not check the CRCs of
             # its own files, so a flipped bit can also have made nonsense of the settings.
             reasons = [line.strip() for line in str(error).splitlines()][1:2] or [reason(error)]
-            text = f"{self.file} does not fit its own description: {reasons[0]}"
+            text = f"{self.file} does not fit its own description: {_shortened(reasons[0])}"
             raise UserError(text) from None
         return model.to(device, memory_format=torch.channels_last).eval()
 
@@ -71,6 +74,12 @@ class Checkpoint:
     def weights(self) -> int:
         """The number of Conv2d and Linear weights, zeros included."""
         return sum(t.numel() for n, t in self.state.items() if n.endswith(".weight") and t.ndim > 1)
+
+    @property
+    def dtype(self) -> str:
+        """The type of the Conv2d and Linear weights as they were read: "fp32", "int8 and fp32"."""
+        kinds = {t.dtype for n, t in self.state.items() if n.endswith(".weight") and t.ndim > 1}
+        return " and ".join(sorted(DTYPES.get(k, str(k).removeprefix("torch.")) for k in kinds))
 
     @property
     def original_weights(self) -> int:
@@ -120,13 +129,14 @@ class Checkpoint:
 
 
 def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
-    """Read any file of the chain, or a plain torchvision MobileNetV2 state dict.
+    """Read any file of the chain, or the state dict of a torchvision MobileNetV2: as torch.save
+    wrote it or safetensors, plain or as lib.foreign.state_dict takes it.
 
     downsample: the strides of a plain state dict, which does not hold them (see
         models.mobilenetv2.standard). None: those of the report, and a line on the standard error
         says so. Files of the chain hold theirs.
     Raises UserError for a file that is missing, damaged or foreign, or that holds NaN or infinite
-    values. Only tensors and plain types are unpickled.
+    values. Only tensors, plain types and numpy's scalars are unpickled.
     """
     path = Path(path)
     if not path.is_file():
@@ -136,6 +146,8 @@ def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
     raw = path.read_bytes()
     if raw[:4] == b"\x89NNZ":
         loaded = Checkpoint(**compressed.decode(raw, path))
+    elif foreign.is_safetensors(raw):
+        loaded = _from_dict(foreign.read_safetensors(raw, path), path, downsample)
     else:
         loaded = _from_dict(read(path), path, downsample)
     check_finite(loaded.state, path)
@@ -163,12 +175,17 @@ def _how_to_make(name: str) -> str:
 
 
 def read(path: Path):
-    """Read tensors and plain types from a torch file. Raises UserError if that fails."""
+    """Read tensors and plain types from a torch file. Raises UserError, with why, if that fails."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what is refused in a moment anyway
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch.load's readers raise whatever their parsers do, assertions included
-        raise UserError(f"{path} is not a checkpoint, or is damaged") from None
+        return foreign.load(path)
+    except Exception as error:  # torch.load's readers raise whatever their parsers do
+        raise UserError(foreign.why_refused(path, error)) from None
+
+
+def _shortened(text: str) -> str:
+    """Return torch's list of missing or unexpected tensors with the first three and a count."""
+    head, names = text.partition(": ")[0], re.findall(r'"[^"]+"', text)
+    return f"{head}: {foreign.first_three(names)}" if len(names) > 3 else text
 
 
 def _from_dict(raw, path: Path, downsample: int | None) -> Checkpoint:
@@ -183,8 +200,8 @@ def _from_dict(raw, path: Path, downsample: int | None) -> Checkpoint:
             return Checkpoint(**{k: v for k, v in raw.items() if k in fields})
         except TypeError as error:
             raise UserError(f"{path} lacks a field: {error}") from None
-    try:  # a plain state dict
-        state = {k: v for k, v in raw.items() if isinstance(v, torch.Tensor)}
+    try:
+        state = foreign.state_dict(raw, path)
         settings = settings_of(state, downsample or REPORTS_DOWNSAMPLE)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None

@@ -27,6 +27,7 @@ import torch
 METAVARS = {
     "parent": "FILE", "out": "FILE", "decompress": "FILE", "onnx": "FILE", "data": "PATH",
     "run_dir": "DIR", "release": "DIR", "layer_bits": "BITS", "teacher": "FILE",
+    "init": "FILE",
 }  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def _comma_separated(kind):
 
 # Where a stage runs, reads and writes, which does not change its result. (What it reads does: that
 # is compared by hash.)
-PARENTS = {"parent", "teacher"}
+PARENTS = {"parent", "teacher", "init"}
 PLACES = {"data", "run_dir", "device", "wandb", "out", "resume"} | PARENTS
 
 

@@ -31,7 +31,7 @@ def figures_of_file(
         "file": str(source.file), "stage": source.stage, "split": name,
         "correct": result.correct, "total": result.total, "accuracy": result.accuracy,
         "interval": [low, high], "loss": result.loss, "bytes": source.bytes,
-        "sha256": source.sha256, "quantization": source.quantization,
+        "sha256": source.sha256, "dtype": source.dtype, "quantization": source.quantization,
         # Of the network that the chain began with; compaction leaves fewer live ones.
         "weights": source.original_weights, "live_weights": source.weights, "nonzeros": nonzeros,
         "sparsity": 1 - nonzeros / source.original_weights, "macs": macs(source.settings),

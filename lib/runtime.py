@@ -36,6 +36,7 @@ class OnnxFile(Checkpoint):
 
     graph: bytes
     target: str  # one of graph.TARGETS
+    dtype = "int8"
 
     def refuse_saturation(self) -> None:
         """Raise UserError if onnxruntime would compute something else on this processor."""

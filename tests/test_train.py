@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import mobilenet_v2
 
 import train
 from autoaugment import augmentation
-from lib import checkpoint, data, engine, processes
+from lib import checkpoint, data, engine, processes, quantizers
 from lib.config import UserError
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -188,3 +189,124 @@ def test_impossible_flags_are_one_line(tiny, tmp_path, flags):
     assert run.returncode == 1
     assert run.stderr.startswith("train.py: error: ") and run.stderr.count("\n") == 1
     assert not list(Path(tmp_path).rglob("*.pth*"))
+
+
+# ---- --init --------------------------------------------------------------------------------------
+
+
+def theirs(folder, classes=10, width=0.1, change=lambda state: state):
+    """The plain state dict of torchvision's own class, with random weights, and its file."""
+    state = mobilenet_v2(num_classes=classes, width_mult=width).state_dict()
+    torch.save(change(state), folder / "theirs.pth")
+    return state, folder / "theirs.pth"
+
+
+def start(tiny, folder, *flags, monkeypatch) -> tuple[dict, dict]:
+    """The settings and the state that training begins with."""
+    seen = []
+
+    def stop(model, *args, **kwargs):
+        seen.append((model.settings, {n: t.clone() for n, t in model.state_dict().items()}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "fit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*FLAGS, f"--data={tiny}", f"--run-dir={folder}", *flags])
+    monkeypatch.undo()
+    return seen[0]
+
+
+def test_init_starts_from_a_state_dict(tiny, tmp_path, monkeypatch, capfd):
+    state, file = theirs(tmp_path, change=lambda s: {"model": {f"module.{n}": s[n] for n in s}})
+    settings, begun = start(tiny, tmp_path, f"--init={file}", monkeypatch=monkeypatch)
+    assert settings == standard(0.1, 8) and equal(begun, dict(state))
+    out, err = capfd.readouterr()
+    assert out == f"{file}: starting from its weights\n"
+    assert err == f"{file}: taken from 'model', without the prefix 'module.'\n"
+
+
+def test_init_leaves_out_the_classifier_of_other_classes(tiny, tmp_path, monkeypatch, capfd):
+    state, file = theirs(tmp_path, classes=1000)
+    _, new = start(tiny, tmp_path, monkeypatch=monkeypatch)
+    _, begun = start(tiny, tmp_path, f"--init={file}", monkeypatch=monkeypatch)
+    assert begun["classifier.1.weight"].shape == (10, 1280) and list(begun) == list(state)
+    for name, tensor in begun.items():
+        ours = name.startswith("classifier.")
+        assert torch.equal(tensor, new[name] if ours else state[name])
+    line = "starting from its weights, without its classifier (1000 classes, not 10)"
+    assert capfd.readouterr().out == f"{file}: {line}\n"
+
+
+def test_init_from_a_checkpoint_takes_its_weights_and_the_flags_strides(
+    tiny, tmp_path, monkeypatch, capfd
+):
+    model = MobileNetV2(standard(0.1, 4))
+    model.settings["blocks"][1]["residual"] = False  # as a file of an earlier version
+    model.settings["blocks"][2]["residual"] = False
+    file = tmp_path / "own.pth"
+    checkpoint.save(file, "baseline", model, train.Settings(), None, metrics={}, data={})
+    settings, begun = start(tiny, tmp_path, f"--init={file}", monkeypatch=monkeypatch)
+    assert equal(begun, model.state_dict())
+    assert train.strides(settings) == train.strides(standard(0.1, 8))
+    assert not settings["blocks"][2]["residual"]  # its stride is the same, and so is its function
+    assert "with the strides of --downsample 8, not its own\n" in capfd.readouterr().out
+    settings, _ = start(tiny, tmp_path, f"--init={file}", "--downsample=4", monkeypatch=monkeypatch)
+    assert settings == model.settings
+    assert capfd.readouterr().out == f"{file}: starting from its weights\n"
+
+
+def test_init_is_recorded_and_part_of_the_run(tiny, tmp_path, monkeypatch):
+    _, file = theirs(tmp_path, classes=1000)
+    saved = run_in_process(tiny, tmp_path, "--epochs=1", f"--init={file}")
+    assert saved.command.endswith(" --init theirs.pth") or " --init theirs.pth " in saved.command
+    assert saved.metrics["init_sha256"] == checkpoint.load(file, 8).sha256
+    assert saved.ancestors == []  # sparsity is counted from the network that was trained here
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: 1 / 0)  # die just before the end
+    with pytest.raises(ZeroDivisionError):
+        run_in_process(tiny, tmp_path, f"--init={file}")
+    monkeypatch.undo()
+    theirs(tmp_path, classes=100)  # the same name, other weights
+    with pytest.raises(UserError, match="init_sha256 was [0-9a-f]{64}, is [0-9a-f]{64}"):
+        run_in_process(tiny, tmp_path, f"--init={file}")
+    with pytest.raises(UserError, match="init_sha256 was [0-9a-f]{64}, is None"):
+        run_in_process(tiny, tmp_path)
+
+
+def quantized(folder):
+    model = MobileNetV2(standard(0.1, 8))
+    scheme = quantizers.quantize_reference(model, 8, 8)
+    checkpoint.save(folder / "q.pth", "quantized", model, train.Settings(), None, metrics={},
+                    data={}, quantization=scheme)  # fmt: skip
+    return folder / "q.pth"
+
+
+def folded(folder):
+    model = quantizers.fold(MobileNetV2(standard(0.1, 8)).eval())
+    file = folder / "f.pth"
+    checkpoint.save(file, "baseline", model, train.Settings(), None, metrics={}, data={})
+    return file
+
+
+def compacted(folder):
+    settings = standard(0.1, 8)
+    settings["blocks"][3]["hidden"] -= 1
+    model, file = MobileNetV2(settings), folder / "c.pth"
+    checkpoint.save(file, "pruned", model, train.Settings(), None, metrics={}, data={})
+    return file
+
+
+@pytest.mark.parametrize(("make", "what"), [
+    (lambda folder: folder / "none.pth", "does not exist"),
+    (lambda folder: theirs(folder, width=0.5)[1],
+     "has other channels than --width 0.1: give --width 0.5"),
+    (compacted, "has other channels than --width 0.1: no --width has them"),
+    (quantized, "is quantized: --init takes an fp32 network"),
+    (folded, "has no batch norms any more"),
+])  # fmt: skip
+def test_init_refuses_what_does_not_fit(tiny, tmp_path, make, what):
+    file = make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=what) as caught:
+        run_in_process(tiny, tmp_path, f"--init={file}")
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
