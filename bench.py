@@ -88,7 +88,7 @@ def main(argv=None):
     images = pruned.images(cfg.data, cfg.val_size, "cpu")
     split = images.split(cfg.split)
 
-    sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
+    sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
     field = contestants(dense.build(), compact(pruned.build())[0], ours, sample, device)
     rows, threads = [], torch.get_num_threads()
     accuracy = {c.name: accuracy_of(c, split) for c in field}

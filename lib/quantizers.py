@@ -308,10 +308,10 @@ def layers_with_input_quantizers(model: MobileNetV2) -> Iterator[tuple[nn.Module
     """
     order = places(model.settings)
     for layer in layers(model.settings):
-        quantizer = model.get_submodule(layer.reads)
-        if layer.reads.endswith(".input") and not isinstance(quantizer, Quantizer):
+        quantizer = model.get_submodule(layer.input_place)
+        if layer.input_place.endswith(".input") and not isinstance(quantizer, Quantizer):
             # Nothing is quantized again for this block: it reads what comes before.
-            quantizer = model.get_submodule(order[order.index(layer.reads) - 1])
+            quantizer = model.get_submodule(order[order.index(layer.input_place) - 1])
         yield model.get_submodule(layer.name), quantizer
 
 

@@ -12,7 +12,7 @@ from lib import checkpoint, plots, ptq, quantizers, runtime
 
 def test_all_of_them_run_and_are_written_down(small, pixels, tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plots, "DPI", 40)
-    folder, scheme = tmp_path / "checkpoints", ptq.scheme(8, 8)
+    folder, scheme = tmp_path / "checkpoints", ptq.make_scheme(8, 8)
     given = {"metrics": {}, "data": {"source": "cifar10", "val_size": 50}}
     for name, stage in (("baseline", "baseline"), ("pruned", "pruned")):
         model = small(0 if name == "baseline" else 1)

@@ -117,7 +117,7 @@ def folded(small, pixels, tmp_path_factory):
     def make(weight_bits, act_bits, **more):
         key = f"{weight_bits}-{act_bits}-{sorted(more)}"
         if key not in made:
-            scheme = ptq.scheme(weight_bits, act_bits, **more)
+            scheme = ptq.make_scheme(weight_bits, act_bits, **more)
             model, _ = ptq.quantize(small(1), pixels[:16], scheme)
             parent = checkpoint.save(folder / "parent.pth", "pruned", small(1), train.Settings(),
                                      None, metrics={}, data={})  # fmt: skip
