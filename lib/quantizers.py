@@ -211,7 +211,9 @@ def _attach_quantizers(model: MobileNetV2, bits: int, last_bits: int) -> None:
             if wide_bits > bits:
                 # The first block reads the output of the stem's ReLU6, which is never negative.
                 block.input = Quantizer(bits, signed=number > 0)
-    wide = [model.head] + [model.stem] * blocks[0].residual
+    wide = [model.head]
+    if blocks[0].residual:
+        wide.append(model.stem)
     for module in model.modules():
         if isinstance(module, ConvBNReLU6):
             module[2] = Quantizer(wide_bits if module in wide else bits, signed=False)
