@@ -190,6 +190,7 @@ class IntegerNetwork:
 
 
 def grid(quantizer: Quantizer) -> Grid:
+    """Return the scale of a quantizer, and its smallest and largest level."""
     return Grid(float(quantizer.step), quantizer.low, quantizer.high)
 
 

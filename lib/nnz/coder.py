@@ -57,7 +57,7 @@ CHUNK = 1 << 16  # cells at a time (or one row): bounds what is allocated beside
 # position of the next byte, the stream's length, 1 if decoding, and from SPENT on the cost of each
 # of PARTS in 2^-16 bits.
 LOW, HIGH, VALUE, POSITION, END, DECODING, SPENT = range(7)
-SPENT_LIVENESS, SPENT_SIGNIFICANCE, SPENT_SIGNS, SPENT_MAGNITUDES = 6, 7, 8, 9
+SPENT_LIVENESS, SPENT_SIGNIFICANCE, SPENT_SIGNS, SPENT_MAGNITUDES = range(SPENT, SPENT + 4)
 MASK = (1 << 40) - 1  # 40-bit ends: times a 16-bit probability they stay under 63 bits
 LOW_BYTES, TOP_BYTE = (1 << 32) - 1, 1 << 32  # of an end: its lower four bytes; where the fifth is
 # Where the contexts of each sort of decision begin, as FORMAT.md, section 5.6, names them: S1 and
