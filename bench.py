@@ -97,7 +97,7 @@ def main(argv=None):
     images = pruned.images(cfg.data, cfg.val_size, "cpu")
     split = images.split(cfg.split)
 
-    sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
+    sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
     small = compact(pruned.build())[0]
     field = contestants(dense.build(), small, ours, sample, device)
     field += peers(small, ours) if cfg.peers else []

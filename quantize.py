@@ -42,7 +42,7 @@ from lib import (
 )
 from lib.compaction import compact
 from lib.config import UserError, flag
-from lib.rate import KILOBYTE
+from lib.rate import BITS_PER_KILOBYTE
 
 
 @dataclasses.dataclass
@@ -137,10 +137,10 @@ def main(argv=None):
         quantizers.quantize_reference(model, cfg.weight_bits, cfg.act_bits)
     else:
         fp32, _ = compact(model)
-        sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
+        sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
         model, latent = ptq.quantize(
             fp32, sample, scheme, engine.progress("calibrate"), scale_bits=cfg.scale_bits,
-            bias_bits=cfg.bias_bits, rd_lambda=cfg.rd_lambda / KILOBYTE,
+            bias_bits=cfg.bias_bits, lambda_per_bit=cfg.rd_lambda / BITS_PER_KILOBYTE,
         )  # fmt: skip
     after = engine.evaluate(model, images.val) if validate else None
     if cfg.method == "qat":
@@ -173,7 +173,7 @@ def scheme_of(cfg, model) -> dict:
         return {"method": "reference", "weight_bits": cfg.weight_bits, "act_bits": cfg.act_bits}
     layer_bits, others = bits_by_layer(cfg.layer_bits, list(metrics.weight_layers(model)))
     others |= {"method": cfg.method, "weight_scale": cfg.weight_scale, "layer_bits": layer_bits}
-    return ptq.scheme(cfg.weight_bits, cfg.act_bits, **others)
+    return ptq.make_scheme(cfg.weight_bits, cfg.act_bits, **others)
 
 
 def bits_by_layer(text: str | None, layers: list[str]) -> tuple[dict[str, int], dict]:
@@ -237,7 +237,7 @@ def train(cfg, model, teacher, latent, scheme, images, out, parent) -> None:
             latent[name][layer.weight == 0] = 0
     qat.begin(model, scheme, latent)
     mask = pruning.Mask(model)
-    loss_per_bit = cfg.rd_lambda / KILOBYTE * qat.LOSS_PER_SQUARED_ERROR
+    loss_per_bit = cfg.rd_lambda / BITS_PER_KILOBYTE * qat.LOSS_PER_SQUARED_ERROR
     identity = config.identity(cfg) | {
         "scheme": scheme, "parent": parent.sha256, "data": images.provenance()
     }  # fmt: skip

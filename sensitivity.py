@@ -7,8 +7,9 @@ out: logs/sensitivity.csv: one row per layer and bit-width, with the images gain
      the parent; plots/sensitivity.png; logs/sensitivity.jsonl: the same rows as they are measured
      (an interrupted run continues from them)
 
-A layer is quantized as quantize.py does it (reconstruction on calibration images); all other layers
-and all activations stay fp32. The table helps to choose --layer-bits of quantize.py.
+A layer's weights are reconstructed on calibration images as in quantize.py, but with float32 scales
+and a float32 bias; all other layers and all activations stay fp32. The table helps to choose
+--layer-bits of quantize.py.
 """
 
 import copy
@@ -62,7 +63,7 @@ def main(argv=None):
     rows = past[1:] if past and past[0] == identity else []
     log.begin([identity, *rows])
     done = {(row["layer"], row["weight_bits"]) for row in rows}
-    sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
+    sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
     counts = {name: (weights, n) for name, weights, n in metrics.layer_counts(fp32)}
     for bits in dict.fromkeys(cfg.weight_bits):
         todo = [name for name in counts if (name, bits) not in done]

@@ -33,7 +33,7 @@ from lib import (
 from lib.compaction import compact
 from lib.config import flag
 from lib.files import sha256_of, write_bytes, write_csv
-from lib.rate import KILOBYTE
+from lib.rate import BITS_PER_KILOBYTE
 
 # gained, lost: images that only this file, only the parent classifies correctly.
 COLUMNS = (
@@ -148,10 +148,10 @@ def cell(
     if cfg.method == "reference":
         scheme = quantizers.quantize_reference(model, weight_bits, act_bits)
     else:
-        scheme = ptq.scheme(weight_bits, act_bits)
-        sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
+        scheme = ptq.make_scheme(weight_bits, act_bits)
+        sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
         small, _ = compact(model)
-        model, _ = ptq.quantize(small, sample, scheme, rd_lambda=rd_lambda / KILOBYTE)
+        model, _ = ptq.quantize(small, sample, scheme, lambda_per_bit=rd_lambda / BITS_PER_KILOBYTE)
     raw = compressed.encode(
         dataclasses.replace(
             parent,

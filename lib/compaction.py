@@ -46,14 +46,14 @@ def compact(model: MobileNetV2) -> tuple[MobileNetV2, dict[str, tuple[Tensor | N
         # A list, so that all three run each time.
         while any([_simplify_hidden(parts), _simplify_streams(parts), _simplify_head(parts)]):
             pass
-        live = parts.live()
-    kept = _indices(work, parts, live)
+        channels = parts.kept_channels()
+    kept = _indices(work, parts, channels)
     settings = copy.deepcopy(model.settings)
-    settings["stem"] = len(live["hidden"][0])
-    settings["head"] = len(live["head"])
+    settings["stem"] = len(channels["hidden"][0])
+    settings["head"] = len(channels["head"])
     for number, block in enumerate(settings["blocks"]):
-        block["hidden"] = len(live["hidden"][number])
-        block["out"] = len(live["stream"][number])
+        block["hidden"] = len(channels["hidden"][number])
+        block["out"] = len(channels["stream"][number])
     smaller = MobileNetV2(settings)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     smaller.load_state_dict(
@@ -121,23 +121,23 @@ class _Parts:
         after = self.blocks[number + 1]
         return after.producer, after.producer_norm
 
-    def live(self) -> dict:
+    def kept_channels(self) -> dict:
         """Return the indices of the channels that are still read, at least one per group."""
 
-        def alive(*readers: Tensor) -> Tensor:
+        def read_channels(*readers: Tensor) -> Tensor:
             read = torch.stack([(w != 0).flatten(2).any(2).any(0) for w in readers]).any(0)
             return read.nonzero().flatten() if read.any() else torch.zeros(1, dtype=torch.long)
 
-        hidden = [alive(block.project.weight) for block in self.blocks]
+        hidden = [read_channels(block.project.weight) for block in self.blocks]
         stream = {}
         for blocks in self.streams:
-            index = alive(*(self.reader(b)[0].weight for b in blocks))
+            index = read_channels(*(self.reader(b)[0].weight for b in blocks))
             stream |= dict.fromkeys(blocks, index)
         if self.first_is_residual:
             everything = torch.arange(len(self.blocks[0].producer.weight))
             hidden[0] = everything
             stream |= dict.fromkeys(self.streams[0], everything)
-        head = alive(self.classifier.weight[:, :, None])
+        head = read_channels(self.classifier.weight[:, :, None])
         return {"hidden": hidden, "stream": stream, "head": head}
 
 
@@ -151,7 +151,9 @@ def _dead_rows(layer: nn.Module) -> Tensor:
     return (layer.weight == 0).flatten(1).all(1)
 
 
-def _fold(layer: nn.Module, norm: nn.BatchNorm2d | None, constant: Tensor, where: Tensor) -> bool:
+def _absorb_constants(
+    layer: nn.Module, norm: nn.BatchNorm2d | None, constant: Tensor, where: Tensor
+) -> bool:
     """Move the effect of a layer's constant input channels into its norm or bias.
 
     constant: (in,), the value of each channel; where: (in,), which of them are constant. The
@@ -178,7 +180,7 @@ def _stop_writing(layer: nn.Module, where: Tensor) -> bool:
 
 
 def _simplify_hidden(parts: _Parts) -> bool:
-    """Fold constant hidden channels into the projections, zero the rows of unread ones, in place.
+    """Absorb constant hidden channels into the projections, zero the rows of unread ones, in place.
 
     Returns whether anything changed.
     """
@@ -186,12 +188,14 @@ def _simplify_hidden(parts: _Parts) -> bool:
     for block in parts.blocks[parts.first_is_residual :]:
         centre = block.depthwise.weight[:, 0, 1, 1]
         only_centre = (block.depthwise.weight != 0).flatten(1).sum(1) == (centre != 0)
-        enters = _constant(block.producer_norm).clamp(0, 6)
-        even = _dead_rows(block.producer) & (only_centre | (enters == 0))
-        silent = _dead_rows(block.depthwise)
-        inputs = torch.where(silent, torch.zeros_like(enters), centre * enters)
-        leaves = _constant(block.depthwise_norm, inputs).clamp(0, 6)
-        changed |= _fold(block.project, block.project_norm, leaves, even | silent)
+        input_value = _constant(block.producer_norm).clamp(0, 6)  # where the producer's row is 0
+        uniform = _dead_rows(block.producer) & (only_centre | (input_value == 0))
+        zero_filter = _dead_rows(block.depthwise)
+        sums = torch.where(zero_filter, torch.zeros_like(input_value), centre * input_value)
+        output_value = _constant(block.depthwise_norm, sums).clamp(0, 6)
+        changed |= _absorb_constants(
+            block.project, block.project_norm, output_value, uniform | zero_filter
+        )
         unread = (block.project.weight == 0).flatten(1).all(0)
         changed |= _stop_writing(block.depthwise, unread)
         changed |= _stop_writing(block.producer, unread)
@@ -199,7 +203,7 @@ def _simplify_hidden(parts: _Parts) -> bool:
 
 
 def _simplify_streams(parts: _Parts) -> bool:
-    """Fold constant stream channels into the layers that read them, zero unread rows, in place.
+    """Absorb constant stream channels into the layers that read them, zero unread rows, in place.
 
     Returns whether anything changed.
     """
@@ -211,7 +215,7 @@ def _simplify_streams(parts: _Parts) -> bool:
         constant = torch.zeros_like(writers[0][1].bias)
         for (_, norm), (layer, layer_norm) in zip(writers, readers, strict=True):
             constant = constant + _constant(norm)
-            changed |= _fold(layer, layer_norm, constant, unwritten)
+            changed |= _absorb_constants(layer, layer_norm, constant, unwritten)
         unread = torch.stack([(w.weight == 0).flatten(1).all(0) for w, _ in readers]).all(0)
         for project, _ in writers:
             changed |= _stop_writing(project, unread)
@@ -219,20 +223,20 @@ def _simplify_streams(parts: _Parts) -> bool:
 
 
 def _simplify_head(parts: _Parts) -> bool:
-    """Fold constant head channels into the classifier's bias, zero unread rows, in place.
+    """Absorb constant head channels into the classifier's bias, zero unread rows, in place.
 
     Returns whether anything changed.
     """
     constant = _constant(parts.head_norm).clamp(0, 6)
-    changed = _fold(parts.classifier, None, constant, _dead_rows(parts.head))
+    changed = _absorb_constants(parts.classifier, None, constant, _dead_rows(parts.head))
     unread = (parts.classifier.weight == 0).all(0)
     return _stop_writing(parts.head, unread) or changed
 
 
-def _indices(model: nn.Module, parts: _Parts, live: dict) -> dict:
+def _indices(model: nn.Module, parts: _Parts, channels: dict) -> dict:
     """Return, per tensor of the state dict, the indices that stay in each of its dimensions."""
     rows, columns = {}, {}  # by module
-    hidden, stream = live["hidden"], live["stream"]
+    hidden, stream = channels["hidden"], channels["stream"]
     for number, block in enumerate(parts.blocks):
         for module in (
             block.producer, block.producer_norm, block.depthwise, block.depthwise_norm
@@ -241,7 +245,7 @@ def _indices(model: nn.Module, parts: _Parts, live: dict) -> dict:
         rows[block.project] = rows[block.project_norm] = stream[number]
         columns[block.project] = hidden[number]
         columns[parts.reader(number)[0]] = stream[number]
-    rows[parts.head] = rows[parts.head_norm] = columns[parts.classifier] = live["head"]
+    rows[parts.head] = rows[parts.head_norm] = columns[parts.classifier] = channels["head"]
     kept = {}
     for prefix, module in model.named_modules():
         parameters = module.named_parameters(recurse=False)

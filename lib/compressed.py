@@ -36,7 +36,7 @@ def encode(source) -> bytes:
     except (ValueError, TypeError) as error:  # off the grid; a type that numpy does not have
         raise UserError(f"{source.file}: {reason(error)}") from None
     if scheme and scheme["method"] in ("ptq", "qat"):
-        with contextlib.suppress(FormatError):  # not all layers quantized, or of another kind
+        with contextlib.suppress(FormatError):  # not quantized throughout, or of another kind
             return v2.encode(meta, tensors)
     weights = {name: t for name, t in tensors.items() if _is_weight(name, t)}
     dense = {name: t for name, t in tensors.items() if name not in weights}

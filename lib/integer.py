@@ -131,7 +131,7 @@ class Block:
 
 
 class IntegerNetwork:
-    """A function from images, uint8 (n, 3, 32, 32), to logits, float32 (n, classes). On the CPU.
+    """Computes logits, float32 (n, classes), from images, uint8 (n, 3, 32, 32), on the CPU.
 
     Raises ValueError for images of another type or shape.
     """
@@ -144,7 +144,8 @@ class IntegerNetwork:
         integer = {}
         quantizer_pairs = quantizers.layers_with_input_quantizers(model)
         for layer, (module, quantizer) in zip(layers(self.settings), quantizer_pairs, strict=True):
-            output_grid = grid(model.get_submodule(layer.writes)) if layer.writes else None
+            place = layer.output_place
+            output_grid = grid(model.get_submodule(place)) if place else None
             levels = state[f"{layer.name}.weight"]
             integer[layer.name] = Layer(layer.name, module, levels, grid(quantizer), output_grid)
         self.stem, *_, self.head, self.classifier = integer.values()
@@ -189,6 +190,7 @@ class IntegerNetwork:
 
 
 def grid(quantizer: Quantizer) -> Grid:
+    """Return the scale of a quantizer, and its smallest and largest level."""
     return Grid(float(quantizer.step), quantizer.low, quantizer.high)
 
 

@@ -12,7 +12,7 @@ from lib.metrics import weight_layers
 WEIGHTS, INDICES, REST = "weights: values", "weights: indices", "BN, biases, scales"
 # Sections of a .nnz file, as lib.compressed.sections names them; any other holds coded weights.
 SECTIONS = {"values": WEIGHTS, "indices": INDICES, "dense": REST, "scales": "scales",
-            "biases": "biases", "steps": "activation steps", "metadata": "metadata",
+            "biases": "biases", "activation_scales": "activation scales", "metadata": "metadata",
             "frame": "frame"}  # fmt: skip
 
 

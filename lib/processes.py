@@ -1,6 +1,8 @@
 """Data-parallel training by torchrun: the processes, what they agree on, and their batch norm.
 
-Everything here also works in a single process, where it does nothing.
+In a single process, without torchrun, the functions here need no special case: nothing waits,
+`discard` deletes its files, and `from_main_process` returns its value. Only `synchronize_batchnorm`
+is for several: its batch norm cannot train without `start` having joined them.
 """
 
 import contextlib

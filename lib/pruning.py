@@ -53,14 +53,14 @@ class Mask:
         torch._foreach_add_(self.weights, 0.0)  # -0.0 becomes 0.0, whose bits are all zero
 
 
-def cubic(start: float, target: float, step: int, steps: int) -> float:
-    """Return the sparsity after round `step` of `steps`, from `start` to `target`.
+def cubic(start: float, target: float, number: int, rounds: int) -> float:
+    """Return the sparsity after round `number` of `rounds`, from `start` to `target`.
 
     It grows fast while weights are many and slowly at the end (Zhu and Gupta 2017, equation 1).
     """
-    return target + (start - target) * (1 - step / steps) ** 3
+    return target + (start - target) * (1 - number / rounds) ** 3
 
 
-def geometric(start: float, share: float, step: int) -> float:
-    """Return the sparsity after `step` rounds that each remove a share of the remaining weights."""
-    return 1 - (1 - start) * (1 - share) ** step
+def geometric(start: float, share: float, number: int) -> float:
+    """Return the sparsity after `number` rounds that each remove a share of what remains."""
+    return 1 - (1 - start) * (1 - share) ** number

@@ -8,10 +8,13 @@ that on its *quantized* inputs it gives the outputs of the fp32 layer.
 - **Bias correction** (Nagel et al. 2019, section 4.2) is the intercept of that fit.
 - **Calibration** chooses each activation scale by the mean squared error against the fp32
   activations.
-- **Equalization** (Nagel et al. 2019, section 4.1). With one scale per tensor, channels of a small
-  range waste levels. Dividing a channel by a factor and multiplying the reading layer's column by
-  it changes nothing, once ReLU6 is the quantizer's own clipping. In front of a depthwise layer each
-  column is the layer's whole row, so each channel gets a clip of its own at no cost.
+- **Equalization** (Nagel et al. 2019, section 4.1). An activation tensor has one scale, which must
+  suit its widest channel, so a channel of a small range uses few of the levels. Dividing each
+  channel by its range makes all ranges alike. The layer that gives the channel divides its row and
+  bias by the range, the layer that reads it multiplies its column by it, and the network computes
+  what it did. (ReLU6 would stand in the way, as 6 is not divided; but the quantizer that replaces
+  it clips at its own largest level.) In front of a depthwise layer this costs nothing: there a
+  column is a whole row, whose own scale takes up the factor.
 
 Two more make the file small:
 
@@ -36,15 +39,26 @@ from lib.quantizers import Quantizer, per_row
 from lib.reconstruct import reconstruct
 from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
 
+# How many images statistics are taken from. Their time grows with the images, and what they give
+# is a mean over images, or over millions of activations, which a few hundred settle.
+EQUALIZATION_IMAGES, GRADIENT_IMAGES, DISTURBED_IMAGES = 256, 256, 64
+BATCH = 64  # images per backward pass: bounds the memory of its activations
+DISTURBANCE = 0.02  # share of a layer's sum of squares that is left out to see what an error costs
+# Values that a scale is searched on: of each channel, and of a whole tensor.
+CHANNEL_SAMPLE, TENSOR_SAMPLE = 8192, 50_000
+# Of a channel, as a share of the median: a channel that is hardly ever positive would otherwise
+# divide its row by next to nothing.
+SMALLEST_RANGE = 0.02
+
 
 @torch.no_grad()
 def quantize(
     model: MobileNetV2, images: Tensor, scheme: dict, progress: Callable = iter, *,
-    scale_bits: int | None = None, bias_bits: int = 2, rd_lambda: float = 0.0,
+    scale_bits: int | None = None, bias_bits: int = 2, lambda_per_bit: float = 0.0,
 ) -> tuple[MobileNetV2, dict[str, Tensor]]:  # fmt: skip
     """Return the network quantized by a scheme, in eval mode; the model itself is not changed.
 
-    images: (n, 3, H, W), normalized: see `calibration`.
+    images: (n, 3, H, W), normalized: see `calibration_images`.
     scheme: see lib.quantizers. Its "weight_scale" is a granularity: `channel`, or `tensor`: one
         scale per tensor, for the weights as they are before folding, rounded to nearest. Batch
         norm's factors then multiply that scale, and there is neither equalization nor
@@ -53,8 +67,8 @@ def quantize(
         `tensor`, where they cannot.
     bias_bits: biases are multiples of a power of two, about 2^-bias_bits of the scale of the
         layer's output; 32: float32, as where the output is not quantized.
-    rd_lambda: the squared error of an image's logits that one bit may cost; 0: bits cost nothing.
-        Not for `tensor`.
+    lambda_per_bit: the squared error of an image's logits that saving one bit may cost; 0: bits
+        cost nothing. Not for `tensor`.
     Returns (network, latent); latent: the weights before rounding, by layer, for lib.qat.
     """
     target = quantizers.fold(model)
@@ -65,10 +79,11 @@ def quantize(
         scale_bits = 3 if per_channel else 5
     walk = _Walk(
         target, quantized, scheme, model, scale_bits=scale_bits, bias_bits=bias_bits,
-        rd_lambda=rd_lambda, importance=sensitivity(target, images) if rd_lambda else {},
+        lambda_per_bit=lambda_per_bit,
+        importance=row_importance(target, images) if lambda_per_bit else {},
     )  # fmt: skip
     if scheme["act_bits"] < 32 and per_channel:
-        walk.equalize(images[:256])
+        walk.equalize(images[:EQUALIZATION_IMAGES])
     walk.run(images, progress)
     return quantized.eval(), walk.latent
 
@@ -79,20 +94,25 @@ def layers_alone(
 ) -> dict[str, dict[str, Tensor]]:
     """Return each layer's weight and bias when only that layer is quantized to `weight_bits`.
 
-    {layer: {"weight", "bias"}}, of the folded network; all other layers are fp32.
+    {layer: {"weight", "bias"}}, of the folded network; all other layers are fp32. The scales of the
+    rows and the biases are float32, not shortened as `quantize` does by default.
     """
     target = quantizers.fold(model)
     quantized = copy.deepcopy(target)
-    weights_only = scheme(weight_bits, 32)
-    quantizers.attach(quantized, weights_only)
-    _Walk(target, quantized, weights_only, model, alone=True).run(images, progress)
+    scheme = make_scheme(weight_bits, 32)
+    quantizers.attach(quantized, scheme)
+    walk = _Walk(
+        target, quantized, scheme, model, scale_bits=23, bias_bits=32, lambda_per_bit=0.0,
+        importance={}, alone=True,
+    )  # fmt: skip
+    walk.run(images, progress)
     return {
         name: {"weight": layer.weight, "bias": layer.bias}
         for name, layer in weight_layers(quantized).items()
     }
 
 
-def scheme(weight_bits: int, act_bits: int, **others) -> dict:
+def make_scheme(weight_bits: int, act_bits: int, **others) -> dict:
     """Return a scheme of lib.quantizers with the usual choices; others: keys that differ."""
     return {
         "method": "ptq", "weight_bits": weight_bits, "act_bits": act_bits,
@@ -100,7 +120,7 @@ def scheme(weight_bits: int, act_bits: int, **others) -> dict:
     }  # fmt: skip
 
 
-def calibration(split: data.Split, count: int, seed: int) -> Tensor:
+def calibration_images(split: data.Split, count: int, seed: int) -> Tensor:
     """Return `count` normalized images of a split; which ones depends on the seed alone."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     return data.normalize(split.images[order[:count].to(split.images.device)])
@@ -110,7 +130,7 @@ def calibration(split: data.Split, count: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def sensitivity(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
+def row_importance(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
     """Return, per layer and row, what an error of variance 1 in the row's outputs costs.
 
     The cost is the squared error of an image's logits, apart from what all logits share.
@@ -123,8 +143,8 @@ def sensitivity(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
     layer's smallest weights are left out.
     """
     layers = weight_layers(model)
-    costs = _mean_squared_gradients(model, layers, images[:256])
-    images = images[:64]
+    costs = _mean_squared_gradients(model, layers, images[:GRADIENT_IMAGES])
+    images = images[:DISTURBED_IMAGES]
     expected = model(images)
     for name, layer in layers.items():
         if not layer.weight.any():
@@ -137,13 +157,13 @@ def sensitivity(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
 
 
 def _without_smallest_weights(model, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave out a layer's smallest weights, which hold 2% of the sum of squares.
+    """Leave out a layer's smallest weights, which hold DISTURBANCE of its sum of squares.
 
     Returns (variance of the error in each row's outputs (rows,), the logits).
     """
     reduced = copy.deepcopy(layer)
     sizes = layer.weight[layer.weight != 0].abs().sort().values
-    left_out = (sizes.square().cumsum(0) < 0.02 * sizes.square().sum()).sum()
+    left_out = (sizes.square().cumsum(0) < DISTURBANCE * sizes.square().sum()).sum()
     reduced.weight[layer.weight.abs() <= sizes[left_out]] = 0
     variances = []
 
@@ -173,7 +193,7 @@ def _mean_squared_gradients(model, layers: dict, images: Tensor) -> dict[str, Te
             lambda _, __, y, name=name: y.register_hook(lambda grad: add(grad, name)) and None
         ))  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    for batch in images.split(64):
+    for batch in images.split(BATCH):
         x = batch.clone().requires_grad_()
         logits = model(x)
         direction = torch.randn(logits.shape, generator=generator).to(logits.device)
@@ -196,21 +216,21 @@ class _Walk:
 
     def __init__(
         self, target: MobileNetV2, quantized: MobileNetV2, scheme: dict, unfolded: MobileNetV2, *,
-        scale_bits: int = 23, bias_bits: int = 32, rd_lambda: float = 0.0,
-        importance: dict[str, Tensor] | None = None, alone: bool = False,
+        scale_bits: int, bias_bits: int, lambda_per_bit: float, importance: dict[str, Tensor],
+        alone: bool = False,
     ):  # fmt: skip
         """Prepare a walk over two folded networks.
 
         unfolded: the network before folding, whose weights may lie on a grid per tensor.
-        scale_bits, bias_bits, rd_lambda: see `quantize`.
-        importance: what `sensitivity` returns; needed if rd_lambda is not 0.
+        scale_bits, bias_bits, lambda_per_bit: see `quantize`.
+        importance: what `row_importance` returns; empty if lambda_per_bit is 0.
         alone: quantize each layer as if all others were fp32.
         """
         self.target, self.quantized, self.scheme, self.unfolded = (
             target, quantized, scheme, unfolded
         )  # fmt: skip
-        self.scale_bits, self.bias_bits, self.rd_lambda = scale_bits, bias_bits, rd_lambda
-        self.importance, self.alone = importance or {}, alone
+        self.scale_bits, self.bias_bits, self.lambda_per_bit = scale_bits, bias_bits, lambda_per_bit
+        self.importance, self.alone = importance, alone
         self.per_tensor = scheme["weight_scale"] == "tensor"
         self.names = {layer: name for name, layer in weight_layers(target).items()}
         self.layers = weight_layers(quantized)
@@ -346,7 +366,7 @@ class _Walk:
                 importance = importance * output_ranges**2
             reconstruct(
                 layer, quantized_x, wanted, bits, scale_bits=self.scale_bits,
-                row_importance=importance, rd_lambda=self.rd_lambda,
+                row_importance=importance, lambda_per_bit=self.lambda_per_bit,
             )  # fmt: skip
         layer.scale_bits = self.scale_bits
         quantized_y = layer(quantized_x)
@@ -402,8 +422,8 @@ def _channel_clips(outputs: Tensor, bits: int) -> Tensor:
     """
     values = outputs.transpose(0, 1).flatten(1)
     high, top = 2**bits - 1, values.amax(1)
-    sample = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0))[:8192]
-    values = values[:, sample.to(outputs.device)]
+    sample = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0))
+    values = values[:, sample[:CHANNEL_SAMPLE].to(outputs.device)]
     least, clips = torch.full_like(top, torch.inf), top.clone()
     for share in torch.linspace(1, 0.2, 33).tolist():
         scale = (top * share / high).clamp(min=1e-12)[:, None]
@@ -412,7 +432,7 @@ def _channel_clips(outputs: Tensor, bits: int) -> Tensor:
         clips = torch.where(error < least, top * share, clips)
         least = torch.minimum(least, error)
     median = clips[clips > 0].median() if (clips > 0).any() else clips.new_tensor(1.0)
-    return torch.where(clips > 0, clips / median, 1.0).clamp(min=0.02)
+    return torch.where(clips > 0, clips / median, 1.0).clamp(min=SMALLEST_RANGE)
 
 
 def _best_scale(
@@ -422,8 +442,8 @@ def _best_scale(
     if ranges is not None:
         target_x = target_x / ranges.view(-1, 1, 1)
     top = target_x.abs().amax().clamp(min=1e-6)
-    target_x, quantized_x = (  # (positions, channels), about 50,000 values
-        x.movedim(1, -1).flatten(0, -2)[:: max(1, x.numel() // 50_000)]
+    target_x, quantized_x = (  # (positions, channels), about TENSOR_SAMPLE values
+        x.movedim(1, -1).flatten(0, -2)[:: max(1, x.numel() // TENSOR_SAMPLE)]
         for x in (target_x, quantized_x)
     )
 

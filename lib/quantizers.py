@@ -211,7 +211,9 @@ def _attach_quantizers(model: MobileNetV2, bits: int, last_bits: int) -> None:
             if wide_bits > bits:
                 # The first block reads the output of the stem's ReLU6, which is never negative.
                 block.input = Quantizer(bits, signed=number > 0)
-    wide = [model.head] + [model.stem] * blocks[0].residual
+    wide = [model.head]
+    if blocks[0].residual:
+        wide.append(model.stem)
     for module in model.modules():
         if isinstance(module, ConvBNReLU6):
             module[2] = Quantizer(wide_bits if module in wide else bits, signed=False)
@@ -308,10 +310,10 @@ def layers_with_input_quantizers(model: MobileNetV2) -> Iterator[tuple[nn.Module
     """
     order = places(model.settings)
     for layer in layers(model.settings):
-        quantizer = model.get_submodule(layer.reads)
-        if layer.reads.endswith(".input") and not isinstance(quantizer, Quantizer):
+        quantizer = model.get_submodule(layer.input_place)
+        if layer.input_place.endswith(".input") and not isinstance(quantizer, Quantizer):
             # Nothing is quantized again for this block: it reads what comes before.
-            quantizer = model.get_submodule(order[order.index(layer.reads) - 1])
+            quantizer = model.get_submodule(order[order.index(layer.input_place) - 1])
         yield model.get_submodule(layer.name), quantizer
 
 

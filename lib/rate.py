@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LN2 = math.log(2)
-KILOBYTE = 8000  # bits: --rd-lambda is a price per kilobyte
+BITS_PER_KILOBYTE = 8000  # --rd-lambda is a price per 1,000 bytes, lambda_per_bit one per bit
+CLASSES = 16  # of magnitudes, for which occurrences are counted
 
 
 @torch.no_grad()
@@ -34,13 +35,14 @@ def prices(levels: Tensor, max_level: int) -> tuple[Tensor, Tensor, Tensor]:
 
     x = log_odds(flags.sum(1, keepdim=True)) + log_odds(flags.sum(0)) - log_odds(flags.sum())
     # From 6 bits on, magnitudes are counted in 16 classes: single ones are too rare.
-    group = torch.arange(max_level + 1, device=levels.device) * 16 // (max_level + 1)
-    count = torch.zeros(16, device=levels.device)
-    count.index_add_(0, group[levels.abs().long()].flatten(), flags.flatten())
+    class_of = torch.arange(max_level + 1, device=levels.device) * CLASSES // (max_level + 1)
+    count = torch.zeros(CLASSES, device=levels.device)
+    count.index_add_(0, class_of[levels.abs().long()].flatten(), flags.flatten())
     # Not bincount, which would wait for the device: in QAT this is part of every step.
-    members = (group[1:, None] == torch.arange(16, device=levels.device)).sum(0).clamp(min=1)
+    classes = torch.arange(CLASSES, device=levels.device)
+    members = (class_of[1:, None] == classes).sum(0).clamp(min=1)
     count = count + 0.5
-    magnitude = -torch.log2(count / count.sum() / members)[group]
+    magnitude = -torch.log2(count / count.sum() / members)[class_of]
     return F.softplus(x) / LN2, F.softplus(-x) / LN2 + 1, magnitude
 
 

@@ -6,8 +6,8 @@ A layer is linear in its inputs, so the mean squared error of its output is a qu
 the Gram matrix of the inputs (Nagel et al. 2020, "Up or Down?", equation 20; Frantar et al. 2022,
 GPTQ). Its minimum over integer levels is approached by coordinate descent on all rows at once: each
 weight in turn goes to the best level given the other weights, and each row's scale to the best
-scale given its levels. Pruned weights (zeros) are not optimized: they stay zero. With `rd_lambda`
-the descent minimizes error + rd_lambda * bits, with the bits of lib/rate.py.
+scale given its levels. Pruned weights (zeros) are not optimized: they stay zero. With
+`lambda_per_bit` the descent minimizes error + lambda_per_bit * bits, with the bits of lib/rate.py.
 
 This module knows one layer and nothing of the network around it.
 
@@ -30,13 +30,18 @@ from lib.rate import prices
 POSITIONS = 65536  # positions (pixels of output maps) that a layer is fitted on, at most
 SWEEPS = 3  # over the coordinates, between two fits of the scales
 ROUNDS = 4  # fits of the scales
+FLOAT_SWEEPS = 4  # over the coordinates at 32 bits, where there is nothing to round
+DEPTHWISE_POSITIONS = POSITIONS // 4  # with nine columns per row, fewer are enough
+# A refit that would shrink a scale below this share of itself is left out: the levels of such a row
+# explain nothing of its outputs, and its scale could end at 0 or below.
+SMALLEST_REFIT = 0.1
 RIDGE = 1e-2  # share of the mean eigenvalue: how much a weight is held where the images say nothing
 
 
 @torch.no_grad()
 def reconstruct(
-    layer: nn.Module, inputs: Tensor, outputs: Tensor, bits: int, *, scale_bits: int = 23,
-    row_importance: Tensor | None = None, rd_lambda: float = 0.0,
+    layer: nn.Module, inputs: Tensor, outputs: Tensor, bits: int, *, scale_bits: int,
+    row_importance: Tensor | None = None, lambda_per_bit: float = 0.0,
 ) -> None:  # fmt: skip
     """Fit a layer's weights, and their scales, to given outputs on given inputs, in place.
 
@@ -45,25 +50,25 @@ def reconstruct(
         means are taken out first: the caller corrects the bias for them.
     bits: of the weights; 32 leaves them floats, which are still fitted.
     scale_bits: mantissa bits that the scales are rounded to. A row of zeros gets the scale 1.
-    rd_lambda: with row_importance (rows,), what is minimized is the sum over rows of
-        row_importance * squared error, plus rd_lambda * bits. 0: bits cost nothing.
+    lambda_per_bit: with row_importance (rows,), what is minimized is the sum over rows of
+        row_importance * squared error, plus lambda_per_bit * bits. 0: bits cost nothing.
     """
     images = slice(0, max(1, POSITIONS * inputs.shape[1] // inputs[0].numel()))
     inputs, outputs = as_matrix_product(layer, inputs[images], outputs[images])
     fit = IntegerLeastSquares(*_normal_equations(layer, inputs, outputs), bits)
     if bits == 32:
-        fit.descend(sweeps=4)
+        fit.descend(FLOAT_SWEEPS)
         layer.weight.copy_(fit.weight.reshape(layer.weight.shape))
         return
     fit.choose_scales()
-    if rd_lambda:
-        row_lambda = rd_lambda / row_importance.reshape(fit.weight.shape[:2]).clamp(min=1e-12)
+    if lambda_per_bit:
+        row_lambda = lambda_per_bit / row_importance.reshape(fit.weight.shape[:2]).clamp(min=1e-12)
         fit.set_prices(row_lambda)
         fit.choose_scales()
     for _ in range(ROUNDS):
         fit.descend(SWEEPS)
         fit.refit_scales()
-        if rd_lambda:
+        if lambda_per_bit:
             fit.set_prices(row_lambda)
     fit.round_scales(scale_bits)
     fit.descend(SWEEPS)
@@ -85,8 +90,8 @@ def as_matrix_product(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> tupl
     if layer.kernel_size == (1, 1):
         inputs = inputs.permute(0, 2, 3, 1).reshape(1, -1, inputs.shape[1])
         return inputs, outputs.reshape(1, -1, channels)
-    if layer.groups > 1:  # nine columns per row need fewer positions
-        images = max(1, POSITIONS // 4 // outputs[0, :, :, 0].numel())
+    if layer.groups > 1:
+        images = max(1, DEPTHWISE_POSITIONS // outputs[0, :, :, 0].numel())
         inputs, outputs = inputs[:images], outputs[:images]
     patches = F.unfold(inputs, layer.kernel_size, padding=layer.padding, stride=layer.stride)
     # (images, groups, columns, positions of an image)
@@ -198,7 +203,7 @@ class IntegerLeastSquares:
         """Set each row's scale to the best one for its present levels."""
         curvature = ((self.weight @ self.gram) * self.weight).sum(2, keepdim=True)
         factor = (self.cross * self.weight).sum(2, keepdim=True) / curvature.clamp(min=1e-20)
-        factor = torch.where((curvature > 0) & (factor > 0.1), factor, 1.0)
+        factor = torch.where((curvature > 0) & (factor > SMALLEST_REFIT), factor, 1.0)
         self.scale, self.weight = self.scale * factor, self.weight * factor
 
     def round_scales(self, bits: int) -> None:

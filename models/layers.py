@@ -1,7 +1,7 @@
-"""The order of a network's layers: their names, roles, shapes, and what each reads and writes.
+"""The order of a network's layers: their names, roles, shapes, and places.
 
     for layer in layers(settings):
-        print(layer.name, layer.role, layer.shape, layer.reads, "->", layer.writes)
+        print(layer.name, layer.role, layer.shape, layer.input_place, "->", layer.output_place)
 
 This is the one place that knows the topology; whatever needs names and shapes takes them from here.
 It works on settings (see models.mobilenetv2.standard), which are plain data, and knows no torch.
@@ -33,8 +33,8 @@ class Layer:
     shape: tuple[int, ...]  # of its weight: (out, in / groups, height, width) or (out, in)
     stride: int
     norm: str | None  # name of the batch norm behind it; None: the classifier's, which has none
-    reads: str  # the place of its input
-    writes: str  # the place of its output; "" for the classifier, whose outputs are the logits
+    input_place: str
+    output_place: str  # "" for the classifier, whose outputs are the logits
     input_group: Group
     output_group: Group
 
@@ -50,39 +50,39 @@ def layers(settings: dict) -> list[Layer]:
 
 
 def _walk(settings: dict) -> Iterator[Layer]:
-    channels, group, place = settings["stem"], ("stem", 0), "features.0.2"
+    channels, group, stream_place = settings["stem"], ("stem", 0), "features.0.2"
     yield Layer(
         "features.0.0", STEM, None, (channels, 3, 3, 3), settings["stem_stride"], "features.0.1",
-        "image", place, ("image", 0), group,
+        "image", stream_place, ("image", 0), group,
     )  # fmt: skip
     for number, block in enumerate(settings["blocks"], start=1):
         hidden, out, stride = block["hidden"], block["out"], block["stride"]
         residual, prefix = block["residual"], f"features.{number}"
-        reads = f"{prefix}.input"
+        before = f"{prefix}.input"  # the places before and behind a layer
         inner, stream = group, group if residual else ("stream", number)
         position = 0  # in the block's Sequential
         if block["expand"]:
-            inner, writes = ("hidden", number), f"{prefix}.conv.0.2"
+            inner, behind = ("hidden", number), f"{prefix}.conv.0.2"
             yield Layer(
                 f"{prefix}.conv.0.0", EXPAND, number, (hidden, channels, 1, 1), 1,
-                f"{prefix}.conv.0.1", reads, writes, group, inner,
+                f"{prefix}.conv.0.1", before, behind, group, inner,
             )  # fmt: skip
-            reads, position = writes, 1
-        writes = f"{prefix}.conv.{position}.2"
+            before, position = behind, 1
+        behind = f"{prefix}.conv.{position}.2"
         yield Layer(
             f"{prefix}.conv.{position}.0", DEPTHWISE, number, (hidden, 1, 3, 3), stride,
-            f"{prefix}.conv.{position}.1", reads, writes, inner, inner,
+            f"{prefix}.conv.{position}.1", before, behind, inner, inner,
         )  # fmt: skip
         yield Layer(
             f"{prefix}.conv.{position + 1}", PROJECT, number, (out, hidden, 1, 1), 1,
-            f"{prefix}.conv.{position + 2}", writes,
+            f"{prefix}.conv.{position + 2}", behind,
             f"{prefix}.addend" if residual else f"{prefix}.stream", inner, stream,
         )  # fmt: skip
-        channels, group, place = out, stream, f"{prefix}.stream"
+        channels, group, stream_place = out, stream, f"{prefix}.stream"
     number, head = len(settings["blocks"]) + 1, settings["head"]
     yield Layer(
         f"features.{number}.0", HEAD, None, (head, channels, 1, 1), 1, f"features.{number}.1",
-        place, f"features.{number}.2", group, ("head", 0),
+        stream_place, f"features.{number}.2", group, ("head", 0),
     )  # fmt: skip
     yield Layer(
         "classifier.1", CLASSIFIER, None, (settings["classes"], head), 1, None, "pooled", "",
@@ -92,22 +92,23 @@ def _walk(settings: dict) -> Iterator[Layer]:
 
 def blocks(settings: dict) -> list[list[Layer]]:
     """The layers of each block: expand (not in all), depthwise, project."""
-    found = [[] for _ in settings["blocks"]]
+    by_block = [[] for _ in settings["blocks"]]
     for layer in layers(settings):
         if layer.block is not None:
-            found[layer.block - 1].append(layer)
-    return found
+            by_block[layer.block - 1].append(layer)
+    return by_block
 
 
 def places(settings: dict) -> list[str]:
     """All places of activations, in the order in which tensors pass them.
 
-    `image`; behind each ReLU6; of each block `input`, where its layers read; `addend`, where a
-    residual block's projection writes; `stream`, what leaves the block; `pooled`.
+    `image`; behind each ReLU6; of each block `input`, what its first layer reads; `addend`, what a
+    residual block's projection gives; `stream`, what leaves the block; `pooled`.
     """
-    found = ["image", "features.0.2"]
-    for number, own in enumerate(blocks(settings), start=1):
-        found += [f"features.{number}.input"]
-        found += [layer.writes for layer in own]  # the last is `addend`, if not `stream` at once
-        found += [f"features.{number}.stream"] * settings["blocks"][number - 1]["residual"]
-    return [*found, f"features.{len(settings['blocks']) + 1}.2", "pooled"]
+    names = ["image", "features.0.2"]
+    for number, block_layers in enumerate(blocks(settings), start=1):
+        names.append(f"features.{number}.input")
+        names += [layer.output_place for layer in block_layers]
+        if settings["blocks"][number - 1]["residual"]:  # else the last layer's place is `stream`
+            names.append(f"features.{number}.stream")
+    return [*names, f"features.{len(settings['blocks']) + 1}.2", "pooled"]

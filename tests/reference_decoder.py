@@ -89,7 +89,7 @@ def decode_version_1(raw: bytes) -> dict[str, list[int]]:
         for element in elements:  # section 3.5
             sha.update(element.to_bytes(element_bytes, "little"))
 
-    for name, kind, shape, bits, nonzeros in directory["sparse"]:
+    for name, dtype, shape, bits, nonzeros in directory["sparse"]:
         levels = Bits(take(values, (nonzeros * bits + 7) // 8))  # section 3.2
         positions, size = [0] * nonzeros, 1
         for dimension in shape:  # section 3.3
@@ -104,14 +104,14 @@ def decode_version_1(raw: bytes) -> dict[str, list[int]]:
         for position in positions:
             level = levels.number(bits)
             if level >= 2 ** (bits - 1):  # negative: extend the sign to the whole element
-                level += 2 ** (8 * ELEMENT_BYTES[kind]) - 2**bits
+                level += 2 ** (8 * ELEMENT_BYTES[dtype]) - 2**bits
             elements[position] = level
-        add(name, elements, ELEMENT_BYTES[kind])
-    for name, kind, shape in directory["dense"]:  # section 3.4
+        add(name, elements, ELEMENT_BYTES[dtype])
+    for name, dtype, shape in directory["dense"]:  # section 3.4
         size = 1
         for dimension in shape:
             size *= dimension
-        width = ELEMENT_BYTES[kind]
+        width = ELEMENT_BYTES[dtype]
         add(name, [int.from_bytes(take(dense, width), "little") for _ in range(size)], width)
     assert all(next(data, None) is None for data in (values, indices, dense))
     assert sha.digest() == payloads["HASH"]
@@ -151,8 +151,8 @@ def decode_version_2(raw: bytes) -> tuple[dict[str, list[int]], dict]:
 
     sha = hashlib.sha256(text + widths + parent)  # section 4.5
     for name, elements in tensors.items():
-        kind = "h" if name.endswith(".weight") else "I"
-        sha.update(struct.pack(f"<{len(elements)}{kind}", *elements))
+        code = "h" if name.endswith(".weight") else "I"  # of the module struct: int16, or 32 bits
+        sha.update(struct.pack(f"<{len(elements)}{code}", *elements))
     assert sha.digest() == content
     return tensors, description
 
@@ -274,7 +274,7 @@ SQUASH, STRETCH, ADAPTATION = make_tables()
 
 
 class Decoder:
-    """Sections 5.3 to 5.6: the state of a stream. Contexts and weights have tuples as names."""
+    """Sections 5.3 to 5.6: the state of a coder. Contexts and weights have tuples as names."""
 
     def __init__(self, raw: bytes):
         """Section 5.3: the registers, contexts and weights at the start."""
@@ -316,7 +316,7 @@ class Decoder:
         return bit
 
     def check_end(self) -> None:
-        """Section 5.5: the input has the only length, and the only last bytes, that it may have."""
+        """Section 5.5: the bytes have the only length, and the only end, that they may have."""
         n = next(n for n in range(6) if self.end(n) <= self.high)
         assert len(self.raw) == self.shifts + n and self.value == self.end(n)
 
@@ -339,8 +339,8 @@ class Decoder:
                 xc = STRETCH[(4096 * nc + 8 * d) // (r + 8)]
                 both = (xr + xc - STRETCH[d] + 7168) // 64
                 significant = self.decision((
-                    ("significance A", kind, (xr + 2560) // 128, (xc + 2560) // 128),
-                    ("significance B", both, column_hints[c] + row_hints[r]),
+                    ("S1", kind, (xr + 2560) // 128, (xc + 2560) // 128),
+                    ("S2", both, column_hints[c] + row_hints[r]),
                 ))  # fmt: skip
                 if not significant:
                     continue
@@ -355,12 +355,11 @@ class Decoder:
                 for i in range(width):
                     if i < 4:
                         bit = self.decision(
-                            (("magnitude A", qr, qc, node),
-                             ("magnitude B", both // 4, qm, kind, node)),
-                            ("magnitude", i, kind),
+                            (("M1", qr, qc, node), ("M2", both // 4, qm, kind, node)),
+                            ("M", i, kind),
                         )  # fmt: skip
                     else:
-                        bit = self.decision([("low bits", node if i < 8 else 0)])
+                        bit = self.decision([("L", node if i < 8 else 0)])
                     node = 2 * node + bit
                 magnitude = node - 2**width + smallest
 
@@ -370,18 +369,18 @@ class Decoder:
                     last = 0 if not left else 1 if left[-1] > 0 else 2
                     size = min(7, 8 * magnitude // 2**width)
                     negative = self.decision(
-                        (("sign A", size, lean(sum(above), mean), kind),
-                         ("sign B", c if columns <= 32 else 32, last, lean(sum(left), mean), kind)),
-                        ("sign", kind), 14,
+                        (("G1", size, lean(sum(above), mean), kind),
+                         ("G2", c if columns <= 32 else 32, last, lean(sum(left), mean), kind)),
+                        ("G", kind), 14,
                     )  # fmt: skip
                 levels[r][c] = -magnitude if negative else magnitude
                 count += 1
                 total += magnitude - smallest
         return levels
 
-    def numbers(self, n, width, hint, states=None) -> list[int]:
+    def numbers(self, n, width, hint, seen=None) -> list[int]:
         """Section 5.7: decode n numbers of 0 to 2^width."""
-        return [row[0] for row in self.array(n, 1, 7, 1, width, states or [0] * n, [hint])]
+        return [row[0] for row in self.array(n, 1, 7, 1, width, seen or [0] * n, [hint])]
 
 
 def lean(v: int, mean: int) -> int:
@@ -390,7 +389,7 @@ def lean(v: int, mean: int) -> int:
 
 
 def decode_levels(raw: bytes, shapes, kinds, groups) -> list[list[list[int]]]:
-    """Section 5.7: decode a stream; return its layers, each a list of rows.
+    """Section 5.7: decode a coder stream; return its layers, each a list of rows.
 
     shapes, kinds and groups have (rows, columns), kind and (row group, column group) of each layer.
     """
@@ -399,9 +398,9 @@ def decode_levels(raw: bytes, shapes, kinds, groups) -> list[list[list[int]]]:
         return []
     decoder = Decoder(raw)
     range_codes = decoder.numbers(len(shapes), 4, 40)
-    (bits,) = decoder.numbers(1, 4, 44)
-    smallest_codes = decoder.numbers(len(shapes), bits, 48)
-    assert bits == max(0, max(smallest_codes) - 1).bit_length()
+    (header_bits,) = decoder.numbers(1, 4, 44)
+    smallest_codes = decoder.numbers(len(shapes), header_bits, 48)
+    assert header_bits == max(0, max(smallest_codes) - 1).bit_length()
     history = {}  # group -> (non-zeros of each channel, cells per channel)
     layers = []
     for shape, kind, names, range_code, smallest_code in zip(
@@ -413,8 +412,8 @@ def decode_levels(raw: bytes, shapes, kinds, groups) -> list[list[list[int]]]:
         if range_code:
             live = []
             for axis, (nonzeros, cells) in enumerate(known):  # steps 4a and 4b
-                states = [0 if not cells else 2 if n else 1 for n in nonzeros]
-                flags = decoder.numbers(shape[axis], 0, 52 + 4 * axis, states)
+                seen = [0 if not cells else 2 if n else 1 for n in nonzeros]
+                flags = decoder.numbers(shape[axis], 0, 52 + 4 * axis, seen)
                 live.append([i for i, flag in enumerate(flags) if flag])
             column_hints = []  # step 4c
             for i in live[1]:

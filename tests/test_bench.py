@@ -16,7 +16,7 @@ from lib.config import UserError
 def folder(small, pixels, tmp_path, monkeypatch):
     """Checkpoints to measure."""
     monkeypatch.setattr(plots, "DPI", 40)
-    folder, scheme = tmp_path / "checkpoints", ptq.scheme(8, 8)
+    folder, scheme = tmp_path / "checkpoints", ptq.make_scheme(8, 8)
     given = {"metrics": {}, "data": {"source": "cifar10", "val_size": 50}}
     for name, stage in (("baseline", "baseline"), ("pruned", "pruned")):
         model = small(0 if name == "baseline" else 1)

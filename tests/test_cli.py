@@ -335,7 +335,7 @@ def test_chain_is_recorded_and_smaller_at_each_step(chain):
     assert sources[2].metrics.items() <= sources[1].metrics.items()
     assert set(sources[1].metrics) == {"val_correct", "val_total", "gained", "lost"}
     assert sources[2].metrics["val_total"] == 50
-    assert sources[1].quantization == sources[3].quantization == ptq.scheme(4, 8)
+    assert sources[1].quantization == sources[3].quantization == ptq.make_scheme(4, 8)
 
 
 def test_decompressing_gives_the_same_tensors(run, chain, tmp_path):
@@ -395,14 +395,16 @@ def test_bits_by_layer_name_first_and_last_and_the_later_item_counts(small, tmp_
     path.write_text('{"classifier.1": 32, "features.2.conv.2": 6}')
     cfg = quantize.Settings(weight_bits=4, act_bits=5, layer_bits=f"first=8,last=8,{path}")
     own = {"features.0.0": 8, "classifier.1": 32, "features.2.conv.2": 6}
-    assert quantize.scheme_of(cfg, small(0)) == ptq.scheme(4, 5, last_act_bits=8, layer_bits=own)
+    assert quantize.scheme_of(cfg, small(0)) == ptq.make_scheme(
+        4, 5, last_act_bits=8, layer_bits=own
+    )
     for text, last_act in [
         ("first=8,classifier.1=6", None), ("last=8", 8), ("last_act=6,last=8", 6),
         ("last_act=7", 7),
     ]:  # fmt: skip
         cfg = quantize.Settings(layer_bits=text)
         assert quantize.scheme_of(cfg, small(0)).get("last_act_bits") == last_act
-    assert quantize.scheme_of(quantize.Settings(), small(0)) == ptq.scheme(8, 8)
+    assert quantize.scheme_of(quantize.Settings(), small(0)) == ptq.make_scheme(8, 8)
     scheme = quantize.scheme_of(quantize.Settings(method="reference"), small(0))
     assert scheme == {"method": "reference", "weight_bits": 8, "act_bits": 8}
 

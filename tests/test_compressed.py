@@ -117,7 +117,7 @@ def folded(small, pixels, tmp_path_factory):
     def make(weight_bits, act_bits, **more):
         key = f"{weight_bits}-{act_bits}-{sorted(more)}"
         if key not in made:
-            scheme = ptq.scheme(weight_bits, act_bits, **more)
+            scheme = ptq.make_scheme(weight_bits, act_bits, **more)
             model, _ = ptq.quantize(small(1), pixels[:16], scheme)
             parent = checkpoint.save(folder / "parent.pth", "pruned", small(1), train.Settings(),
                                      None, metrics={}, data={})  # fmt: skip
@@ -153,13 +153,16 @@ def test_a_folded_network_comes_back_from_version_2(tmp_path, folded, bits, act_
 
 
 @pytest.mark.parametrize(("bits", "act_bits", "more"), [
-    (32, 8, {}), (8, 8, {"layer_bits": {"classifier.1": 32}}),
+    (32, 8, {}), (8, 8, {"layer_bits": {"classifier.1": 32}}), (8, 8, {"last_act_bits": 32}),
 ])  # fmt: skip
-def test_what_is_not_quantized_throughout_is_of_version_1(folded, bits, act_bits, more):
+def test_what_is_not_quantized_throughout_is_of_version_1(tmp_path, folded, bits, act_bits, more):
     parent = folded(bits, act_bits, **more)
     raw = compressed.encode(parent)
     assert compressed.version(raw) == 1
-    assert identical(compressed.decode(raw)["state"], compressed.stored_state(parent))
+    (tmp_path / "x.nnz").write_bytes(raw)
+    found = checkpoint.load(tmp_path / "x.nnz")
+    assert identical(found.state, compressed.stored_state(parent))
+    assert torch.equal(logits(found), logits(parent))
 
 
 def test_damage_to_version_2_is_one_line(tmp_path, folded):

@@ -177,10 +177,10 @@ def integer_network(model, scheme) -> IntegerNetwork:
 
 
 SCHEMES = {
-    "W8A8": ptq.scheme(8, 8), "W4A8": ptq.scheme(4, 8), "W8A4": ptq.scheme(8, 4),
-    "W3A6": ptq.scheme(3, 6), "mixed": ptq.scheme(4, 6, layer_bits={"features.0.0": 8},
+    "W8A8": ptq.make_scheme(8, 8), "W4A8": ptq.make_scheme(4, 8), "W8A4": ptq.make_scheme(8, 4),
+    "W3A6": ptq.make_scheme(3, 6), "mixed": ptq.make_scheme(4, 6, layer_bits={"features.0.0": 8},
                                                   last_act_bits=8),
-    "a scale per tensor": ptq.scheme(8, 8, weight_scale="tensor"),
+    "a scale per tensor": ptq.make_scheme(8, 8, weight_scale="tensor"),
 }  # fmt: skip
 
 
@@ -210,8 +210,8 @@ def test_the_network_is_its_fake_quantized_parent(small, pixels, images, name):
 
 
 def test_the_answer_does_not_depend_on_the_batch(small, pixels, images):
-    model, _ = ptq.quantize(small(2), pixels, ptq.scheme(8, 8))
-    network = integer_network(model, ptq.scheme(8, 8))
+    model, _ = ptq.quantize(small(2), pixels, ptq.make_scheme(8, 8))
+    network = integer_network(model, ptq.make_scheme(8, 8))
     whole = network(images)
     assert torch.equal(whole, torch.cat([network(images[i : i + 1]) for i in range(64)]))
     for wrong in (images.float(), images[:, :1], images[:, :, :16]):
@@ -231,13 +231,14 @@ def test_the_table_is_what_the_float_network_sees():
 
 def test_schemes_without_an_integer_network_say_why():
     for bits in (2, 8):
-        assert integer.why_no_integer_network(ptq.scheme(bits, bits)) is None
+        assert integer.why_no_integer_network(ptq.make_scheme(bits, bits)) is None
     for scheme, what in [
         (None, "not quantized"),
         ({"method": "reference", "weight_bits": 8, "act_bits": 8}, "change with every batch"),
-        (ptq.scheme(16, 8), "16 bits"), (ptq.scheme(32, 8), "32 bits"),
-        (ptq.scheme(8, 32), "32, and 8 is most"), (ptq.scheme(8, 8, last_act_bits=16), "16, and"),
-        (ptq.scheme(8, 8, layer_bits={"features.0.0": 9}), "9 bits"),
+        (ptq.make_scheme(16, 8), "16 bits"), (ptq.make_scheme(32, 8), "32 bits"),
+        (ptq.make_scheme(8, 32), "32, and 8 is most"),
+        (ptq.make_scheme(8, 8, last_act_bits=16), "16, and"),
+        (ptq.make_scheme(8, 8, layer_bits={"features.0.0": 9}), "9 bits"),
     ]:  # fmt: skip
         assert what in integer.why_no_integer_network(scheme)
 

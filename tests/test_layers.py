@@ -35,7 +35,7 @@ def test_layers_are_those_of_the_network_in_the_order_in_which_they_run(settings
             assert quantizers.norm_behind(model, layer.name) is norm
             parent, index = layer.name.rsplit(".", 1)
             assert layer.norm == f"{parent}.{int(index) + 1}"  # behind it in its Sequential
-        for place in (layer.reads, layer.writes):
+        for place in (layer.input_place, layer.output_place):
             assert place in places(settings) or place == ""
     assert all([layer.role for layer in own][-2:] == ["depthwise", "project"]
                for own in blocks(settings))  # fmt: skip

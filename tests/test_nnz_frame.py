@@ -172,3 +172,10 @@ def test_decoder_needs_no_torch_and_the_frame_no_numpy():
         "import lib.nnz.v1, lib.nnz.v2; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_json_that_is_nested_as_deep_as_the_text_asks_is_accepted():
+    nested = []
+    for _ in range(99):
+        nested = [nested]
+    assert frame.parse_canonical(frame.canonical(nested), "META") == nested

@@ -46,7 +46,8 @@ def check_round_trip(meta, tensors):
         assert decoded[name].tobytes() == value.tobytes(), name
         assert decoded[name].flags.writeable
     sizes = v2.sections(raw)
-    assert list(sizes) == [*coder.PARTS, "scales", "biases", "steps", "metadata", "frame"]
+    side = "scales", "biases", "activation_scales"
+    assert list(sizes) == [*coder.PARTS, *side, "metadata", "frame"]
     assert sum(sizes.values()) == len(raw) and min(sizes.values()) >= 0
     return raw, sizes
 
@@ -63,7 +64,8 @@ def test_coarse_scales_and_biases_pay():
     _, fine = check_round_trip(*made_up(1))
     _, coarse = check_round_trip(*made_up(1, coarse=True))
     assert coarse["scales"] < fine["scales"] / 2 and coarse["biases"] < fine["biases"] / 2
-    assert coarse["magnitudes"] == fine["magnitudes"] and coarse["steps"] < fine["steps"]
+    assert coarse["activation_scales"] < fine["activation_scales"]
+    assert coarse["magnitudes"] == fine["magnitudes"]
 
 
 def test_layer_bits_and_any_further_keys_come_back():
@@ -75,6 +77,17 @@ def test_layer_bits_and_any_further_keys_come_back():
     meta["settings"]["width"] = 1.5
     tensors["features.0.0.weight"] = tensors["features.0.0.weight"].astype(np.int16) * 16
     tensors["classifier.1.weight"] = np.sign(tensors["classifier.1.weight"])
+    check_round_trip(meta, tensors)
+
+
+def test_a_classifier_input_that_alone_is_not_quantized_is_refused():
+    """Its network has no `pooled.step`, which section 4.2 of the text has for its act_bits."""
+    meta, tensors = made_up(2, act_bits=8)
+    meta["quantization"]["last_act_bits"] = 32
+    with pytest.raises(Malformed, match="last_act_bits"):
+        v2.encode(meta, tensors)
+    meta, tensors = made_up(2, act_bits=32)
+    meta["quantization"]["last_act_bits"] = 32  # as all others
     check_round_trip(meta, tensors)
 
 
@@ -326,6 +339,7 @@ def described(change, widths=None, text=None, tail=b""):
     lambda d: d["quantization"].update(weight_bits=17),
     lambda d: d["quantization"].update(act_bits=1),
     lambda d: d["quantization"].update(last_act_bits=None),
+    lambda d: d["quantization"].update(last_act_bits=32),
     lambda d: d["quantization"].update(layer_bits={"x": "8"}),
     lambda d: d["quantization"].update(method=["ptq"]),
 ])  # fmt: skip

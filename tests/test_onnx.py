@@ -38,7 +38,7 @@ def images():
 @pytest.fixture(scope="module", params=[8, 4])
 def source(request, small, pixels, tmp_path_factory):
     """W8A8 and W4A8."""
-    scheme = ptq.scheme(request.param, 8)
+    scheme = ptq.make_scheme(request.param, 8)
     model, _ = ptq.quantize(small(1), pixels, scheme)
     return saved(tmp_path_factory.mktemp("source"), model, scheme)
 
@@ -326,8 +326,8 @@ def test_networks_without_a_graph(tmp_path):
     for source, what in [
         (plain, "it is not quantized"),
         (saved(tmp_path, model, reference, "reference"), "change with every batch"),
-        (dataclass_like(plain, ptq.scheme(8, 6)), "activations have 6 bits"),
-        (dataclass_like(plain, ptq.scheme(8, 16)), "and 8 is most"),
+        (dataclass_like(plain, ptq.make_scheme(8, 6)), "activations have 6 bits"),
+        (dataclass_like(plain, ptq.make_scheme(8, 16)), "and 8 is most"),
     ]:
         with pytest.raises(UserError, match=what):
             runtime.export(source, tmp_path / "x.onnx")

@@ -25,7 +25,7 @@ def run(monkeypatch, capfd):
 def folder(small, pixels, tiny, tmp_path_factory):
     """A run's folder: a W8A8 network from quantized.pth on."""
     folder = tmp_path_factory.mktemp("run")
-    scheme = ptq.scheme(8, 8)
+    scheme = ptq.make_scheme(8, 8)
     model, _ = ptq.quantize(small(1), pixels, scheme)
     checkpoint.save(
         folder / "checkpoints/quantized.pth", "quantized", model, train.Settings(), None,

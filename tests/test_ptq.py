@@ -22,7 +22,7 @@ def quantized(small, pixels):
     @functools.cache
     def make(weight_bits: int, act_bits: int, seed: int = 0):
         model = small(seed)
-        scheme = ptq.scheme(weight_bits, act_bits)
+        scheme = ptq.make_scheme(weight_bits, act_bits)
         return model, *ptq.quantize(model, pixels, scheme), scheme
 
     return make
@@ -85,7 +85,7 @@ def test_more_bits_are_nearer(quantized, pixels):
 def test_same_seed_same_result_and_the_parent_stays(small, pixels):
     model = small(0)
     before = copy.deepcopy(model.state_dict())
-    (a, first), (b, second) = (ptq.quantize(model, pixels, ptq.scheme(4, 4)) for _ in range(2))
+    (a, first), (b, second) = (ptq.quantize(model, pixels, ptq.make_scheme(4, 4)) for _ in range(2))
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
     assert all(torch.equal(v, second[k]) for k, v in first.items())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -93,14 +93,14 @@ def test_same_seed_same_result_and_the_parent_stays(small, pixels):
 
 def test_calibration_depends_on_the_seed_alone():
     split = data.Split(torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8), torch.zeros(50))
-    a, b, other = (ptq.calibration(split, 20, seed) for seed in (1, 1, 2))
+    a, b, other = (ptq.calibration_images(split, 20, seed) for seed in (1, 1, 2))
     assert a.shape == (20, 3, 32, 32) and torch.equal(a, b) and not torch.equal(a, other)
-    assert ptq.calibration(split, 99, 1).shape[0] == 50  # all there are
+    assert ptq.calibration_images(split, 99, 1).shape[0] == 50  # all there are
 
 
 def test_bits_of_a_layer_are_honoured(small, pixels):
     own = {"features.0.0": 8, "features.3.conv.1.0": 32, "features.4.conv.2": 2, "classifier.1": 16}
-    scheme = ptq.scheme(4, 4, layer_bits=own, last_act_bits=8)
+    scheme = ptq.make_scheme(4, 4, layer_bits=own, last_act_bits=8)
     model, _ = ptq.quantize(small(0), pixels, scheme)
     levels = integer_state(model.state_dict(), scheme)
     for name in weight_layers(model):
@@ -175,9 +175,9 @@ def test_equalization_helps_channels_of_unlike_ranges(small, pixels, monkeypatch
             norm.weight.mul_(factor)
             norm.bias.mul_(factor)
             block.conv[1][0].weight.div_(factor.view(-1, 1, 1, 1))
-    with_it, _ = ptq.quantize(model, pixels, ptq.scheme(32, 6))
+    with_it, _ = ptq.quantize(model, pixels, ptq.make_scheme(32, 6))
     monkeypatch.setattr(ptq._Walk, "equalize", lambda *_: None)
-    without, _ = ptq.quantize(model, pixels, ptq.scheme(32, 6))
+    without, _ = ptq.quantize(model, pixels, ptq.make_scheme(32, 6))
     assert distance(with_it, model, pixels) < 0.8 * distance(without, model, pixels)
 
 
@@ -209,7 +209,7 @@ def test_integers_of_a_dequantized_network_are_kept(small, pixels, act_bits):
         del layer.weight_scale  # plain fp32 weights, which happen to lie on a grid
     smaller, kept = compact(model)
     assert smaller.settings != model.settings
-    scheme = ptq.scheme(8, act_bits, weight_scale="tensor")
+    scheme = ptq.make_scheme(8, act_bits, weight_scale="tensor")
     found, latent = ptq.quantize(smaller, pixels, scheme, scale_bits=23)
     after = integer_state(found.state_dict(), scheme)
     lost = 0
@@ -226,7 +226,7 @@ def test_integers_of_a_dequantized_network_are_kept(small, pixels, act_bits):
 @torch.no_grad()
 def test_one_scale_per_tensor_is_one_before_folding(small, pixels):
     model = small(3)
-    scheme = ptq.scheme(4, 32, weight_scale="tensor")
+    scheme = ptq.make_scheme(4, 32, weight_scale="tensor")
     found, _ = ptq.quantize(model, pixels, scheme, scale_bits=23)
     for name, layer in weight_layers(found).items():
         norm = quantizers.norm_behind(model, name)
@@ -246,7 +246,7 @@ def test_one_scale_per_tensor_is_one_before_folding(small, pixels):
 @pytest.mark.parametrize("scale", ["channel", "tensor"])
 def test_side_values_are_short_and_little_is_lost(small, pixels, scale):
     model = small(0)
-    scheme = ptq.scheme(8, 8, weight_scale=scale)
+    scheme = ptq.make_scheme(8, 8, weight_scale=scale)
     exact, _ = ptq.quantize(model, pixels, scheme, scale_bits=23, bias_bits=32)
     short, _ = ptq.quantize(model, pixels, scheme, scale_bits=4, bias_bits=3)
     rounded = 0
@@ -270,7 +270,7 @@ def test_side_values_are_short_and_little_is_lost(small, pixels, scale):
 def test_a_coarser_grid_costs_more_and_takes_less(small, pixels):
     model, biases, errors = small(0), [], []
     for bits in (8, 2, 0):
-        found, _ = ptq.quantize(model, pixels, ptq.scheme(8, 8), scale_bits=23, bias_bits=bits)
+        found, _ = ptq.quantize(model, pixels, ptq.make_scheme(8, 8), scale_bits=23, bias_bits=bits)
         layers = list(weight_layers(found).values())[:-1]
         numbers = torch.cat([(m.bias / m.bias_scale).abs() for m in layers])
         biases.append(float(numbers.log2().clamp(0).sum()))
@@ -279,11 +279,11 @@ def test_a_coarser_grid_costs_more_and_takes_less(small, pixels):
 
 
 @torch.no_grad()
-def test_sensitivity_tells_what_noise_does_to_the_logits(small, pixels):
+def test_row_importance_tells_what_noise_does_to_the_logits(small, pixels):
     """Of each layer alone, whose smallest weights are left out: exact by construction; and of
     another error of that kind: about right."""
     model = quantizers.fold(small(0))
-    found = ptq.sensitivity(model, pixels)
+    found = ptq.row_importance(model, pixels)
     expected = model(pixels)
     ratios = []
     for name, layer in weight_layers(model).items():
@@ -311,9 +311,9 @@ def test_sensitivity_tells_what_noise_does_to_the_logits(small, pixels):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_lambda_buys_bytes_with_error(small, pixels, bits):
     model, sizes, errors, zeros = small(0), [], [], []
-    scheme = ptq.scheme(bits, 8)
-    for rd_lambda in (0.0, 1e-4, 1e-3, 1e-2):
-        found, latent = ptq.quantize(model, pixels, scheme, rd_lambda=rd_lambda)
+    scheme = ptq.make_scheme(bits, 8)
+    for lambda_per_bit in (0.0, 1e-4, 1e-3, 1e-2):
+        found, latent = ptq.quantize(model, pixels, scheme, lambda_per_bit=lambda_per_bit)
         levels = integer_state(found.state_dict(), scheme)
         matrices = [levels[f"{n}.weight"].flatten(1).numpy() for n in weight_layers(found)]
         sizes.append(len(coder.encode(matrices, [coder.EXPAND] * len(matrices))))
@@ -328,5 +328,5 @@ def test_a_lambda_buys_bytes_with_error(small, pixels, bits):
 def test_a_layer_of_zeros_has_no_price(small, pixels):
     model = small(0)
     torch.nn.init.zeros_(model.features[3].conv[2].weight)
-    found, _ = ptq.quantize(model, pixels, ptq.scheme(4, 8), rd_lambda=1e-3)
+    found, _ = ptq.quantize(model, pixels, ptq.make_scheme(4, 8), lambda_per_bit=1e-3)
     assert not found.features[3].conv[2].weight.any() and found(pixels).isfinite().all()

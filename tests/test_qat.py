@@ -13,7 +13,7 @@ from lib.metrics import Log, weight_layers
 from lib.nnz import coder
 from lib.quantizers import Quantizer, per_row
 
-MIXED = ptq.scheme(3, 4, method="qat", last_act_bits=8,
+MIXED = ptq.make_scheme(3, 4, method="qat", last_act_bits=8,
                    layer_bits={"features.0.0": 8, "features.4.conv.2": 32})  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def trained_layers(model) -> list:
 @torch.no_grad()
 @pytest.mark.parametrize("weight_bits", [2, 4, 8])
 def test_training_begins_with_the_network_that_ptq_made(quantized, pixels, weight_bits):
-    scheme, model, latent = quantized(ptq.scheme(weight_bits, 32))
+    scheme, model, latent = quantized(ptq.make_scheme(weight_bits, 32))
     weights = {n: layer.weight.clone() for n, layer in weight_layers(model).items()}
     before = model(pixels)
     qat.begin(model, scheme, latent)
@@ -145,7 +145,7 @@ def test_every_weight_and_step_learns(quantized, pixels):
 
 
 def test_training_lowers_the_loss_and_holds_the_zeros(quantized, pixels):
-    model = begun(quantized, ptq.scheme(2, 4, method="qat"))
+    model = begun(quantized, ptq.make_scheme(2, 4, method="qat"))
     zeros = [layer.weight == 0 for layer in weight_layers(model).values()]
     assert sum(int(z.sum()) for z in zeros) > 500
     losses = steps(model, pixels, 25, 1e-2, pruning.Mask(model).apply)
@@ -185,7 +185,7 @@ def test_stage_trains_and_saves_a_network_on_its_grid(whole, parent):
     saved, lines = whole
     assert [line["epoch"] for line in lines] == [1, 2]
     assert lines[1]["train_loss"] < lines[0]["train_loss"]
-    assert saved.quantization == ptq.scheme(3, 4, method="qat")
+    assert saved.quantization == ptq.make_scheme(3, 4, method="qat")
     assert saved.settings["folded"] and saved.ancestors[-1]["stage"] == "pruned"
     quantizers.integer_state(saved.state, saved.quantization)
     assert set(saved.metrics) == {"val_correct", "val_total", "gained", "lost"}
@@ -236,7 +236,7 @@ def test_other_bits_of_a_layer_are_another_run(tiny, parent, tmp_path, monkeypat
 
 
 def test_short_side_values_stay_short(quantized, pixels):
-    model = begun(quantized, ptq.scheme(3, 8))
+    model = begun(quantized, ptq.make_scheme(3, 8))
     grids = {n: layer.bias_scale for n, layer in weight_layers(model).items() if n[0] == "f"}
     before = copy.deepcopy(model.state_dict())
     steps(model, pixels, 5, 1e-2, pruning.Mask(model).apply)
@@ -260,7 +260,7 @@ def test_the_rate_term_makes_levels_cheaper(quantized, pixels):
     """Beside the same training without it; and its estimate falls with the coder's bytes."""
     sizes, estimates = [], []
     for price in (0.0, 3e-4):
-        model = begun(quantized, ptq.scheme(4, 8))
+        model = begun(quantized, ptq.make_scheme(4, 8))
         mask = pruning.Mask(model)
         labels = pixels.mean((2, 3)).argmax(1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
@@ -273,7 +273,7 @@ def test_the_rate_term_makes_levels_cheaper(quantized, pixels):
         with torch.no_grad():
             estimates.append(float(qat.bits(model)))
             qat.finish(model)
-        levels = quantizers.integer_state(model.state_dict(), ptq.scheme(4, 8))
+        levels = quantizers.integer_state(model.state_dict(), ptq.make_scheme(4, 8))
         matrices = [levels[f"{n}.weight"].flatten(1).numpy() for n in weight_layers(model)]
         sizes.append(len(coder.encode(matrices, [coder.EXPAND] * len(matrices))))
     assert sizes[1] < 0.9 * sizes[0] and estimates[1] < 0.9 * estimates[0]

@@ -330,10 +330,10 @@ def random_steps(model: nn.Module, scheme: dict) -> None:
 
 
 SCHEMES = {
-    "W8A8": ptq.scheme(8, 8), "W4A6 qat": ptq.scheme(4, 6, method="qat"),
-    "W2A32": ptq.scheme(2, 32), "W32A4": ptq.scheme(32, 4), "W16A12": ptq.scheme(16, 12),
-    "W32A32": ptq.scheme(32, 32),
-    "mixed": ptq.scheme(4, 4, last_act_bits=8, layer_bits={
+    "W8A8": ptq.make_scheme(8, 8), "W4A6 qat": ptq.make_scheme(4, 6, method="qat"),
+    "W2A32": ptq.make_scheme(2, 32), "W32A4": ptq.make_scheme(32, 4),
+    "W16A12": ptq.make_scheme(16, 12), "W32A32": ptq.make_scheme(32, 32),
+    "mixed": ptq.make_scheme(4, 4, last_act_bits=8, layer_bits={
         "features.0.0": 8, "features.3.conv.1.0": 32, "features.4.conv.2": 10, "classifier.1": 2}),
 }  # fmt: skip
 
@@ -368,7 +368,7 @@ def test_a_scheme_comes_back_from_a_file(small, pixels, tmp_path, kind):
 def test_where_activations_have_how_many_bits(small, bits):
     """In a network whose third and fifth block are residual."""
     model = fold(small(0))
-    scheme = ptq.scheme(8, bits, last_act_bits=6)
+    scheme = ptq.make_scheme(8, bits, last_act_bits=6)
     quantizers.attach(model, scheme)
     kept = max(bits, 8)
     image = model.image
@@ -392,13 +392,13 @@ def test_where_activations_have_how_many_bits(small, bits):
 
 def test_the_last_activations_can_be_off(small):
     model = fold(small(0))
-    quantizers.attach(model, ptq.scheme(4, 4, last_act_bits=32))
+    quantizers.attach(model, ptq.make_scheme(4, 4, last_act_bits=32))
     assert not isinstance(model.pooled, Quantizer)
 
 
 @pytest.mark.parametrize("bits", [3, 8, 12])
 def test_a_row_off_its_grid_is_refused(small, bits):
-    scheme = ptq.scheme(4, 32, layer_bits={"features.2.conv.0.0": bits})
+    scheme = ptq.make_scheme(4, 32, layer_bits={"features.2.conv.0.0": bits})
     model = fold(small(0))
     quantizers.attach(model, scheme)
     random_steps(model, scheme)

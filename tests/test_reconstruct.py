@@ -117,14 +117,14 @@ def test_reconstruction_beats_the_best_rounding(kind, bits):
         quantizers.put_on_grid(layer, bits)
         best = torch.minimum(best, error())
     layer.weight.copy_(weight)
-    reconstruct(layer, x, z, bits)
+    reconstruct(layer, x, z, bits, scale_bits=23)
     assert error().sum() < best.sum()
     assert (error() <= best * 1.1 + 1e-8).float().mean() > 0.8
 
 
 @torch.no_grad()
 def test_prices_move_levels_only_where_it_pays():
-    """Every choice of a sweep is the best of its candidates, by error + rd_lambda * bits."""
+    """Every choice of a sweep is the best of its candidates, by error + lambda_per_bit * bits."""
     torch.manual_seed(0)
     fit = problem(12, 4)
     fit.choose_scales()

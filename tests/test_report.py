@@ -79,7 +79,7 @@ def test_report_of_a_chain(run, tiny, capsys, monkeypatch):
     assert [row["weight_bytes"] for row in rows[:3]] == [4 * weights, 4 * weights, weights]
     assert list(nnz["parts"]) == [
         *(f"weights: {part}" for part in ("liveness", "significance", "signs", "magnitudes")),
-        "scales", "biases", "activation steps", "metadata", "frame",
+        "scales", "biases", "activation scales", "metadata", "frame",
     ]  # fmt: skip
     code = frame.unpack((run / "checkpoints/compressed.nnz").read_bytes(), version=2)["CODE"]
     assert nnz["weight_bytes"] == len(code)

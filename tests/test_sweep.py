@@ -86,8 +86,8 @@ def test_cells_of_ptq_are_by_default_and_of_their_calibration(tiny, parent, tmp_
     sweep.main([*flags(tiny, parent, tmp_path, "ptq"), *grid])
     (first,) = rows(tmp_path)
     found = checkpoint.load(tmp_path / "checkpoints/sweep/w3a4.nnz")
-    assert found.quantization == ptq.scheme(3, 4) and found.settings["folded"]
-    images = ptq.calibration(data.load(tiny).train, 16, 47)
+    assert found.quantization == ptq.make_scheme(3, 4) and found.settings["folded"]
+    images = ptq.calibration_images(data.load(tiny).train, 16, 47)
     smaller, _ = compact(checkpoint.load(parent).build())
     expected, _ = ptq.quantize(smaller, images, found.quantization)
     assert all(torch.equal(v, expected.state_dict()[k])

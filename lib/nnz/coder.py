@@ -4,10 +4,11 @@ A layer is a matrix of levels: output channels by inputs. It is coded as flags o
 columns that have a non-zero (the live ones), then row by row their cells: whether the level is
 zero; if not, its magnitude, counted from the layer's smallest, as a bit tree; then its sign. Each
 of these binary decisions is predicted from two contexts, probabilities that move towards each
-outcome by 1/n of their error, later by 1/256. The log odds of the two are averaged, or mixed by
-weights that learn (Mahoney, PAQ6, 2005; Data Compression Explained, 2013, section 4.3.2). An
-arithmetic coder without carries (the same, section 3.2) writes the decision. FORMAT.md, section 5,
-specifies all of it. Only integers decide, so that every machine decodes the same.
+outcome: after n uses by about 1/n of their error, and always by at least 1/257 of it. The log odds
+of the two are averaged, or mixed by weights that learn (Mahoney, PAQ6, 2005; Data Compression
+Explained, 2013, section 4.3.2). An arithmetic coder without carries (the same, section 3.2) writes
+the decision. FORMAT.md, section 5, specifies all of it. Only integers decide, so that every machine
+decodes the same.
 
 Encoding and decoding share one function, `_cells`: plain Python that numba compiles if it is
 installed. The bytes are the same, 20 to 50 times faster.
@@ -42,6 +43,7 @@ import numpy as np
 
 try:  # optional: the same function, compiled, writes the same bytes
     import numba
+    import numba.extending
 except ImportError:
     numba = None
 
@@ -51,11 +53,21 @@ LARGEST = 32767  # magnitude of a level
 STEM, EXPAND, DEPTHWISE, PROJECT, HEAD, CLASSIFIER, VALUES, _HEADER = range(8)
 CHUNK = 1 << 16  # cells at a time (or one row): bounds what is allocated beside the arrays
 
-# The state vector of a stream: the ends of the interval, the input's bits there, the position of
-# the next byte, the input's length, 1 if decoding, and the cost of each of PARTS in 2^-16 bits.
+# The state vector of a coder stream: the ends of the interval, the stream's bits there, the
+# position of the next byte, the stream's length, 1 if decoding, and from SPENT on the cost of each
+# of PARTS in 2^-16 bits.
 LOW, HIGH, VALUE, POSITION, END, DECODING, SPENT = range(7)
+SPENT_LIVENESS, SPENT_SIGNIFICANCE, SPENT_SIGNS, SPENT_MAGNITUDES = range(SPENT, SPENT + 4)
 MASK = (1 << 40) - 1  # 40-bit ends: times a 16-bit probability they stay under 63 bits
-CONTEXTS, WEIGHTS = 132736, 82  # how many; their numbers are laid out in _cells
+LOW_BYTES, TOP_BYTE = (1 << 32) - 1, 1 << 32  # of an end: its lower four bytes; where the fifth is
+# Where the contexts of each sort of decision begin, as FORMAT.md, section 5.6, names them: S1 and
+# S2 of significance, M1 and M2 of the magnitude's first four bits, L of its further bits, G1 and
+# G2 of the sign. CONTEXTS: how many there are.
+S1, S2, M1, M2, L, G1, G2, CONTEXTS = 0, 32768, 49152, 53248, 118784, 119040, 120064, 132736
+# Where the weight pairs begin, two numbers each; 0 stands for no pair.
+WEIGHTS_M, WEIGHTS_G, WEIGHTS = 2, 66, 82
+MAX_USES = 255  # of a context, that are told apart
+MAX_LOG_ODDS = 3071  # in 1/256 nat
 
 
 class CoderError(ValueError):
@@ -160,7 +172,7 @@ def _code(stream, layers, shapes, kinds, groups):
         if range_codes[i]:
             live = [
                 np.flatnonzero(stream.numbers(
-                    alive.any(1 - axis), 0, 52 + 4 * axis, row_and_column[axis].liveness_states()
+                    alive.any(1 - axis), 0, 52 + 4 * axis, row_and_column[axis].seen()
                 ))
                 for axis in range(2)
             ]  # fmt: skip
@@ -211,8 +223,8 @@ class _GroupHistory:
         self.nonzeros += nonzeros
         self.cells += cells
 
-    def liveness_states(self):
-        """Return a state per channel: 0 nothing known, 1 only zeros so far, 2 has a non-zero."""
+    def seen(self):
+        """Return a number per channel: 0 nothing known, 1 only zeros so far, 2 has a non-zero."""
         return (self.nonzeros > 0) + np.int64(self.cells > 0)
 
     def density_hints(self):
@@ -225,12 +237,12 @@ class _GroupHistory:
 
 
 class _Stream:
-    """One stream, in either direction: the state of the coder, and everything around `_cells`."""
+    """A coder stream, in either direction: the coder's state, and everything around `_cells`."""
 
     def __init__(self, raw, compiled):
         compiled = numba is not None if compiled is None else compiled
-        self.function = _compiled() if compiled else _cells
-        self.box = np.asarray if compiled else np.ndarray.tolist  # lists are faster in Python
+        self.code_cells = _compiled() if compiled else _cells
+        self.sequence = np.asarray if compiled else np.ndarray.tolist  # lists: faster in Python
         self.decoding, self.written = raw is not None, bytearray()
         state = np.zeros(SPENT + len(PARTS), np.int64)
         state[HIGH], state[DECODING] = MASK, self.decoding
@@ -238,10 +250,10 @@ class _Stream:
             state[VALUE] = int.from_bytes(raw[:5].ljust(5, b"\0"), "big")
             state[POSITION], state[END] = 5, len(raw)
             self.raw = np.frombuffer(raw, np.uint8).copy() if compiled else raw
-        self.state = self.box(state)
-        self.tables = [self.box(table) for table in _tables()]
-        self.contexts = self.box(np.full(CONTEXTS, 1 << 29))  # probability 1/2, never used
-        self.weights = self.box(np.full(WEIGHTS, 65536 // 2))
+        self.state = self.sequence(state)
+        self.tables = [self.sequence(table) for table in _tables()]
+        self.contexts = self.sequence(np.full(CONTEXTS, 1 << 29))  # probability 1/2, never used
+        self.weights = self.sequence(np.full(WEIGHTS, 65536 // 2))
 
     def cells(self, layer, live, kind, smallest, width, row_hints, column_hints):
         """Code the cells of `layer` where live rows and columns (two index arrays) meet.
@@ -249,26 +261,26 @@ class _Stream:
         Their non-zero magnitudes are smallest to smallest + 2^width - 1.
         """
         rows, columns = live
-        sums = [self.box(np.zeros(n, np.int64)) for n in (2, *3 * [len(columns)])]
-        hints = [self.box(np.array(a, np.int64)) for a in (row_hints, column_hints)]
+        sums = [self.sequence(np.zeros(n, np.int64)) for n in (2, *3 * [len(columns)])]
+        hints = [self.sequence(np.array(a, np.int64)) for a in (row_hints, column_hints)]
         chunk = max(1, CHUNK // len(columns))
         for first in range(0, len(rows), chunk):
             where = np.ix_(rows[first : first + chunk], columns)
             levels = layer[where].astype(np.int64)
-            flat = self.box(levels.reshape(-1))
+            flat = self.sequence(levels.reshape(-1))
             if self.decoding:
                 data = self.raw
             else:  # a decision costs 17 bits at the most
                 size = levels.size * (width + 2) * 17 // 8 + 16
-                data = bytearray(size) if self.function is _cells else np.empty(size, np.uint8)
+                data = bytearray(size) if self.code_cells is _cells else np.empty(size, np.uint8)
                 self.state[POSITION] = 0
-            self.function(
+            self.code_cells(
                 self.state, data, *self.tables, self.contexts, self.weights, flat, first,
                 len(columns), kind, smallest, width, *hints, *sums,
             )  # fmt: skip
             if self.decoding:
-                if self.state[POSITION] > self.state[END] + 5:  # see _tail: no use to go on
-                    raise CoderError("the input ends before its content does")
+                if self.state[POSITION] > self.state[END] + 5:  # see _end: no use to go on
+                    raise CoderError("the stream ends before its content does")
                 layer[where] = np.reshape(flat, levels.shape)
             else:
                 self.written += bytes(data[: self.state[POSITION]])
@@ -281,7 +293,7 @@ class _Stream:
         self.cells(column, live, _HEADER, 1, width, row_hints, [column_hint])
         return column[:, 0]
 
-    def _tail(self):
+    def _end(self):
         """Return (value, n): the fewest last bytes, 0 to 5, that identify the interval.
 
         Whatever follows them as zeros lies in the interval.
@@ -296,14 +308,14 @@ class _Stream:
 
     def finish(self):
         """Return the bytes of the whole stream."""
-        value, n = self._tail()
+        value, n = self._end()
         return bytes(self.written) + value.to_bytes(5, "big")[:n]
 
     def check_end(self):
-        """Raise CoderError unless the input ends as `finish` would have ended it."""
-        value, n = self._tail()
+        """Raise CoderError unless the stream ends as `finish` would have ended it."""
+        value, n = self._end()
         if self.state[VALUE] != value or self.state[END] != self.state[POSITION] - 5 + n:
-            raise CoderError("the input does not end where its content does")
+            raise CoderError("the stream does not end where its content does")
 
 
 @functools.cache
@@ -311,21 +323,21 @@ def _tables():
     """Return the tables squash, stretch, adaptation (FORMAT.md, section 5.2) and cost, int64.
 
     They are computed in integers throughout, so that they are the same everywhere. cost is that of
-    an outcome of log odds x, in 2^-16 bits, at x + 3071; it only serves `account`.
+    an outcome of log odds x, in 2^-16 bits, at x + MAX_LOG_ODDS; it only serves `account`.
     """
     one = 1 << 64
     factor = 18518942588666869715  # round(2^64 e^(1/256))
     power, half = one, []
-    for _ in range(3072):
+    for _ in range(MAX_LOG_ODDS + 1):
         half.append((power << 16) // (power + one))
         power = power * factor >> 64
-    squash = [65536 - p for p in half[:0:-1]] + half  # of x / 256 at x + 3071
+    squash = [65536 - p for p in half[:0:-1]] + half  # of x / 256 at x + MAX_LOG_ODDS
     stretch, x = [], 0
     for p in range(4096):
         while squash[x] < 16 * p + 8:
             x += 1
-        stretch.append(x - 3071)
-    adaptation = [(1 << 17) // (2 * n + 3) for n in range(256)]
+        stretch.append(x - MAX_LOG_ODDS)
+    adaptation = [(1 << 17) // (2 * n + 3) for n in range(MAX_USES + 1)]
     cost = [_cost(p) for p in squash]
     return [np.array(table, np.int64) for table in (squash, stretch, adaptation, cost)]
 
@@ -352,20 +364,21 @@ def _cells(
     specifies this computation; its names are in brackets where they differ.
 
     The coder:
-        low, high, value    the ends of the interval, and the input's bits there
-        position, end       of the next byte in `data`; of the input
+        low, high, value    the ends of the interval, and the stream's bits there
+        position, end       of the next byte in `data`; of the stream
         x, xa, xb           log odds of a 1, in 1/256 nat: the prediction; of either context [a, b]
         p                   probability of a 1, in 2^-16 [P]
         a, b                numbers of the two contexts; b = 0: only one
-        sa, sb              their states: probability in 2^-22, shifted left by 8, | times used
+        sa, sb              what they hold: probability in 2^-22, shifted left by 8, | times used
+        uses                times that a context was used, up to MAX_USES [n]
         w, wa, wb, shift    number of the pair of weights (0: average), the pair, how fast it learns
         part                where in `state` the cost of the decision is added up
     Of the array so far; (magnitude - smallest) is called the magnitude's excess, `over`:
         count, over_sum     non-zeros, and the sum of their excesses [count, total]
         nr, mr, vr          of this row: non-zeros, sum of excesses, sum of levels
         last                sign of the row's last non-zero: 0 none yet, 1 positive, 2 negative
-        nc, mc, v           the same as nr, mr, vr of this column, v only for a moment [vc]
-        column_count, column_over, column_sum   those of all columns
+        nc, mc              the same as nr, mr of this column
+        column_count, column_over, column_sum   the same as nr, mr, vr of all columns [nc, mc, vc]
         density, x_layer    share of non-zeros in the rows above, in 2^-12 [d]; its log odds
     The cell:
         xr, xc, both        log odds of a non-zero by the row, by the column, by both (in 1/4 nat,
@@ -374,16 +387,16 @@ def _cells(
         qr, qc, qm          mean excess of the row, of the column, of both, as shares of 2^width
         depth, node         -1: significance; 0 to width - 1: bit of the excess; width: sign. The
                             node of the bit tree
-        ma, mb              where the contexts of the magnitude's first four bits begin
-        lean                which sign the column's or row's levels lean to, and how far
-    The contexts' numbers, from 0, 32768: significance A, B; 49152, 53248: magnitude A, B; 118784:
-    the magnitude's bits from the 5th on; 119040, 120064: sign A, B.
+        ma, mb              contexts M1 and M2 of the magnitude, but for the node
+        size, place         the magnitude in eighths of the largest; column and last sign, for G2
     """
-    low, high, value = state[0], state[1], state[2]
-    position, end, decoding = state[3], state[4], state[5]
+    low, high, value = state[LOW], state[HIGH], state[VALUE]
+    position, end, decoding = state[POSITION], state[END], state[DECODING]
     count, over_sum = totals[0], totals[1]
     half = 1 << width >> 1
-    part_of = (6, 6) if kind == 7 else (7, 9)  # kind 7: all its cost is liveness
+    significance_part, magnitude_part = SPENT_SIGNIFICANCE, SPENT_MAGNITUDES
+    if kind == _HEADER:
+        significance_part = magnitude_part = SPENT_LIVENESS
     over = magnitude = mean = ma = mb = wa = wb = shift = 0  # defined everywhere, for numba
     cell = -1
     for r in range(first, first + len(levels) // columns):
@@ -399,9 +412,9 @@ def _cells(
             xr = stretch[((nr << 12) + 8 * density) // (c + 8)]
             xc = stretch[((nc << 12) + 8 * density) // (r + 8)]
             both = xr + xc - x_layer + 7168 >> 6
-            a = kind << 12 | xr + 2560 >> 7 << 6 | xc + 2560 >> 7
-            b = 32768 + (both << 6 | column_hints[c] + row_hints[r])
-            w, part = 0, part_of[0]
+            a = S1 + (kind << 12 | xr + 2560 >> 7 << 6 | xc + 2560 >> 7)
+            b = S2 + (both << 6 | column_hints[c] + row_hints[r])
+            w, part = 0, significance_part
             bit = 1 if level else 0
             depth, node = -1, 1  # -1: significance; then the bits of the magnitude, then the sign
             while True:
@@ -414,39 +427,41 @@ def _cells(
                     if w:
                         wa, wb = weights[w], weights[w + 1]
                         x = wa * xa + wb * xb >> 16
-                        if x > 3071:
-                            x = 3071
-                        elif x < -3071:
-                            x = -3071
+                        if x > MAX_LOG_ODDS:
+                            x = MAX_LOG_ODDS
+                        elif x < -MAX_LOG_ODDS:
+                            x = -MAX_LOG_ODDS
                     else:
                         x = xa + xb >> 1
-                p = squash[x + 3071]
+                p = squash[x + MAX_LOG_ODDS]
                 # Code.
                 middle = low + ((high - low) * p >> 16)
                 if decoding:
                     bit = 1 if value <= middle else 0
                 if bit:
                     high = middle
-                    state[part] += cost[3071 + x]
+                    state[part] += cost[MAX_LOG_ODDS + x]
                 else:
                     low = middle + 1
-                    state[part] += cost[3071 - x]
-                while (low ^ high) < 4294967296:  # the top bytes are the same
+                    state[part] += cost[MAX_LOG_ODDS - x]
+                while (low ^ high) < TOP_BYTE:  # the top bytes are the same
                     if decoding:
                         byte = data[position] if position < end else 0
-                        value = (value & 4294967295) << 8 | byte
+                        value = (value & LOW_BYTES) << 8 | byte
                     else:
                         data[position] = low >> 32
                     position += 1
-                    low = (low & 4294967295) << 8
-                    high = (high & 4294967295) << 8 | 255
+                    low = (low & LOW_BYTES) << 8
+                    high = (high & LOW_BYTES) << 8 | 255
                 # Learn.
                 goal = bit << 22
-                n = sa & 255
-                contexts[a] = sa + ((goal - (sa >> 8)) * adaptation[n] >> 16 << 8) + (n < 255)
+                uses = sa & 255
+                change = (goal - (sa >> 8)) * adaptation[uses] >> 16
+                contexts[a] = sa + (change << 8) + (uses < MAX_USES)
                 if b:
-                    n = sb & 255
-                    contexts[b] = sb + ((goal - (sb >> 8)) * adaptation[n] >> 16 << 8) + (n < 255)
+                    uses = sb & 255
+                    change = (goal - (sb >> 8)) * adaptation[uses] >> 16
+                    contexts[b] = sb + (change << 8) + (uses < MAX_USES)
                     if w:
                         error = (bit << 16) - p
                         weights[w] = wa + (xa * error >> shift)
@@ -462,9 +477,9 @@ def _cells(
                     qr = (mr + m3 << 4) // (nr + 3) >> width  # of the row, in sixteenths of the
                     qc = (mc + m3 << 4) // (nc + 3) >> width  # largest; of the column; of both
                     qm = (mr + mc + m3 << 3) // (nr + nc + 3) >> width
-                    ma = 49152 + (qr << 8 | qc << 4)
-                    mb = 53248 + (both >> 2 << 10 | qm << 7 | kind << 4)
-                    part = part_of[1]
+                    ma = M1 + (qr << 8 | qc << 4)
+                    mb = M2 + (both >> 2 << 10 | qm << 7 | kind << 4)
+                    part = magnitude_part
                 else:
                     break
                 depth += 1
@@ -472,34 +487,23 @@ def _cells(
                     bit = over >> width - 1 - depth & 1
                     if depth < 4:
                         a, b = ma + node, mb + node
-                        w, shift = 2 + 2 * (depth << 3 | kind), 16
+                        w, shift = WEIGHTS_M + 2 * (depth << 3 | kind), 16
                     else:
-                        a, b = 118784 + (node if depth < 8 else 0), 0
+                        a, b = L + (node if depth < 8 else 0), 0
                     continue
                 if depth == width:
                     over = node - (1 << width)
                     magnitude = over + smallest
                     bit = 0
-                    if kind < 7:
-                        # The sign that the column's sum leans to, and how far: in quarters of the
-                        # mean, on a log scale. Then the same of the row.
+                    if kind != _HEADER:
                         mean += smallest
-                        v = column_sum[c]
-                        n = (v if v > 0 else -v) * 4 // mean
-                        lean = 0 if v > 0 else 8
-                        while n and lean & 7 < 7:
-                            n >>= 1
-                            lean += 1
-                        n = magnitude << 3 >> width
-                        a = 119040 + ((n if n < 7 else 7) << 7 | lean << 3 | kind)
-                        n = (vr if vr > 0 else -vr) * 4 // mean
-                        lean = 0 if vr > 0 else 8
-                        while n and lean & 7 < 7:
-                            n >>= 1
-                            lean += 1
-                        n = 3 * (c if columns <= 32 else 32) + last
-                        b = 120064 + (n << 7 | lean << 3 | kind)
-                        w, shift, part = 66 + 2 * kind, 14, 8
+                        size = magnitude << 3 >> width
+                        if size > 7:
+                            size = 7
+                        a = G1 + (size << 7 | _lean(column_sum[c], mean) << 3 | kind)
+                        place = 3 * (c if columns <= 32 else 32) + last
+                        b = G2 + (place << 7 | _lean(vr, mean) << 3 | kind)
+                        w, shift, part = WEIGHTS_G + 2 * kind, 14, SPENT_SIGNS
                         bit = 1 if level < 0 else 0
                         continue
                 last = 1 + bit
@@ -515,7 +519,24 @@ def _cells(
                 over_sum += over
                 break
     totals[0], totals[1] = count, over_sum
-    state[0], state[1], state[2], state[3] = low, high, value, position
+    state[LOW], state[HIGH], state[VALUE], state[POSITION] = low, high, value, position
+
+
+def _lean(total, mean):
+    """Return which sign a sum of levels leans to (8: not positive), and how far, 0 to 7.
+
+    That is counted in quarters of the mean magnitude, on a log scale.
+    """
+    quarters = (total if total > 0 else -total) * 4 // mean
+    lean = 0 if total > 0 else 8
+    while quarters and lean & 7 < 7:
+        quarters >>= 1
+        lean += 1
+    return lean
+
+
+if numba is not None:
+    _lean = numba.extending.register_jitable(_lean)  # itself, and compiled where _cells calls it
 
 
 @functools.cache

@@ -70,7 +70,10 @@ def _split(settings):
         blocks = settings["blocks"]
         widths = [settings["stem"]]
         for block in blocks:
-            widths += [block["hidden"]] * block["expand"] + [block["out"]] * (not block["residual"])
+            if block["expand"]:
+                widths.append(block["hidden"])
+            if not block["residual"]:
+                widths.append(block["out"])
         plain = {k: v for k, v in settings.items() if k not in ("stem", "head")}
         plain["blocks"] = [
             {k: v for k, v in block.items() if k not in ("hidden", "out")} for block in blocks
@@ -156,8 +159,10 @@ def check(described: dict) -> None:
     for bits in (scheme.get("weight_bits"), *layer_bits.values()):
         ensure(is_integer(bits, 2, 16), "weights: 2 to 16 bits")
     act_bits = scheme.get("act_bits")
-    for bits in (act_bits, scheme.get("last_act_bits", act_bits)):
+    last_act_bits = scheme.get("last_act_bits", act_bits)
+    for bits in (act_bits, last_act_bits):
         ensure(is_integer(bits, 2, 16) or bits == 32, "activations: 2 to 16 bits, or 32")
+    ensure(last_act_bits != 32 or act_bits == 32, "last_act_bits 32, but act_bits is not")
     ensure(type(stages) is list and stages and all(type(s) is str for s in stages), "ancestors")
     ensure(parent is None or is_integer(parent, 0, len(stages) - 1), "parent")
     ensure(is_integer(described["weights"], 0, MAX_LENGTH), "weights")

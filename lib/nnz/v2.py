@@ -126,7 +126,7 @@ def encode(meta: dict, tensors: dict[str, np.ndarray], *, compiled: bool | None 
     return pack({
         "NETW": head + _digest(hashed, expected, tensors),
         "CODE": code,
-        "SIDE": bytes([leave_out * DEAD]) + b"".join(groups),
+        "SIDE": bytes([DEAD if leave_out else 0]) + b"".join(groups),
     })  # fmt: skip
 
 
@@ -181,8 +181,8 @@ def decode(
 def sections(data: bytes, *, compiled: bool | None = None) -> dict[str, int]:
     """Return {part: bytes} of a file; they add up to len(data).
 
-    The parts are those of coder.PARTS, scales, biases, steps (the activation scales), metadata and
-    frame (header, section table and SHA-256).
+    The parts are those of coder.PARTS, scales, biases, activation_scales, metadata and frame
+    (header, section table and SHA-256).
     """
     payloads = unpack(data, version=2)
     meta, _, _ = description.parse(payloads["NETW"], LIMIT)
@@ -191,8 +191,9 @@ def sections(data: bytes, *, compiled: bool | None = None) -> dict[str, int]:
     shapes = [matrix_shape(layer) for layer in network]
     sizes = coder.account(code, shapes, *kinds_and_groups(network), compiled=compiled)
     _, packed = _parse_side(payloads["SIDE"])
-    for part, (stream, tail) in zip(("scales", "biases", "steps"), packed, strict=True):
-        sizes[part] = len(stream) + len(tail)
+    parts = "scales", "biases", "activation_scales"
+    for part, (coded, low_bits) in zip(parts, packed, strict=True):
+        sizes[part] = len(coded) + len(low_bits)
     sizes["metadata"] = len(payloads["NETW"]) - description.SHA_BYTES
     return sizes | {"frame": len(data) - sum(sizes.values())}
 
