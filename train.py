@@ -9,6 +9,7 @@ out: checkpoints/baseline.pth (the weights of the best validation epoch), logs/t
 """
 
 import dataclasses
+import sys
 
 import torch
 
@@ -73,6 +74,8 @@ def main(argv=None):
     out = cfg.path(cfg.out, "checkpoints/baseline.pth")
     with processes.main_first():
         images = data.load(cfg.data, cfg.val_size, device)
+    if not len(images.val) and processes.is_main():  # now, and not after days of training
+        print(f"train.py: no validation split: {without_validation(images)}", file=sys.stderr)
     try:
         settings = standard(cfg.width, cfg.downsample, cfg.dropout, len(images.classes))
     except ValueError as error:
@@ -101,6 +104,15 @@ def main(argv=None):
         state_file.unlink()  # last: until here, the run could be continued
         print(f"{out}: {saved.bytes:,} bytes, epoch {figures['epoch']}, val {final}")
     processes.stop()
+
+
+def without_validation(images: data.Data) -> str:
+    """Say what it means that no images are held out, and what to do."""
+    smallest, classes = int(images.train.labels.bincount().min()), len(images.classes)
+    advice = f"give --val-size {classes} or a multiple of it"
+    if smallest < 2:
+        advice = f"the smallest class has only {smallest} training image"
+    return f"the last epoch is kept, and prune.py, which needs one, will refuse it; {advice}"
 
 
 if __name__ == "__main__":
