@@ -51,10 +51,13 @@ def main(argv=None):
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [runtime.load(file, cfg.assume_downsample) for file in files]
     log = metrics.Log(cfg.path(None, f"logs/eval-{cfg.split}.jsonl"), vars(cfg), cfg.wandb)
+    test_only = cfg.split == "test"  # then a set without training images will do
     images, correct_by_file, rows = None, {}, []
     for source in sources:
-        if images is None or source.val_size(cfg.val_size) not in (None, len(images.val)):
-            images, correct_by_file = source.images(cfg.data, cfg.val_size, device), {}
+        val_size = source.val_size(cfg.val_size)
+        if images is None or not (test_only or val_size in (None, len(images.val))):
+            images = source.images(cfg.data, cfg.val_size, device, test_only)
+            correct_by_file = {}
         split = images.split(cfg.split)
         source.check_classes(images.classes)
         figures, matrix = measure.figures_of_file(source, split, cfg.split, correct_by_file)

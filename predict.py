@@ -9,13 +9,15 @@ in:  image files of any size and format that Pillow reads, or folders of them; a
 out: a line per image (or a JSON object) on the standard output
 
 The middle square of an image is scaled to 32x32, antialiased, the size that the network was trained
-on; transparent pixels become white. For an image that cannot be read there is one line on the
-standard error, the others are still classified, and the exit code is 1. Probabilities are the
-softmax of the logits.
+on; transparent pixels become white. JPEGs of 100 megapixels and more are scaled down as they are
+decoded. Of a folder, files and folders whose names begin with a dot are left out. HEIC needs the
+package pillow-heif. For an image that cannot be read there is one line on the standard error, the
+others are still classified, and the exit code is 1. Probabilities are the softmax of the logits.
 """
 
 import dataclasses
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -24,10 +26,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from lib import checkpoint, config, data, runtime
+from lib import checkpoint, config, data, pictures, runtime
 from lib.config import UserError, flag
+from lib.pictures import printable
 
 BATCH = 128  # images in memory at once
+MEGA = 1_000_000
+MEGAPIXELS = 210  # phones take 200; a small file of more may have been made to exhaust the memory
+LARGE = 100 * MEGA  # pixels of JPEGs that the decoder scales down
 
 
 @dataclasses.dataclass
@@ -36,6 +42,9 @@ class Settings:
     model: str | None = flag(None, "the network; default: see above")
     top: int = flag(3, "classes per image, the most probable first")
     json: bool = flag(False, "print one JSON object per image, for machines")
+    max_megapixels: int = flag(
+        MEGAPIXELS, "pixels, in millions, of an image that is decoded: more can exhaust memory"
+    )
     assume_downsample: int | None = flag(
         None, "strides of a model that is a plain state dict: see eval.py --help",
         choices=(4, 8, 16, 32),
@@ -48,10 +57,13 @@ class Settings:
             raise ValueError("name an image file or a folder of them")
         if self.top < 1:
             raise ValueError("--top must be at least 1")
+        if self.max_megapixels < 1:
+            raise ValueError("--max-megapixels must be at least 1")
 
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     paths = [path for name in cfg.images for path in images_in(Path(name))]
     file = cfg.model or latest(Path(cfg.run_dir) / "checkpoints")
     source = runtime.load(file, cfg.assume_downsample)
@@ -64,13 +76,13 @@ def main(argv=None):
         images, names = [], []
         for path in paths[start : start + BATCH]:
             try:
-                image, note = read(path)
+                image, note = read(path, cfg.max_megapixels)
                 images.append(torch.from_numpy(image))
                 names.append(str(path))
                 if note:
-                    print(f"predict.py: {path}: {note}", file=sys.stderr)
+                    print(f"predict.py: {printable(str(path))}: {note}", file=sys.stderr)
             except Exception as error:  # Pillow's decoders raise whatever they please
-                print(f"predict.py: {path}: {reason_of(error)}", file=sys.stderr)
+                print(f"predict.py: {printable(str(path))}: {reason_of(error)}", file=sys.stderr)
                 unread += 1
         if images:
             logits = network(torch.stack(images).to(device))
@@ -81,14 +93,13 @@ def main(argv=None):
 
 
 def images_in(path: Path) -> list[Path]:
-    """Return the image files in a folder and its subfolders, by their names' endings and in order;
-    or else the path itself. Raises UserError for a folder without images."""
+    """Return the image files in a folder and its subfolders (see lib.pictures.in_folder), or else
+    the path itself. Raises UserError for a folder without images."""
     if not path.is_dir():
         return [path]
-    kinds = Image.registered_extensions()
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds and p.is_file())
+    files = pictures.in_folder(path)
     if not files:
-        raise UserError(f"no images in {path}")
+        raise UserError(f"no images in {printable(str(path))}")
     return files
 
 
@@ -100,13 +111,17 @@ def latest(folder: Path) -> Path:
     return next((file for file in files if file.is_file()), files[0])  # loading says what is wrong
 
 
-def read(path: Path) -> tuple[np.ndarray, str]:
+def read(path: Path, max_megapixels: int = MEGAPIXELS) -> tuple[np.ndarray, str]:
     """Read an image as uint8 (3, 32, 32); return it with a note on what had to be assumed, or "".
 
-    Raises ValueError for grey levels outside of all usual ranges, and whatever Pillow raises.
+    Raises ValueError for grey levels outside of all usual ranges and for more pixels than are
+    allowed, and whatever Pillow raises.
     """
     note = ""
-    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+    limit = pictures.pixel_limit(max_megapixels * MEGA)
+    with limit, warnings.catch_warnings(action="ignore"), pictures.open_image(path) as image:
+        if image.width * image.height >= LARGE:
+            image.draft(None, (8 * 32, 8 * 32))  # of JPEGs alone: to 1/8 of the sides or less
         image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):  # grey levels of more than 8 bits
             levels, note = grey_levels(np.asarray(image))
@@ -144,18 +159,23 @@ def reason_of(error: Exception) -> str:
     """Say why an image could not be read."""
     if isinstance(error, FileNotFoundError):
         return "does not exist"
+    if isinstance(error, Image.DecompressionBombError):
+        size = int(re.search(r"\d+", str(error))[0]) / MEGA
+        return (f"has {size:.0f} megapixels, more than --max-megapixels allows, since a small file "
+                "can be made to exhaust the memory: allow more if you trust it")
     if isinstance(error, Image.UnidentifiedImageError):
         return "is not an image in a format that Pillow reads"
     return f"cannot be read ({config.reason(error)})"
 
 
 def shown(name: str, row: torch.Tensor, classes, cfg) -> str:
-    """Return the line of an image. row: its probabilities, (classes,)."""
+    """Return the line of an image, valid UTF-8. row: its probabilities, (classes,)."""
     best = row.topk(min(cfg.top, len(row)))
     pairs = [(classes[i], p) for p, i in zip(*map(torch.Tensor.tolist, best), strict=True)]
     if cfg.json:
+        name = name.encode("utf-8", "backslashreplace").decode()  # JSON has no lone surrogates
         return json.dumps({"file": name, "top": [{"class": c, "probability": p} for c, p in pairs]})
-    return f"{name}  " + "  ".join(f"{c} {p:.1%}" for c, p in pairs)
+    return f"{printable(name)}  " + "  ".join(f"{c} {p:.1%}" for c, p in pairs)
 
 
 if __name__ == "__main__":

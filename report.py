@@ -39,13 +39,13 @@ def main(argv=None):
         raise UserError(f"no files of the chain in {folder}: `make all` makes them")
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [checkpoint.load(file, cfg.assume_downsample) for file in files]
-    split, data_set = images_of(sources, cfg)
+    split, data_set, classes = images_of(sources, cfg)
     rows = []
     for source in sources:
         row, confusion = measured(source, split, cfg.split)
         rows.append(row | against(rows[0] if rows else row, row))
         plots.confusion(
-            confusion.numpy(), source.data.get("classes", data.CLASSES),
+            confusion.numpy(), classes,
             cfg.path(None, f"plots/confusion-{source.file.stem}-{cfg.split}.png"),
             f"{source.file.name} on {cfg.split}",
         )  # fmt: skip
@@ -69,13 +69,14 @@ def main(argv=None):
         print(path)
 
 
-def images_of(sources, cfg) -> tuple[data.Split, str]:
-    """Return the split that all files are evaluated on, and the name of the data set."""
+def images_of(sources, cfg) -> tuple[data.Split, str, tuple[str, ...]]:
+    """Return the split that all files are evaluated on, the data set's name, and its classes'."""
     sizes = {source.val_size(cfg.val_size) for source in sources} - {None}
     if len(sizes) > 1 and cfg.split != "test":
         raise UserError(f"the files were made with different --val-size {sorted(sizes)}: give one")
-    images = sources[0].images(cfg.data, min(sizes, default=None), config.device(cfg.device))
-    return images.split(cfg.split), images.source
+    device, test_only = config.device(cfg.device), cfg.split == "test"
+    images = sources[0].images(cfg.data, min(sizes, default=None), device, test_only)
+    return images.split(cfg.split), images.source, images.classes
 
 
 def measured(source, split, split_name: str) -> tuple[dict, torch.Tensor]:

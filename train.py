@@ -11,6 +11,7 @@ out: checkpoints/baseline.pth (the weights of the best validation epoch), logs/t
 """
 
 import dataclasses
+import sys
 
 import torch
 
@@ -80,6 +81,8 @@ def main(argv=None):
     source = checkpoint.load(cfg.init, cfg.downsample) if cfg.init else None
     with processes.main_first():
         images = data.load(cfg.data, cfg.val_size, device)
+    if not len(images.val) and processes.is_main():  # now, and not after days of training
+        print(f"train.py: no validation split: {without_validation(images)}", file=sys.stderr)
     model = network(cfg, len(images.classes), source)
     model = model.to(device, memory_format=torch.channels_last)
     identity = config.identity(cfg) | {"data": images.provenance()}
@@ -164,6 +167,15 @@ def channels(settings: dict) -> list:
 def strides(settings: dict) -> list[int]:
     """Return the strides of a network's stem and blocks."""
     return [settings["stem_stride"], *(b["stride"] for b in settings["blocks"])]
+
+
+def without_validation(images: data.Data) -> str:
+    """Say what it means that no images are held out, and what to do."""
+    smallest, classes = int(images.train.labels.bincount().min()), len(images.classes)
+    advice = f"give --val-size {classes} or a multiple of it"
+    if smallest < 2:
+        advice = f"the smallest class has only {smallest} training image"
+    return f"the last epoch is kept, and prune.py, which needs one, will refuse it; {advice}"
 
 
 if __name__ == "__main__":

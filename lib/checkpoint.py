@@ -103,16 +103,22 @@ class Checkpoint:
         """Return --val-size if it is given, else the number that this file was trained with."""
         return self.data.get("val_size") if given is None else given
 
-    def images(self, given: str | None, val_size: int | None, device) -> Data:
+    def images(
+        self, given: str | None, val_size: int | None, device, test_only: bool = False
+    ) -> Data:
         """Load the data set that the network was trained on, split as it was then.
 
         given, val_size: --data and --val-size, or None for what this file says.
+        test_only: see lib.data.load.
         Raises UserError if the images are of another set than those of the training.
         """
         trained_on = self.data.get("source")
         if given is None and trained_on == "synthetic":
             given = trained_on
-        images = load_images(given, self.val_size(val_size), device)
+        if given is None and trained_on not in (None, "cifar10", "synthetic"):
+            raise UserError(f"{self.file} was trained on {trained_on}: give them as --data")
+        classes = self.settings.get("classes")
+        images = load_images(given, self.val_size(val_size), device, test_only, classes)
         if trained_on not in (None, images.source):
             text = f"{self.file} was trained on {trained_on}, the images are {images.source}"
             raise UserError(text)
@@ -122,10 +128,15 @@ class Checkpoint:
         return images
 
     def check_classes(self, names: tuple[str, ...]) -> None:
-        """Raise UserError if the network has not as many classes as there are names."""
+        """Raise UserError if the network has not as many classes as there are names, or others than
+        these, for sets whose names are all that tells them apart."""
         classes = self.settings.get("classes")
         if classes != len(names):
             raise UserError(f"{self.file} tells {classes} classes apart, not {len(names)}")
+        known = self.data.get("classes", names)
+        if self.data.get("source") == "images" and list(known) != list(names):
+            theirs, ours = next((a, b) for a, b in zip(known, names, strict=True) if a != b)
+            raise UserError(f"{self.file} was trained on other classes: {theirs}, not {ours}")
 
 
 def load(path: Path | str, downsample: int | None = None) -> Checkpoint:

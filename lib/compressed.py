@@ -26,9 +26,10 @@ def encode(source) -> bytes:
     Raises UserError for weights that are neither fp32 nor on the grid of the scheme.
     """
     scheme = source.quantization
+    classes = data.names_of(source.settings["classes"])
     meta = _with_lists({
         "settings": source.settings, "quantization": scheme, "seed": source.seed,
-        "mean": data.MEAN, "std": data.STD, "data": {"classes": data.CLASSES} | source.data,
+        "mean": data.MEAN, "std": data.STD, "data": {"classes": classes} | source.data,
         "ancestors": source.lineage(),
     })  # fmt: skip
     try:

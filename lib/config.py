@@ -64,7 +64,8 @@ class Common:
     """The settings of every stage."""
 
     data: str | None = flag(
-        None, "cifar10.npz, a folder with the data, or `synthetic`; default: download to ./data",
+        None, "file or folder: cifar10.npz, cifar-10-batches-py, its .tar.gz, parquet files, "
+        "train/CLASS and test/CLASS; or `synthetic`; default: download CIFAR-10 to ./data",
         heading="files and data",
     )  # fmt: skip
     val_size: int | None = flag(

@@ -1,4 +1,5 @@
-"""CIFAR-10 as uint8 tensors: the one place where the images, the mean and the splits come from.
+"""CIFAR-10, or another set of 32x32 images, as uint8 tensors: the one place where the images, the
+classes, the mean and the splits come from. lib/readers.py reads the files.
 
 The whole set is kept on the device (50,000 images are 154 MB), so that batches are made by
 indexing: no PIL, no DataLoader, no worker processes.
@@ -13,19 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib import synthetic
+from lib import readers, synthetic
 from lib.augment import move
-from lib.config import UserError, reason
+from lib.config import UserError
+from lib.readers import HELP
 
 # Per channel, of images in [0, 1]; the report's numbers.
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer",
            "dog", "frog", "horse", "ship", "truck")  # fmt: skip
 SPLIT_SEED = 10  # of the validation split; the same for all runs, to make them comparable
-HELP = (
-    "give --data (make: DATA=) a cifar10.npz in Keras' layout, a folder that holds one or "
-    "torchvision's cifar-10-batches-py, or the word synthetic"
-)
 
 
 @dataclass
@@ -43,7 +41,7 @@ class Split:
 class Data:
     """A data set in three splits, on one device."""
 
-    source: str  # what was read, for the checkpoint: a kind, never a path
+    source: str  # for the checkpoint, never a path: cifar10, cifar100, synthetic or images (others)
     classes: tuple[str, ...]
     train: Split
     val: Split
@@ -69,108 +67,102 @@ class Data:
         }  # fmt: skip
 
 
-def load(source: str | None = None, val_size: int | None = None, device="cpu") -> Data:
+def names_of(classes: int) -> tuple[str, ...]:
+    """Return the names of classes that no file names: CIFAR-10's for ten, else numbers."""
+    return CLASSES if classes == len(CLASSES) else tuple(map(str, range(classes)))
+
+
+def load(
+    source: str | None = None, val_size: int | None = None, device="cpu", test_only: bool = False,
+    classes: int | None = None,
+) -> Data:
     """Read a data set and split it.
 
-    source: a .npz file, a folder, `synthetic`, or None for torchvision's download to ./data.
+    source: a file or folder (see lib/readers.py), `synthetic`, or None for torchvision's download
+        of CIFAR-10 to ./data.
     val_size: images held out of the training set, the same number of each class; None: a tenth.
+    test_only: the other splits are not needed, and are left empty.
+    classes: of the network. With ten, test images alone that name no classes are CIFAR-10's, even
+        if some classes have none.
     Raises UserError, with what is there and what to do, if there is no such data.
     """
-    name, classes = "cifar10", CLASSES
     if source == "synthetic":
-        arrays = synthetic.make()
-        name, classes = "synthetic", synthetic.CLASSES
-    elif source is None:
-        arrays = _torchvision(Path("data"), download=True)
+        arrays = readers.Arrays(*synthetic.make(), synthetic.CLASSES, "synthetic")
     else:
-        arrays = _read(Path(source))
-    x_train, y_train, x_test, y_test = arrays
-    train = _checked("training", x_train, y_train)
-    test = _checked("test", x_test, y_test)
-    held = _stratified(train.labels, len(train) // 100 * 10 if val_size is None else val_size)
+        arrays = readers.download(Path("data")) if source is None else readers.read(source)
+    train = _checked("training", arrays.x_train, arrays.y_train)
+    test = _checked("test", arrays.x_test, arrays.y_test)
+    default = test_only and classes == len(CLASSES)
+    names = arrays.names or (CLASSES if default else names_of(_classes(train.labels, test.labels)))
+    if test_only:
+        train = Split(train.images[:0], train.labels[:0])
+    else:
+        _check_labels("training", train.labels, names, all_of_them=True)
+    _check_labels("test", test.labels, names, all_of_them=False)
+    held = _stratified(train.labels, len(names), 0 if test_only else val_size)
     splits = [Split(train.images[i], train.labels[i]) for i in (~held, held)] + [test]
-    return Data(name, classes, *(Split(s.images.to(device), s.labels.to(device)) for s in splits))
-
-
-def _read(path: Path) -> tuple:
-    """Read a .npz or a folder: the arrays x_train, y_train, x_test, y_test."""
-    if path.is_file():
-        return _npz(path)
-    if not path.is_dir():
-        raise UserError(f"no data at {path}: {HELP}")
-    if (path / "cifar10.npz").is_file():
-        return _npz(path / "cifar10.npz")
-    if path.name == "cifar-10-batches-py":
-        return _torchvision(path.parent, download=False)
-    if (path / "cifar-10-batches-py").is_dir():
-        return _torchvision(path, download=False)
-    names = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-    raise UserError(f"no CIFAR-10 in {path} (found {names}): {HELP}")
-
-
-def _npz(path: Path) -> tuple:
-    """Read the four arrays from a file in Keras' layout."""
-    keys = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in keys if key not in file]
-            if missing:
-                raise UserError(f"{path} has no {', '.join(missing)}: {HELP}")
-            return tuple(file[key] for key in keys)
-    except UserError:
-        raise
-    except Exception as error:  # np.load raises whatever zipfile, zlib or its parser does
-        raise UserError(f"{path} is not a readable .npz ({reason(error)}): {HELP}") from None
-
-
-def _torchvision(root: Path, download: bool) -> tuple:
-    """Read the four arrays with torchvision, which checks each file's MD5 before unpickling it."""
-    from torchvision.datasets import CIFAR10
-
-    try:
-        sets = [CIFAR10(root, train=train, download=download) for train in (True, False)]
-    except Exception as error:  # URLError, RuntimeError (checksum), OSError, tarfile's
-        verb = "downloading CIFAR-10 failed" if download else f"CIFAR-10 in {root} is damaged"
-        raise UserError(f"{verb} ({reason(error)}): {HELP}") from None
-    return tuple(array for s in sets for array in (s.data, np.asarray(s.targets)))
+    kind = arrays.source or ("cifar10" if names == CLASSES else "images")
+    return Data(kind, names, *(Split(s.images.to(device), s.labels.to(device)) for s in splits))
 
 
 def _checked(name: str, images: np.ndarray, labels: np.ndarray) -> Split:
-    """Make a Split of arrays. Raises UserError unless they are uint8 (n, 32, 32, 3) and n labels
-    from 0 to 9, each of them present."""
-
-    def refuse(what: str):
-        raise UserError(f"the {name} set is not CIFAR-10: {what}; {HELP}")
-
+    """Make a Split of arrays. Raises UserError unless they are uint8 (n, 32, 32, 3) and n integers
+    as labels."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
-        refuse(f"images are {images.dtype} {images.shape}, not uint8 (n, 32, 32, 3)")
+        _refuse(name, f"images are {images.dtype} {images.shape}, not uint8 (n, 32, 32, 3)")
     if labels.shape == (len(images), 1):  # Keras' own files hold a column
         labels = labels[:, 0]
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-        refuse(f"labels are {labels.dtype} {labels.shape}, not {len(images)} integers")
-    if not len(images):
-        refuse("it is empty")
-    if sorted(set(labels.tolist())) != list(range(10)):
-        refuse(f"labels are {sorted(set(labels.tolist()))[:12]}, not 0 to 9")
+        _refuse(name, f"labels are {labels.dtype} {labels.shape}, not {len(images)} integers")
     return Split(
         torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))),
         torch.from_numpy(labels.astype(np.int64)),
     )
 
 
-def _stratified(labels: Tensor, size: int) -> Tensor:
-    """Return a mask of `size` images, size / 10 of each class, the same in every run."""
-    smallest = int(torch.bincount(labels).min())
-    if size < 0 or size % 10 or size // 10 >= smallest:
+def _refuse(name: str, what: str, kind: str = "CIFAR-10"):
+    """Raise the UserError of a set that is not what it should be."""
+    raise UserError(f"the {name} set is not {kind}: {what}; {HELP}")
+
+
+def _classes(*labels: Tensor) -> int:
+    """Return the number of classes of sets without names: that of the set, among those whose labels
+    are 0, 1, 2 ... without a gap, that has most. CIFAR-10's if none is."""
+    numbers = [set(each.tolist()) for each in labels]
+    return max((len(n) for n in numbers if n and n == set(range(len(n)))), default=len(CLASSES))
+
+
+def _check_labels(name: str, labels: Tensor, classes: tuple[str, ...], all_of_them: bool) -> None:
+    """Raise UserError unless labels are indices of classes, and there is an image of all of them
+    if that is asked for."""
+    kind = "CIFAR-10" if classes == CLASSES else f"a set of {len(classes)} classes"
+    if not len(labels):
+        _refuse(name, "it is empty", kind)
+    there, last = labels.unique().tolist(), len(classes) - 1
+    if there[0] < 0 or there[-1] > last or all_of_them and len(there) <= last:
+        missing = [n for i, n in enumerate(classes) if i not in there]
+        missing = f" (none of {', '.join(missing[:3])})" if missing else ""
+        _refuse(name, f"labels are {there[:12]}, not 0 to {last}{missing}", kind)
+
+
+def _stratified(labels: Tensor, classes: int, size: int | None) -> Tensor:
+    """Return a mask of `size` images, size / classes of each class, the same in every run.
+
+    size: None for a tenth, rounded down, or less if the smallest class would lose over half.
+    """
+    smallest = int(torch.bincount(labels, minlength=classes).min())
+    if size is None:
+        size = min(len(labels) // (10 * classes), smallest // 2) * classes
+    if size < 0 or size % classes or size and size // classes >= smallest:
         raise UserError(
-            f"--val-size must be a multiple of 10 and leave some of each class "
+            f"--val-size must be a multiple of {classes} and leave some of each class "
             f"(which has {smallest} images here), not {size}"
         )
     rng = np.random.Generator(np.random.PCG64(SPLIT_SEED))
     held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(10):
+    for label in range(classes):
         members = np.flatnonzero(labels.numpy() == label)
-        held[rng.permutation(members)[: size // 10]] = True
+        held[rng.permutation(members)[: size // classes]] = True
     return held
 
 

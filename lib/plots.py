@@ -11,6 +11,7 @@ import math
 import os
 import re
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,8 @@ def _save(figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("wb") as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # classes may have names that no font holds
             figure.savefig(file, format="png", dpi=DPI)
             file.flush()
             os.fsync(file.fileno())
@@ -191,44 +193,55 @@ def confusion(matrix, classes, path, title):
     """Draw a confusion matrix, and each class's accuracy with its 95% Wilson interval.
 
     matrix: counts, (true class, predicted class). Errors are coloured by their share of the row;
-    the diagonal is grey. Raises ValueError if the matrix is not square over the classes.
+    the diagonal is grey. Over 20 classes there are no counts in the cells, and predicted classes,
+    in the order of the true ones, have no names; over 200, none have. Raises ValueError if the
+    matrix is not square over the classes.
     """
     matrix, k = np.asarray(matrix).astype(int), len(classes)
+    few, size = k <= 20, 9.5 if k <= 20 else 6
+    names = [name if len(name) < 25 else name[:24] + "…" for name in classes]
+    names = [name.replace("$", r"\$") for name in names]  # no formulas
     if matrix.shape != (k, k):
         raise ValueError(f"a confusion matrix of shape {matrix.shape} for {k} classes")
     total, hits, counts = int(matrix.sum()), np.diag(matrix), matrix.sum(1)
     errors = matrix * ~np.eye(k, dtype=bool)
     worst = [divmod(int(i), k) for i in np.argsort(-errors, axis=None, kind="stable")[:3]]
-    worst = [f"{classes[i]} → {classes[j]} {errors[i, j]:,}" for i, j in worst if errors[i, j]]
+    worst = [f"{names[i]} → {names[j]} {errors[i, j]:,}" for i, j in worst if errors[i, j]]
     figure = _figure(title, f"{hits.sum():,} of {total:,} correct "
                      f"({100 * hits.sum() / max(total, 1):.2f}%). "
-                     + ("Most frequent errors: " + ", ".join(worst) if worst else "No errors"), 4.9)
+                     + ("Most frequent errors: " + ", ".join(worst) if worst else "No errors"),
+                     max(4.9, 0.11 * min(k, 200)))
     left, right = figure.subplots(1, 2, width_ratios=[2.5, 1], sharey=True)
     share = errors / np.maximum(counts, 1)[:, None]
     share = share / (share.max() or 1)
     colours = ERRORS(share)
     colours[np.arange(k), np.arange(k)] = (0.91, 0.91, 0.91, 1)
     left.imshow(colours, aspect="auto")
-    for i, j in np.ndindex(k, k):
-        left.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", size=9.5,
+    for i, j in np.ndindex(k, k) if few else ():
+        left.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", size=size,
                   weight="bold" if i == j else "normal",
                   color=_contrast(colours[i, j]) if matrix[i, j] else "#BBBBBB")
     _quiet(left, "images; the darker, the larger the share of its true class")
-    left.set_xticks(range(k), classes, rotation=35, ha="right", rotation_mode="anchor")
-    left.set_yticks(range(k), classes)
-    left.set(xlabel="predicted class", ylabel="true class")
+    left.set_xticks(range(k) if few else [], names if few else [], rotation=35, ha="right",
+                    rotation_mode="anchor")
+    left.set_yticks(range(k) if k <= 200 else [], names if k <= 200 else [])
+    left.set(xlabel="predicted class" + ("" if few else ", in the order of the true classes"),
+             ylabel="true class")
     _quiet(right, "accuracy by class", "x")
     for i, (hit, count) in enumerate(zip(hits, counts, strict=True)):
         if count:
             span = [100 * end for end in wilson(hit, count)]
-            right.hlines(i, *span, color=BLUE, linewidth=2)
-            right.plot(100 * hit / count, i, "o", color=BLUE, ms=7)
-        text = f"{100 * hit / count:.1f}" if count else "none"
-        _label(right, text, (1, i), (5, 0), side=True)
+            right.hlines(i, *span, color=BLUE, linewidth=2 if few else 1)
+            right.plot(100 * hit / count, i, "o", color=BLUE, ms=7 if few else 3)
+        if few:
+            text = f"{100 * hit / count:.1f}" if count else "none"
+            _label(right, text, (1, i), (5, 0), side=True)
     right.set_xlim(right=100)
     right.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     right.set_xlabel("%, with 95% interval")
     right.tick_params(axis="y", labelleft=False)
+    if not few:
+        left.tick_params(axis="y", labelsize=size)
     for ax in (left, right):
         ax.tick_params(length=0)
     return _save(figure, path)

@@ -1,6 +1,7 @@
 """The command line that all stages share: flags, exit codes, what is written and what is not."""
 
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -9,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import eval as evaluation
 import quantize
@@ -318,6 +321,39 @@ def test_eval_refuses_what_it_cannot_do(run, tiny, tmp_path):
     torch.save(MobileNetV2(standard(0.1)).state_dict(), tmp_path / "x.pth")
     code, _, err = run("eval", tmp_path / "x.pth", *common, "--val-size=0", "--split=val")
     assert code == 1 and one_line("eval", err) and "no validation split" in err
+
+
+def test_eval_of_the_test_split_needs_no_training_images(run, chain, tiny, tmp_path):
+    with np.load(tiny) as file:
+        some = file["y_test"] < 4
+        alone = {"x_test": file["x_test"][some], "y_test": file["y_test"][some]}
+        few = {"x_train": file["x_train"][:30], "y_train": file["y_train"][:30]}
+    good = chain / "checkpoints/pruned.pth"  # trained with --val-size 50
+    for train_images in ({}, few):
+        np.savez(tmp_path / "x.npz", **alone, **train_images)
+        code, out, err = run("eval", good, f"--data={tmp_path}/x.npz", f"--run-dir={tmp_path}")
+        assert (code, err) == (0, "") and f"of {some.sum()} test images" in out
+    np.savez(tmp_path / "x.npz", **alone)
+    for flags in (["--split=val"], ["--split=train"]):
+        code, out, err = run("eval", good, f"--data={tmp_path}/x.npz", *flags)
+        assert (code, out) == (1, "") and one_line("eval", err) and "it is empty" in err
+
+
+def test_a_network_of_other_classes_is_refused_by_their_names(run, chain, tmp_path):
+    path = tmp_path / "checkpoints/pruned.pth"
+    names = [f"c{i}" for i in range(10)]
+    raw = checkpoint.read(chain / "checkpoints/pruned.pth")
+    checkpoint.write(path, raw | {"data": {"source": "images", "classes": names}})
+    code, _, err = run("eval", path, f"--run-dir={tmp_path}")
+    assert code == 1 and one_line("eval", err) and "was trained on images: give them as" in err
+    for given, what in (("c0", None), ("c00", "was trained on other classes: c0, not c00")):
+        for split, name in itertools.product(("train", "test"), [given, *names[1:]]):
+            folder = tmp_path / given / split / name
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (32, 32), (9 * i, 0, 0)).save(folder / f"{i}.png")
+        code, _, err = run("eval", path, f"--data={tmp_path / given}", f"--run-dir={tmp_path}")
+        assert what in err if what else (code, err) == (0, "")
 
 
 # ---- the stages between --------------------------------------------------------------------------

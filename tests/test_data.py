@@ -1,8 +1,12 @@
 """lib/data.py: every source gives the same set, all else is refused; the split; the batches."""
 
 import hashlib
+import io
+import json
 import pickle
 import shutil
+import sys
+import tarfile
 from pathlib import Path
 from urllib.error import URLError
 
@@ -120,13 +124,18 @@ def test_torchvision_batches_are_checked_before_anything_is_unpickled(batches_py
             return (Path.touch, (batches_py / "executed",))
 
     (batches_py / "data_batch_3").write_bytes(pickle.dumps(Bomb()))
-    refused(str(batches_py), "is damaged (Dataset not found or corrupted")
+    refused(str(batches_py), "is damaged (data_batch_3 holds pathlib.Path.touch, which is no data")
     assert not (batches_py / "executed").exists()
 
 
-def test_real_checksums_refuse_other_images(batches_py, monkeypatch):
+def test_batches_with_other_checksums_are_read_and_a_line_says_so(
+    batches_py, npz, monkeypatch, capfd
+):
+    assert same(data.load(str(batches_py)), data.load(npz())) and capfd.readouterr().err == ""
     monkeypatch.undo()
-    refused(str(batches_py), "is damaged")
+    assert same(data.load(str(batches_py)), data.load(npz()))
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "other files than CIFAR-10's own, by their MD5 sums" in err
 
 
 def test_download(batches_py, npz, tmp_path, monkeypatch):
@@ -144,6 +153,257 @@ def test_download_that_fails(tmp_path, monkeypatch, error):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(CIFAR10, "download", fail)
     refused(None, "downloading CIFAR-10 failed (" + (str(error) or "TimeoutError"))
+
+
+# ---- sources as people have them -----------------------------------------------------------------
+
+
+def test_the_folder_of_batches_under_any_name_and_from_inside(
+    batches_py, npz, tmp_path, monkeypatch
+):
+    expected = data.load(npz())
+    renamed = batches_py.rename(tmp_path / "my cifar")
+    assert same(data.load(str(renamed)), expected)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert same(data.load("~/my cifar"), expected)
+    monkeypatch.chdir(renamed)
+    assert same(data.load("."), expected)
+
+
+def test_a_home_that_nobody_has():
+    refused("~no-such-user/x", "no data at ~no-such-user/x")
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_tar_gz_is_read_where_it_lies(batches_py, npz, tmp_path, as_folder):
+    folder = tmp_path / "tar"
+    folder.mkdir()
+    with tarfile.open(folder / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(batches_py, CIFAR10.base_folder)
+    source = folder if as_folder else folder / "cifar-10-python.tar.gz"
+    assert same(data.load(str(source)), data.load(npz()))
+    assert [p.name for p in folder.iterdir()] == ["cifar-10-python.tar.gz"]
+
+
+def test_tar_gz_of_something_else_or_cut(batches_py, tmp_path):
+    path = tmp_path / "x.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(batches_py / "data_batch_1", "data_batch_1")
+    refused(str(path), "holds no test_batch")
+    path.write_bytes(path.read_bytes()[:-2000])
+    refused(str(path), "is not a readable .tar.gz")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("kind", ["lists", "arrays", "scalars", "bytes keys", "fortran"])
+def test_batches_pickled_in_any_way(arrays, npz, tmp_path, protocol, kind):
+    for name, split, part in [
+        *((f"data_batch_{i + 1}", "train", slice(64 * i, 64 * i + 64)) for i in range(5)),
+        ("test_batch", "test", slice(None)),
+    ]:
+        rows = arrays[f"x_{split}"][part].transpose(0, 3, 1, 2).reshape(-1, 3072)
+        labels = arrays[f"y_{split}"][part].astype(np.int64)
+        content = {
+            "data": np.asfortranarray(rows) if kind == "fortran" else rows,
+            "labels": labels if kind == "arrays" else labels.tolist(),
+            "filenames": ["x.png"] * len(rows), "batch_label": b"\xff\0 of 5",
+        }  # fmt: skip
+        if kind == "scalars":
+            content["labels"] = list(labels)
+        if kind == "bytes keys":
+            content = {key.encode(): value for key, value in content.items()}
+        (tmp_path / name).write_bytes(pickle.dumps(content, protocol))
+    assert same(data.load(str(tmp_path)), data.load(npz()))
+
+
+class Reduced:
+    """Pickled as a call of any function."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(("content", "what"), [
+    ([1, 2], "holds no data"), ({"data": 3, "labels": []}, "holds no array as data"),
+    ({"data": np.zeros((2, 3072))}, "holds no labels"),
+    ({"data": np.zeros((2, 3072)), "labels": [0, 1]}, "holds an array of type f8"),
+    ({"data": np.zeros((2, 32), np.uint8), "labels": [0, 1]}, "uint8 (2, 32) as data, not uint8"),
+    ({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}, "holds 1 labels of 2 images"),
+    ({"data": np.zeros((2, 3072), np.uint8), "labels": ["a", "b"]}, "labels that are no integers"),
+    ({"data": np.array([{}]), "labels": [0]}, "holds an array of no integers"),
+    (Reduced(eval, ("1 + 1",)), "holds builtins.eval, which is no data"),
+    (Reduced(np.load, ("x",)), ".load, which is no data"),
+    (Reduced(np.ndarray, ((2**40,),)), "holds no data"),
+])  # fmt: skip
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_batches_that_are_none_are_refused(batches_py, protocol, content, what):
+    raw = pickle.dumps(content, protocol)
+    what = what.replace("builtins", "__builtin__") if protocol == 2 else what
+    (batches_py / "data_batch_2").write_bytes(raw)
+    refused(str(batches_py), "is damaged (data_batch_2 ")
+    refused(str(batches_py), what)
+    for end in (0, 1, len(raw) // 2, len(raw) - 1):
+        (batches_py / "data_batch_2").write_bytes(raw[:end])
+        refused(str(batches_py), "is damaged (data_batch_2 ")
+
+
+def test_a_batch_that_is_missing(batches_py):
+    (batches_py / "data_batch_4").unlink()
+    refused(str(batches_py), "is damaged (data_batch_4 is missing)")
+
+
+def hundred(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.permutation(np.arange(n) % 100)
+
+
+def test_cifar_100s_batches(tmp_path):
+    names, sets = [f"name_{i}" for i in range(100)], {}
+    for name, n in (("train", 2000), ("test", 150)):
+        x, y = sets[name] = hundred(n, n)
+        rows = x.transpose(0, 3, 1, 2).reshape(n, 3072)
+        content = {b"data": rows, b"fine_labels": y.tolist(), b"coarse_labels": [0] * n}
+        (tmp_path / name).write_bytes(pickle.dumps(content, 2))
+    meta = {b"fine_label_names": [n.encode() for n in names], b"coarse_label_names": [b"x"]}
+    (tmp_path / "meta").write_bytes(pickle.dumps(meta, 2))
+    loaded = data.load(str(tmp_path))
+    assert (loaded.source, loaded.classes) == ("cifar100", tuple(names))
+    assert [len(s) for s in (loaded.train, loaded.val, loaded.test)] == [1800, 200, 150]
+    assert torch.bincount(loaded.val.labels, minlength=100).tolist() == [2] * 100
+    everything = data.load(str(tmp_path), 0)
+    assert np.array_equal(everything.train.images.permute(0, 2, 3, 1), sets["train"][0])
+    assert np.array_equal(everything.test.labels, sets["test"][1])
+
+
+@pytest.fixture
+def class_folders(arrays, tmp_path):
+    """Write train/CLASS and test/CLASS with up to so many pictures per class."""
+
+    def write(names=data.CLASSES, most=8, mode="RGB") -> Path:
+        for split in ("train", "test"):
+            for label, name in enumerate(names):
+                folder = tmp_path / "set" / split / name
+                folder.mkdir(parents=True)
+                there = arrays[f"x_{split}"][arrays[f"y_{split}"] == label][:most]
+                for i, pixels in enumerate(there):
+                    Image.fromarray(pixels).convert(mode).save(folder / f"{i:03}.png")
+        return tmp_path / "set"
+
+    return write
+
+
+def test_one_folder_per_class_pixel_for_pixel(class_folders, arrays):
+    folder = class_folders()
+    (folder / "train/cat/._000.png").write_bytes(b"a Mac's companion")
+    (folder / "train/.DS_Store").touch()
+    (folder / "train/.cache").mkdir()
+    loaded = data.load(str(folder), 0)
+    assert (loaded.source, loaded.classes) == ("cifar10", data.CLASSES)
+    for split, of in (("train", loaded.train), ("test", loaded.test)):
+        expected = [arrays[f"x_{split}"][arrays[f"y_{split}"] == c][:8] for c in range(10)]
+        assert np.array_equal(of.images.permute(0, 2, 3, 1), np.concatenate(expected))
+        assert of.labels.tolist() == [c for c in range(10) for _ in range(8)]
+    assert len(data.load(str(folder)).val) == 0 and len(data.load(str(folder), 10).val) == 10
+
+
+def test_other_classes_have_the_names_of_their_folders(class_folders):
+    loaded = data.load(str(class_folders(["zebra", "apple\npie", "ünï"], 20)))
+    assert (loaded.source, loaded.classes) == ("images", ("apple\\npie", "zebra", "ünï"))
+    assert [len(s) for s in (loaded.train, loaded.val, loaded.test)] == [54, 6, 30]
+
+
+def test_folders_of_other_things(class_folders, tmp_path):
+    folder = class_folders(most=2)
+    Image.new("RGB", (64, 32)).save(folder / "train/dog/big.png")
+    refused(str(folder), "train/dog/big.png: a picture of 64x32 pixels, not 32x32")
+    Image.new("RGBA", (32, 32)).save(folder / "train/dog/big.png")
+    refused(str(folder), "of mode RGBA")
+    (folder / "train/dog/big.png").write_bytes(b"nonsense")
+    refused(str(folder), "train/dog/big.png: cannot identify")
+    (folder / "train/dog/big.png").unlink()
+    (folder / "test/wolf").mkdir()
+    refused(str(folder), "test/wolf is a class that ")
+    (folder / "test/wolf").rmdir()
+    shutil.rmtree(folder / "train/truck")
+    (folder / "train/truck").mkdir()
+    refused(str(folder), "labels are [0, 1, 2, 3, 4, 5, 6, 7, 8], not 0 to 9 (none of truck)")
+    shutil.rmtree(folder / "test")
+    refused(str(folder), "has no folder per class")
+
+
+def test_a_set_of_other_classes_without_names(npz, arrays):
+    x, y = hundred(1000, 0)
+    loaded = data.load(npz(x_train=x, y_train=y, x_test=x[:100], y_test=y[:100]))
+    assert (loaded.source, loaded.classes) == ("images", tuple(map(str, range(100))))
+    assert len(loaded.val) == 100
+    refused(npz(x_train=x, y_train=np.where(y == 57, 0, y)), "labels are [0, 1, 2, 3,")
+
+
+def test_parquet(arrays, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def png(pixels) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
+    def write(label: str, cell, names) -> None:
+        feature = {"names": names, "_type": "ClassLabel"}
+        info = json.dumps({"info": {"features": {label: feature}}})
+        for split in ("train", "test"):
+            table = pa.table({"img": [cell(png(x)) for x in arrays[f"x_{split}"]],
+                              label: arrays[f"y_{split}"].astype(np.int64)})  # fmt: skip
+            metadata = {"huggingface": info} if names else None
+            path = tmp_path / f"plain_text/{split}-00000-of-00001.parquet"
+            parquet.write_table(table.replace_schema_metadata(metadata), path)
+
+    (tmp_path / "plain_text").mkdir()
+    for cell in (lambda raw: {"bytes": raw, "path": None}, lambda raw: raw):
+        write("label", cell, None)
+        loaded = data.load(str(tmp_path), 0)
+        assert np.array_equal(loaded.train.images.permute(0, 2, 3, 1), arrays["x_train"])
+        assert np.array_equal(loaded.test.labels, arrays["y_test"])
+        assert (loaded.source, loaded.classes) == ("cifar10", data.CLASSES)
+    write("label", lambda raw: raw, list("ABCDEFGHIJ"))
+    loaded = data.load(str(tmp_path / "plain_text"), 0)
+    assert (loaded.source, loaded.classes) == ("images", tuple("ABCDEFGHIJ"))
+    write("fine_label", lambda raw: raw, list("ABCDEFGHIJ"))
+    assert data.load(str(tmp_path), 0).source == "cifar100"
+    write("number", lambda raw: raw, None)
+    refused(str(tmp_path), "has the columns img, number, no img and label")
+    write("label", lambda raw: {"path": "x.png"}, None)
+    refused(str(tmp_path), "its images are not stored in it")
+    file = tmp_path / "plain_text/test-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:-9])
+    refused(str(tmp_path), "is not a set of images")
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    (tmp_path / "train.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="`pip install pyarrow`"):
+        data.load(str(tmp_path))
+
+
+# ---- test images alone ---------------------------------------------------------------------------
+
+
+def test_test_images_alone(npz, arrays):
+    both = {"x_train": None, "y_train": None}
+    refused(npz(**both), "the training set is not CIFAR-10: it is empty")
+    loaded = data.load(npz(**both), 5000, test_only=True)
+    assert np.array_equal(loaded.test.images.permute(0, 2, 3, 1), arrays["x_test"])
+    assert (len(loaded.train), len(loaded.val), loaded.classes) == (0, 0, data.CLASSES)
+    some = arrays["y_test"] < 3
+    few = both | {"x_test": arrays["x_test"][some], "y_test": arrays["y_test"][some]}
+    assert data.load(npz(**few), test_only=True, classes=10).classes == data.CLASSES
+    assert data.load(npz(**few), test_only=True, classes=3).classes == ("0", "1", "2")
+    with pytest.raises(UserError, match="--val-size must be a multiple"):
+        data.load(npz(), 5000)
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -239,6 +499,18 @@ def test_an_empty_split_is_refused_by_name(tiny):
     with pytest.raises(UserError, match="no validation split: --val-size is 0"):
         images.split("val")
     assert len(data.load(tiny, 10).split("val")) == 10
+
+
+def test_the_split_of_cifar_10_is_the_one_of_all_earlier_runs():
+    held = data._stratified(torch.arange(50000) % 10, 10, None).nonzero()[:, 0]
+    assert len(held) == 5000 and held[:5].tolist() == [1, 5, 17, 21, 24]
+    assert hashlib.sha256(held.numpy().tobytes()).hexdigest()[:16] == "1ec0f0d4dc8bd47f"
+
+
+def test_a_class_of_few_images_keeps_half_of_them():
+    labels = torch.tensor([0] * 1000 + [1] * 6)
+    held = data._stratified(labels, 2, None)
+    assert torch.bincount(labels[held]).tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("size", [-10, 7, 320, 1000])

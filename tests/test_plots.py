@@ -11,6 +11,7 @@ from PIL import Image
 
 from lib import plots
 
+ODD_NAMES = ["$x$", "图", "x" * 90, "$", *map(str, range(96))]
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer",
            "dog", "frog", "horse", "ship", "truck"]
 
@@ -112,6 +113,17 @@ def test_writes_a_whole_png(name, tmp_path):
         assert image.width == 9 * 60
         assert 70 < image.height < 450
         assert len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("classes", [100, 300])
+def test_confusion_of_many_classes_has_a_row_for_each_and_odd_names(tmp_path, classes):
+    names = (ODD_NAMES + [f"class {i}" for i in range(300)])[:classes]
+    matrix = np.eye(classes, dtype=int) * 3 + (np.arange(classes) == 1)
+    path = plots.confusion(matrix, names, tmp_path / "a.png", "t")
+    with Image.open(path) as image:
+        image.load()
+        assert image.width == 9 * 60 and 10 * 60 < image.height < 25 * 60
 
 
 def test_floor_and_kept_round_show(tmp_path):

@@ -1,7 +1,11 @@
 """predict.py: any image that Pillow reads, by any of our files; what cannot be read is said."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +17,8 @@ import predict
 import sparse_compress
 import to_int8
 import train
-from lib import checkpoint, data, ptq, runtime, synthetic
+from lib import checkpoint, data, pictures, ptq, runtime, synthetic
+from models.mobilenetv2 import MobileNetV2, standard
 
 
 @pytest.fixture
@@ -180,3 +185,113 @@ def test_the_range_of_greys_is_said(run, folder, tmp_path):
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "x.tiff")
     code, out, err = run(tmp_path / "x.tiff", f"--run-dir={folder}")
     assert code == 0 and out and "x.tiff: its greys, up to 0.5, are taken to be of 0 to 1" in err
+
+
+# ---- folders, names and sizes as people have them ------------------------------------------------
+
+
+def test_what_lies_in_folders_and_is_no_picture(tmp_path):
+    keep = ("b.PNG", "sub/c.jpg", "sub/d.HEIC", "z.webp")
+    drop = ("._b.png", ".thumbnails/b.png", "sub/.cache/x/b.png", "ticket.pdf", "film.mpg",
+            "film.mpeg", "data.h5", "data.hdf", "x.grib", "x.bufr", "notes.txt", "film.mp4")
+    for name in (*keep, *drop):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert predict.images_in(tmp_path) == [tmp_path / name for name in keep]
+    inside = tmp_path / ".thumbnails"  # who names it wants it
+    assert predict.images_in(inside) == [inside / "b.png"]
+
+
+@pytest.mark.parametrize("name", ["IMG_2.HEIC", "IMG_2.jpg"])
+def test_heic_says_what_to_install(run, folder, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(pictures, "_register_heic", lambda: False)
+    (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
+    code, out, err = run(tmp_path, f"--run-dir={folder}")
+    assert (code, out) == (1, "") and f"{name}: cannot be read (a HEIC picture: `pip install" in err
+    assert "pillow-heif" in err
+
+
+def test_heic_with_pillow_heif(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    picture = Image.new("RGB", (64, 48), (200, 100, 50))
+    heif.from_pillow(picture).save(tmp_path / "x.heic", quality=95)
+    seen, note = predict.read(tmp_path / "x.heic")
+    assert note == "" and np.abs(seen[:, 16, 16].astype(int) - [200, 100, 50]).max() < 8
+
+
+def test_names_that_are_not_utf_8_or_not_one_line(run, folder, picture, tmp_path):
+    for name in (b"caf\xe9.png", b"new\nline.png"):
+        file = tmp_path / os.fsdecode(name)
+        Image.fromarray(picture).save(file, "PNG")
+    (tmp_path / os.fsdecode(b"\xff.png")).touch()
+    code, out, err = run(tmp_path, f"--run-dir={folder}", "--top=1")
+    assert code == 1 and len(out.splitlines()) == 2 and r"caf\udce9.png  " in out
+    assert r"new\nline.png  " in out and r"\udcff.png: is not an image" in err
+    code, out, _ = run(tmp_path, f"--run-dir={folder}", "--top=1", "--json")
+    names = [json.loads(line)["file"] for line in out.splitlines()]
+    assert [n.removeprefix(f"{tmp_path}/") for n in names] == [r"caf\udce9.png", "new\nline.png"]
+    for name in names:
+        name.encode()  # no surrogates
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+import predict
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+image, note = predict.read(Path(sys.argv[1]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, int(image.mean()), note)
+"""
+
+
+def test_jpegs_of_100_megapixels_take_little_memory(tmp_path):
+    Image.new("L", (12000, 9000), 80).save(tmp_path / "large.jpg")
+    out = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "large.jpg")],
+        cwd=Path(predict.__file__).parent, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert int(out[0]) < 50_000 and out[1:] == ["80"]  # KB; 108,000 and more for all pixels
+
+
+def test_large_jpegs_look_the_same(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (8, 10, 3), np.uint8))
+    small.resize((2000, 1600), Image.Resampling.BICUBIC).save(tmp_path / "x.jpg", quality=95)
+    whole = predict.read(tmp_path / "x.jpg")[0].astype(int)
+    monkeypatch.setattr(predict, "LARGE", 1_000_000)
+    assert np.abs(predict.read(tmp_path / "x.jpg")[0] - whole).max() <= 4
+
+
+def test_decompression_bombs_say_how_to_allow_them(run, folder, tmp_path):
+    Image.new("1", (3000, 1000)).save(tmp_path / "x.png")
+    flags = (tmp_path / "x.png", f"--run-dir={folder}", "--top=1")
+    code, out, err = run(*flags, "--max-megapixels=2")
+    assert (code, out) == (1, "") and "x.png: has 3 megapixels, more than --max-megapixels" in err
+    assert run(*flags, "--max-megapixels=3")[0] == 0 and run(*flags)[0] == 0
+    assert run(*flags, "--max-megapixels=0")[0] == 2
+    assert Image.MAX_IMAGE_PIXELS == 1024**3 // 4 // 3  # Pillow's own, as before
+
+
+def test_a_hundred_classes_of_unusual_names(run, tmp_path, picture):
+    names = ["a b", "quote\"d", "ünï", "图片", "back\\slash", "😀", *map(str, range(94))]
+    settings = standard(0.1, classes=100)
+    scheme = ptq.make_scheme(8, 8)
+    torch.manual_seed(0)
+    model = MobileNetV2(settings).eval()
+    images = data.normalize(torch.from_numpy(synthetic.make(64, 1)[0]).permute(0, 3, 1, 2))
+    model, _ = ptq.quantize(model, images, scheme)
+    checkpoint.save(
+        tmp_path / "checkpoints/quantized.pth", "quantized", model, train.Settings(), None,
+        metrics={}, data={"source": "images", "classes": names, "val_size": 100},
+        quantization=scheme,
+    )  # fmt: skip
+    source = checkpoint.load(tmp_path / "checkpoints/quantized.pth")
+    runtime.export(source, tmp_path / "checkpoints/int8.onnx")
+    sparse_compress.main([f"--run-dir={tmp_path}", f"--parent={source.file}"])
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    for name in ("quantized.pth", "int8.onnx", "compressed.nnz"):
+        file = tmp_path / "checkpoints" / name
+        assert runtime.load(file).data["classes"] == names
+        code, out, _ = run(tmp_path / "x.png", f"--model={file}", "--json", "--top=100")
+        found = {pair["class"] for pair in json.loads(out.splitlines()[-1])["top"]}
+        assert code == 0 and found == set(names)

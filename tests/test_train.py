@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -310,3 +311,26 @@ def test_init_refuses_what_does_not_fit(tiny, tmp_path, make, what):
         run_in_process(tiny, tmp_path, f"--init={file}")
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("keep", "flags", "what"), [
+    (32, ["--val-size=0"], "give --val-size 10 or a multiple of it"),
+    (3, [], "give --val-size 10 or a multiple of it"),
+    (1, [], "the smallest class has only 1 training image"),
+])  # fmt: skip
+def test_what_a_set_without_validation_split_means_is_said_at_once(
+    tiny, tmp_path, monkeypatch, capfd, keep, flags, what
+):
+    def stop(*args, **kwargs):
+        raise UserError("training begins")
+
+    with np.load(tiny) as file:
+        rows = np.concatenate([np.flatnonzero(file["y_train"] == c)[:keep] for c in range(10)])
+        kept = {key: file[key][rows] for key in ("x_train", "y_train")}
+        np.savez(tmp_path / "x.npz", **kept, x_test=file["x_test"], y_test=file["y_test"])
+    monkeypatch.setattr(engine, "fit", stop)
+    with pytest.raises(UserError, match="training begins"):
+        train.main([*FLAGS, f"--data={tmp_path}/x.npz", f"--run-dir={tmp_path}", *flags])
+    err = capfd.readouterr().err
+    assert err.startswith("train.py: no validation split: ") and err.count("\n") == 1
+    assert "prune.py, which needs one" in err and what in err

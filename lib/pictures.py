@@ -1,0 +1,87 @@
+"""Which files of a folder are pictures, how their names are printed, and what opens them."""
+
+import contextlib
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+# Formats that Pillow knows by their files' endings and cannot decode: films, scientific data.
+NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}
+HEIC = {".heic", ".heif", ".hif"}  # phones' format, which the package pillow-heif decodes
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """Return the pictures in a folder and its subfolders, by their names' endings and in order.
+
+    Files and folders whose names begin with a dot are left out: thumbnails, and the companions
+    (`._x.jpg`) that macOS writes beside files.
+    """
+    endings = _endings()
+    return sorted(
+        path for path in folder.rglob("*")
+        if path.suffix.lower() in endings
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )  # fmt: skip
+
+
+@cache
+def _endings() -> set[str]:
+    """Return the endings of picture files: those that Pillow decodes, and HEIC's."""
+    _register_heic()
+    kinds = Image.registered_extensions()  # of what is only written too, such as PDF
+    readable = {"MPO", *Image.OPEN} - NO_PICTURES
+    return {ending for ending, kind in kinds.items() if kind in readable} | HEIC
+
+
+@cache
+def _register_heic() -> bool:
+    """Let Pillow open HEIC files, if the package pillow-heif is there; return whether it is."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+@contextlib.contextmanager
+def pixel_limit(pixels: int):
+    """Let Pillow refuse images of more pixels than that, as a context manager."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = pixels // 2  # Pillow warns here, and refuses at twice as many
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def open_image(source) -> Image.Image:
+    """Open a picture, as Image.open does.
+
+    Raises ValueError, with what to install, for a HEIC file that Pillow cannot open.
+    """
+    has_heic = _register_heic()
+    try:
+        return Image.open(source)
+    except Image.UnidentifiedImageError:
+        if not has_heic and _is_heic(Path(source)):
+            raise ValueError("a HEIC picture: `pip install pillow-heif` lets it be read") from None
+        raise
+
+
+def _is_heic(path: Path) -> bool:
+    """Say whether a file begins as HEIC files do, whatever its name is."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS
+
+
+def printable(text: str) -> str:
+    r"""Return the text in one line of valid UTF-8: escapes such as \n for what cannot be printed.
+
+    File names that are not UTF-8 hold surrogates, which no output takes.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
