@@ -88,6 +88,7 @@ def main(argv=None):
     images = pruned.images(cfg.data, cfg.val_size, "cpu")
     split = images.split(cfg.split)
 
+    engine.say_device(device)
     sample = ptq.calibration(images.train, cfg.calibration, cfg.seed)
     field = contestants(dense.build(), compact(pruned.build())[0], ours, sample, device)
     rows, threads = [], torch.get_num_threads()
@@ -105,8 +106,8 @@ def main(argv=None):
     torch.set_num_threads(threads)
     log = metrics.Log(cfg.path(None, "logs/bench.jsonl"), vars(cfg), cfg.wandb)
     log.begin(rows)
-    log.close({})
     plot = plots.speed(rows, cfg.path(None, "plots/bench.png"), "Speed and accuracy")
+    log.close({}, [plot])
     print(f"{table(rows)}\n\naccuracy on {len(split):,} {cfg.split} images; {plot}")
 
 

@@ -15,7 +15,7 @@ out: a table (or a JSON line per file) on the standard output; logs/eval-<split>
 import dataclasses
 import json
 
-from lib import checkpoint, config, measure, metrics, plots, runtime
+from lib import checkpoint, config, engine, measure, metrics, plots, runtime
 from lib.config import UserError, flag
 
 
@@ -38,6 +38,8 @@ def main(argv=None):
         raise UserError(f"no files: none named, and none in {cfg.path(None, 'checkpoints')}")
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [runtime.load(file, cfg.assume_downsample) for file in files]
+    if not cfg.json:
+        engine.say_device(device)
     log = metrics.Log(cfg.path(None, f"logs/eval-{cfg.split}.jsonl"), vars(cfg), cfg.wandb)
     images, correct_by_file, rows = None, {}, []
     for source in sources:

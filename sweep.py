@@ -23,6 +23,7 @@ from lib import (
     checkpoint,
     compressed,
     config,
+    engine,
     measure,
     metrics,
     plots,
@@ -86,14 +87,15 @@ class Settings(config.Common):
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device)
-    processes.start(device)
+    device = config.device(cfg.device, share=True)
+    processes.start(device, share=True)
     world, rank_of_process = processes.world_and_rank()
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
     parent.refuse_quantized()
     with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
     split = images.split(cfg.split)
+    engine.say_device(device)
     folder = cfg.path(None, "checkpoints/sweep")
     known = {}  # by SHA-256: which images the parent gets right, once it is measured
     grid = [
