@@ -40,16 +40,17 @@ def reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def flag(default, help: str, choices: tuple | None = None, heading: str | None = None):
+def flag(default, help: str, choices: tuple | None = None, heading: str | None = None,
+         also: str | None = None):  # fmt: skip
     """Make a dataclass field that becomes the flag `--name`.
 
     help: its unit and reason. heading: that of the field and of those that follow it in the class,
-        up to the next heading, in --help.
+        up to the next heading, in --help. also: another name of the flag, without the dashes.
     """
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {}
     if not factory:
         factory = {"default": default}
-    metadata = {"help": help, "choices": choices, "heading": heading}
+    metadata = {"help": help, "choices": choices, "heading": heading, "also": also}
     return dataclasses.field(metadata=metadata, **factory)
 
 
@@ -146,7 +147,8 @@ def _add(parser, field) -> None:
         if not options["choices"]:
             known = METAVARS.get(name) or {int: "N", float: "X"}.get(kind)
             options["metavar"] = known or getattr(kind, "metavar", None)
-        parser.add_argument("--" + name.replace("_", "-"), **options)
+        names = [name.replace("_", "-"), field.metadata.get("also")]
+        parser.add_argument(*(f"--{n}" for n in names if n), dest=name, **options)
 
 
 def _comma_separated(kind):
