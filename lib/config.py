@@ -167,7 +167,7 @@ SIGNS_OF_A_GPU = [Path("/proc/driver/nvidia"), Path("/dev/nvidia0"), Path("/dev/
 # Where a stage runs, reads and writes, which does not change its result. (What it reads does: that
 # is compared by hash.)
 PARENTS = {"parent", "teacher"}
-PLACES = {"data", "run_dir", "device", "wandb", "out", "resume"} | PARENTS
+PLACES = {"data", "run_dir", "device", "wandb", "wandb_artifact", "out", "resume"} | PARENTS
 
 
 def identity(cfg) -> dict:

@@ -92,23 +92,25 @@ class Log:
         if self.run:
             self.run.log(_numbers(line))
 
-    def close(self, summary: dict, charts: list[Path] = ()) -> None:
+    def close(self, summary: dict, charts: list[Path] = (), artifact: tuple | None = None) -> None:
         """End the W&B run, if there is one, with these figures as its summary.
 
-        charts: image files that the run shows too.
+        charts: image files that the run shows too. artifact: (file, its metadata) to upload.
         """
         if self.run:
             self.run.summary.update(summary)
             log_charts(self.run, charts)
+            if artifact:
+                log_artifact(self.run, *artifact)
             finish_wandb(self.run)
 
 
-def log_stage(cfg, name: str, figures: dict, charts: list[Path] = ()) -> None:
+def log_stage(cfg, name: str, figures: dict, artifact: tuple | None = None) -> None:
     """Write logs/<name>.jsonl with the one line of a stage that has no epochs, and W&B alike."""
     log = Log(cfg.path(None, f"logs/{name}.jsonl"), vars(cfg), cfg.wandb)
     log.begin([])
     log(figures)
-    log.close(figures, charts)
+    log.close(figures, artifact=artifact)
 
 
 def _numbers(line: dict) -> dict:
@@ -154,6 +156,15 @@ def log_charts(run, charts: list[Path]) -> None:
     images = {path.stem: wandb.Image(str(path)) for path in charts if path.is_file()}
     if images:
         run.log(images)
+
+
+def log_artifact(run, path: Path, metadata: dict) -> None:
+    """Upload a file as an artifact of a W&B run, under its name without folders."""
+    import wandb
+
+    artifact = wandb.Artifact(path.name, type="model", metadata=metadata)
+    artifact.add_file(str(path))
+    run.log_artifact(artifact)
 
 
 def _wandb_key() -> bool:

@@ -74,17 +74,26 @@ def _seed():
 
 
 @pytest.fixture
-def run_file():
-    """A function of a folder with one W&B run: (its RunRecord, config, summary), from its file."""
+def wandb_records():
+    """A function of a folder with one finished W&B run: the records of its file."""
     def read(folder):
         (path,) = folder.glob("*.wandb")
-        config, summary, run = {}, {}, None
         for _ in range(100):  # W&B's process may still be writing
-            records = wandb_records(path.read_bytes())
+            records = _wandb_records(path.read_bytes())
             if any(record.HasField("exit") for record in records):
                 break
             time.sleep(0.1)
-        for record in records:
+        return records
+
+    return read
+
+
+@pytest.fixture
+def run_file(wandb_records):
+    """A function of a folder with one W&B run: (its RunRecord, config, summary), from its file."""
+    def read(folder):
+        config, summary, run = {}, {}, None
+        for record in wandb_records(folder):
             run = record.run if record.HasField("run") else run
             for update in (*record.run.config.update, *record.config.update):
                 config[update.key] = json.loads(update.value_json)
@@ -96,7 +105,7 @@ def run_file():
     return read
 
 
-def wandb_records(raw: bytes) -> list:
+def _wandb_records(raw: bytes) -> list:
     """Return the records of a .wandb file: LevelDB's log, blocks of 32 KiB of parts of records."""
     from wandb.proto import wandb_internal_pb2
 
