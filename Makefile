@@ -21,11 +21,35 @@ REPORT_FLAGS ?=
 BENCH_FLAGS ?=
 PREDICT_FLAGS ?=
 
-# make PYTHON=python3 ... uses that interpreter as it is; otherwise .venv is made.
-PYTHON ?= .venv/bin/python
-ifeq ($(PYTHON),.venv/bin/python)
-VENV := .venv/installed
+# The scripts and .venv are in the Makefile's folder. RUN, DATA, FILES and IMAGES are as seen from
+# where make was called: with `make -f elsewhere/Makefile PYTHON=...`, elsewhere may be read-only.
+HERE := $(addsuffix /,$(abspath $(filter-out ./,$(dir $(lastword $(MAKEFILE_LIST))))))
+ifeq ($(wildcard $(HERE)train.py),)
+$(error the path of the Makefile must not have spaces: call make in its folder)
 endif
+
+# make PYTHON=python3 ... uses that interpreter as it is; otherwise .venv is made, and made anew if
+# python3 has another minor version than the one that made it, or that one is gone.
+PYTHON ?= $(HERE).venv/bin/python
+ifeq ($(origin PYTHON),file)
+VENV := $(HERE).venv/installed
+VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+SAME_PYTHON := $(filter $(shell python3 $(VERSION) 2>&1),$(shell $(PYTHON) $(VERSION) 2>/dev/null))
+ifndef SAME_PYTHON
+.PHONY: $(VENV)
+endif
+else
+VENV := check-python
+endif
+# $(call check-python,interpreter): fail with one line if it is older than 3.11, be it 2.7.
+check-python = @$(1) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or later \
+	is needed, and $(1) is %d.%d: put a newer one first in PATH, or make PYTHON=..., one that has \
+	the packages of requirements.txt" % sys.version_info[:2])'
+
+# $(call quote,text): one word of the shell. $(call names,text): one word if there is a file of that
+# name; else the text as it is, in which names that have spaces are quoted.
+quote = '$(subst ','\'',$(1))'
+names = $(if $(shell [ -e $(call quote,$(1)) ] && echo yes),$(call quote,$(1)),$(1))
 
 ifneq ($(words $(RUN)),1)
 $(error RUN must be one path without spaces, not "$(RUN)")
@@ -49,11 +73,11 @@ export PYTHONUNBUFFERED = 1
 # code would hide a failure of the stage.
 stage = @set -eu -o pipefail; \
 	mkdir -p $(RUN)/logs; \
-	echo "\$$ python $(1) $(COMMON) $(2)"; \
-	$(PYTHON) $(1) $(COMMON) $(2) | tee -ia $(RUN)/logs/$(basename $(notdir $(firstword $(1)))).log
+	echo $(call quote,$$ python $(1) $(COMMON) $(2)); \
+	$(PYTHON) $(HERE)$(1) $(COMMON) $(2) | tee -ia $(RUN)/logs/$(basename $(firstword $(1))).log
 
 .PHONY: all train prune quantize int8 compress sweep sensitivity eval report bench predict verify \
-	publish status help clean demo results test venv
+	publish status help clean demo results test venv check-python
 all: report  ## every stage, from the images to the report
 
 train: $(C)/baseline.pth        ## CIFAR-10 -> checkpoints/baseline.pth      (TRAIN_FLAGS)
@@ -65,23 +89,23 @@ sweep: $(RUN)/logs/sweep.csv    ## the grid of bit-widths -> logs/sweep.csv  (SW
 sensitivity: $(RUN)/logs/sensitivity.csv  ## what each layer loses at few bits (SENSITIVITY_FLAGS)
 
 # Scripts are order-only: editing a comment retrains nothing. `make status` says what is stale.
-$(C)/baseline.pth: | $(VENV) train.py
+$(C)/baseline.pth: | $(VENV) $(HERE)train.py
 	$(call stage,train.py,$(TRAIN_FLAGS))
-$(C)/pruned.pth: $(C)/baseline.pth | prune.py
+$(C)/pruned.pth: $(C)/baseline.pth | $(HERE)prune.py
 	$(call stage,prune.py,$(PRUNE_FLAGS))
-$(C)/quantized.pth: $(C)/pruned.pth | quantize.py
+$(C)/quantized.pth: $(C)/pruned.pth | $(HERE)quantize.py
 	$(call stage,quantize.py,$(QUANTIZE_FLAGS))
-$(C)/int8.pth: $(C)/quantized.pth | to_int8.py
+$(C)/int8.pth: $(C)/quantized.pth | $(HERE)to_int8.py
 	$(call stage,to_int8.py,$(INT8_FLAGS))
-$(C)/compressed.nnz: $(C)/int8.pth | sparse_compress.py
+$(C)/compressed.nnz: $(C)/int8.pth | $(HERE)sparse_compress.py
 	$(call stage,sparse_compress.py,$(COMPRESS_FLAGS))
-$(RUN)/logs/sweep.csv: $(C)/pruned.pth | sweep.py
+$(RUN)/logs/sweep.csv: $(C)/pruned.pth | $(HERE)sweep.py
 	$(call stage,sweep.py,$(SWEEP_FLAGS))
-$(RUN)/logs/sensitivity.csv: $(C)/pruned.pth | sensitivity.py
+$(RUN)/logs/sensitivity.csv: $(C)/pruned.pth | $(HERE)sensitivity.py
 	$(call stage,sensitivity.py,$(SENSITIVITY_FLAGS))
 
 eval: $(VENV)  ## accuracy, bytes, MACs of the chain's files, or of FILES="a b" (EVAL_FLAGS)
-	$(call stage,eval.py $(FILES),--split $(SPLIT) $(EVAL_FLAGS))
+	$(call stage,eval.py $(call names,$(FILES)),--split $(SPLIT) $(EVAL_FLAGS))
 
 report: $(C)/compressed.nnz $(RUN)/logs/sweep.csv  ## the tables and plots of all stages (REPORT_FLAGS)
 	$(call stage,report.py,--split $(SPLIT) $(REPORT_FLAGS))
@@ -90,42 +114,50 @@ bench: $(C)/int8.pth  ## speed of the fp32 networks and of int8.onnx -> plots/be
 	$(call stage,bench.py,$(BENCH_FLAGS))
 
 predict: $(VENV)  ## classify IMAGES="photo.jpg folder" (PREDICT_FLAGS="--model FILE")
-	@$(PYTHON) predict.py --run-dir $(RUN) $(PREDICT_FLAGS) $(IMAGES)
+	@$(PYTHON) $(HERE)predict.py --run-dir $(RUN) $(PREDICT_FLAGS) $(call names,$(IMAGES))
 
 verify: $(VENV)  ## check the published file: its hash, that it decodes, its accuracy on your data
-	@$(PYTHON) verify.py $(if $(DATA),--data "$(DATA)")
+	@$(PYTHON) $(HERE)verify.py $(if $(DATA),--data "$(DATA)")
 
 publish: $(VENV)  ## copy the compressed file, and what eval.py measured on both splits, to release/
-	@$(PYTHON) publish.py --run-dir $(RUN)
+	@$(PYTHON) $(HERE)publish.py --run-dir $(RUN)
 
 status: $(VENV)  ## which files are there, which are stale, and why
-	@$(PYTHON) report.py --run-dir $(RUN) --status
+	@$(PYTHON) $(HERE)report.py --run-dir $(RUN) --status
 
 demo: $(VENV)  ## all stages on generated images, in minutes, in the folder demo/
 	@rm -rf demo
-	+@MAKE="$(MAKE)" recipes/demo.sh demo
+	+@MAKE="$(MAKE)" $(HERE)recipes/demo.sh demo
 
 results: $(VENV)  ## RESULTS.md and the tables in README.md, from results/*.json
-	@$(PYTHON) results.py
+	@$(PYTHON) $(HERE)results.py --folder $(HERE).
 
 test: $(VENV)  ## the linter and the tests
-	$(PYTHON) -m ruff check .
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto
+	cd $(HERE). && $(PYTHON) -m ruff check .
+	cd $(HERE). && OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto
 
 venv: $(VENV)  ## the virtual environment, with pinned dependencies
-.venv/installed: requirements.txt
-	python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet -r requirements.txt
+$(HERE).venv/installed: $(HERE)requirements.txt
+	$(call check-python,python3)
+	$(if $(SAME_PYTHON),,rm -rf $(HERE).venv)
+	python3 -m venv $(HERE).venv
+	$(HERE).venv/bin/python -m pip install --quiet -r $<
 	touch $@
+check-python:
+	$(call check-python,$(PYTHON))
 
+OUTPUTS = $(wildcard $(C) $(RUN)/logs $(RUN)/plots)
 clean:  ## delete all outputs but the trained baseline, its log and its state
 	$(if $(filter .,$(RUN)),rm -rf demo)
-	find $(C) $(RUN)/logs $(RUN)/plots -mindepth 1 ! -name .gitkeep ! -name 'baseline.pth*' \
-		! -name 'train.*' -delete 2>/dev/null || true
+	$(if $(OUTPUTS),find $(OUTPUTS) -mindepth 1 -maxdepth 1 ! -name .gitkeep \
+		! -name 'baseline.pth*' ! -name 'train.*' -exec rm -rf {} +)
 
 help:  ## this list
-	@awk -F':.*## *' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## *' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' \
+		$(HERE)Makefile
 	@echo
 	@echo '  A file that exists is not made again, even with other flags: delete it first, or make -B.'
 	@echo '  DATA=DIR (default: download)  WANDB=1  RUN=DIR (default .)  SPLIT=val|test  PYTHON=...'
+	@echo "  One file with spaces: IMAGES='a b.png'; several: IMAGES=\"'a b.png' c.png\"; FILES= alike."
+	@echo '  Paths are as seen from where make is called, also with make -f elsewhere/Makefile.'
 	@echo '  e.g.  make all DATA=$$HOME/cifar10 TRAIN_FLAGS="--epochs 60" PRUNE_FLAGS="--target 0.97"'

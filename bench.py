@@ -97,6 +97,7 @@ def main(argv=None):
     images = pruned.images(cfg.data, cfg.val_size, "cpu")
     split = images.split(cfg.split)
 
+    engine.say_device(device)
     sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
     small = compact(pruned.build())[0]
     field = contestants(dense.build(), small, ours, sample, device)
@@ -116,8 +117,8 @@ def main(argv=None):
     torch.set_num_threads(threads)
     log = metrics.Log(cfg.path(None, "logs/bench.jsonl"), vars(cfg), cfg.wandb)
     log.begin(rows)
-    log.close({})
     plot = plots.speed(rows, cfg.path(None, "plots/bench.png"), "Speed and accuracy")
+    log.close({}, [plot])
     print(f"{table(rows)}\n\naccuracy on {len(split):,} {cfg.split} images; {plot}")
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lib import checkpoint, config, data, measure, metrics, plots, runtime, tables
+from lib import checkpoint, config, data, engine, measure, metrics, plots, runtime, tables
 from lib.config import UserError, flag
 
 
@@ -50,6 +50,8 @@ def main(argv=None):
         raise UserError(f"no files: none named, and none in {cfg.path(None, 'checkpoints')}")
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [runtime.load(file, cfg.assume_downsample) for file in files]
+    if not cfg.json:
+        engine.say_device(device)
     log = metrics.Log(cfg.path(None, f"logs/eval-{cfg.split}.jsonl"), vars(cfg), cfg.wandb)
     test_only = cfg.split == "test"  # then a set without training images will do
     images, correct_by_file, rows = None, {}, []

@@ -106,6 +106,7 @@ def main(argv=None):
     identity = config.identity(cfg) | {
         "parent": parent.sha256, "teacher": teacher_file.sha256, "data": images.provenance()
     }  # fmt: skip
+    engine.say_device(device)
     log = metrics.Log(cfg.path(None, "logs/prune.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
     round_file = out.with_name(out.name + ".round.resume")
@@ -163,7 +164,8 @@ def main(argv=None):
         )
     if processes.is_main():
         _finish(cfg, out, kept, parent_layers, parent, images, rounds, floor)
-        log.close({"sparsity": sparsity_of(kept, total)})
+        charts = [cfg.path(None, f"plots/{name}.png") for name in ("prune", "sparsity")]
+        log.close({"sparsity": sparsity_of(kept, total)}, charts)
         for file in (round_file, state_file):  # last: until here, the run could be continued
             file.unlink(missing_ok=True)
     processes.stop()

@@ -129,6 +129,7 @@ def main(argv=None):
     scheme = scheme_of(cfg, model)
     with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
+    engine.say_device(device)
     validate = len(images.val) > 0
     before = engine.evaluate(model, images.val) if validate else None
     out = cfg.path(cfg.out, "checkpoints/quantized.pth")
@@ -252,7 +253,7 @@ def train(cfg, model, teacher, latent, scheme, images, out, parent) -> None:
     qat.finish(model)
     if processes.is_main():
         plots.curves(history, cfg.path(None, "plots/quantize.png"), "Quantization-aware training")
-        log.close({"best_epoch": best + 1})
+        log.close({"best_epoch": best + 1}, [cfg.path(None, "plots/quantize.png")])
 
 
 def state_file(out: Path) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, config, data, measure, memory, metrics, plots
+from lib import checkpoint, config, data, engine, measure, memory, metrics, plots
 from lib.config import UserError, flag
 from lib.files import sha256_of
 
@@ -40,6 +40,7 @@ def main(argv=None):
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [checkpoint.load(file, cfg.assume_downsample) for file in files]
     split, data_set, classes = images_of(sources, cfg)
+    engine.say_device(split.images.device)
     rows = []
     for source in sources:
         row, confusion = measured(source, split, cfg.split)
@@ -50,10 +51,7 @@ def main(argv=None):
             f"{source.file.name} on {cfg.split}",
         )  # fmt: skip
 
-    log = metrics.Log(cfg.path(None, "logs/report.jsonl"), config.identity(cfg), cfg.wandb)
-    log.begin(rows)
     smallest = min(rows, key=lambda row: row["bytes"])
-    log.close(smallest["ratios"])
     n = f"{len(split):,} {cfg.split} images of {data_set}"
     plots.stages(
         [row | {"stage": row["name"]} for row in rows], cfg.path(None, "plots/report.png"),
@@ -63,6 +61,10 @@ def main(argv=None):
         [(row["name"], row["parts"]) for row in rows], cfg.path(None, "plots/storage.png"),
         "What the bytes of every file are",
     )  # fmt: skip
+    charts = [cfg.path(None, f"plots/{name}.png") for name in ("report", "storage")]
+    log = metrics.Log(cfg.path(None, "logs/report.jsonl"), config.identity(cfg), cfg.wandb)
+    log.begin(rows)
+    log.close(smallest["ratios"], charts)
     print(f"{folder}, accuracy on {n}\n\n{stage_table(rows)}\n")
     print(ratio_table(rows[0], smallest), end="\n\n")
     for path in sorted(cfg.path(None, "plots").glob("*.png")):

@@ -52,6 +52,7 @@ def main(argv=None):
     parent.refuse_quantized()
     images = parent.images(cfg.data, cfg.val_size, device)
     split = images.split(cfg.split)
+    engine.say_device(device)
     model, _ = compact(parent.build(device))
     fp32 = quantizers.fold(model)
     labels = split.labels.cpu()
@@ -90,7 +91,7 @@ def main(argv=None):
     title = f"Each layer's weights alone at few bits: {parent.file.name}, {cfg.split}"
     plots.sensitivity(rows, before.accuracy, cfg.path(None, "plots/sensitivity.png"), title)
     worst = min(rows, key=lambda row: row["correct"])
-    log.close({"worst": worst["layer"]})
+    log.close({"worst": worst["layer"]}, [cfg.path(None, "plots/sensitivity.png")])
     print(
         f"{out}: {len(rows)} rows; parent {before}; the most is lost by {worst['layer']} at "
         f"{worst['weight_bits']} bits: {worst['accuracy']:.2%} (+{worst['gained']} "

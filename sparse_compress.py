@@ -15,7 +15,7 @@ import torch
 
 from lib import checkpoint, compressed, config, metrics, runtime
 from lib.config import UserError, flag
-from lib.files import write_bytes
+from lib.files import sha256_of, write_bytes
 
 
 @dataclasses.dataclass
@@ -26,12 +26,17 @@ class Settings(config.Common):
     decompress: str | None = flag(None, "a .nnz file to turn back into a checkpoint")
     out: str | None = flag(None, "output file; default: checkpoints/compressed.nnz")
     onnx: str | None = flag(None, "with --decompress: an .onnx file to write")
+    wandb_artifact: bool = flag(
+        False, "with --wandb: upload the file too, with its SHA-256 and those of its ancestors"
+    )  # fmt: skip
 
     def __post_init__(self):
         if self.decompress and not (self.out or self.onnx):
             raise ValueError("--decompress needs --out FILE.pth or --onnx FILE.onnx")
         if self.onnx and not (self.decompress and self.onnx.endswith(".onnx")):
             raise ValueError("--onnx FILE.onnx goes with --decompress FILE.nnz")
+        if self.wandb_artifact and (self.decompress or not self.wandb):
+            raise ValueError("--wandb-artifact goes with --wandb, and not with --decompress")
 
 
 def main(argv=None):
@@ -55,7 +60,11 @@ def compress(cfg) -> None:
     if out.read_bytes() != raw:
         raise UserError(f"{out} does not hold what was written to it")
     version, parts = compressed.version(raw), compressed.sections(raw)
-    metrics.log_stage(cfg, "compress", {"bytes": len(raw), "version": version, **parts})
+    about = {"sha256": sha256_of(out), "bytes": len(raw), "ancestors": [
+        {key: a.get(key) for key in ("stage", "sha256", "bytes")} for a in parent.lineage()
+    ]}  # fmt: skip
+    figures = {"bytes": len(raw), "version": version, **parts}
+    metrics.log_stage(cfg, "compress", figures, (out, about) if cfg.wandb_artifact else None)
     text = ", ".join(f"{kind} {size:,}" for kind, size in parts.items())
     print(f"{out}: {len(raw):,} bytes, version {version} ({text}); parent {parent.bytes:,}; "
           "decoded, identical")  # fmt: skip

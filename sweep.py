@@ -4,6 +4,7 @@
     python sweep.py --weight-bits 8,4 --act-bits 8 --wandb
     python sweep.py --weight-bits 4,3 --act-bits 8 --rd-lambda 0,0.2,0.4    accuracy against bytes
     torchrun --nproc-per-node 2 sweep.py                       the processes share the cells
+    wandb sweep sweep.yaml                                     W&B's agents share them: see there
 
 in:  checkpoints/pruned.pth, or any fp32 network
 out: checkpoints/sweep/w8a8.nnz ... (each decoded again before it is evaluated), logs/sweep.csv,
@@ -11,11 +12,14 @@ out: checkpoints/sweep/w8a8.nnz ... (each decoded again before it is evaluated),
      (if there are several lambdas)
 
 A cell that was measured before, from the same parent and on the same images, is not measured again.
+With --wandb each cell is a W&B run, of which the last one shows the charts. Started by an agent of
+W&B, one cell is measured and logged into the agent's run, and no CSV or chart is written.
 """
 
 import dataclasses
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -23,6 +27,7 @@ from lib import (
     checkpoint,
     compressed,
     config,
+    engine,
     measure,
     metrics,
     plots,
@@ -31,7 +36,7 @@ from lib import (
     quantizers,
 )
 from lib.compaction import compact
-from lib.config import flag
+from lib.config import UserError, flag
 from lib.files import sha256_of, write_bytes, write_csv
 from lib.rate import BITS_PER_KILOBYTE
 
@@ -47,8 +52,12 @@ class Settings(config.Common):
     parent: str | None = flag(None, "fp32 network; default: checkpoints/pruned.pth")
     out: str | None = flag(None, "CSV; default: logs/sweep.csv")
     method: str = flag("ptq", "as in quantize.py", choices=("ptq", "reference"))
-    weight_bits: list[int] = flag([32, 16, 12, 8, 6, 4], "rows of the grid; 32 is off")
-    act_bits: list[int] = flag([32, 16, 12, 8, 6, 4], "columns of the grid; 32 is off")
+    weight_bits: list[int] = flag(
+        [32, 16, 12, 8, 6, 4], "rows of the grid; 32 is off", also="weight_bits"
+    )  # fmt: skip
+    act_bits: list[int] = flag(
+        [32, 16, 12, 8, 6, 4], "columns of the grid; 32 is off", also="activation_bits"
+    )  # fmt: skip
     rd_lambda: list[float] = flag([0.0], "as in quantize.py; every cell of the grid has each")
     mark: list[str] = flag([], "points drawn beside the curve, each NAME=BYTES=ACCURACY, such as "
                                "report=1040842=0.9447")  # fmt: skip
@@ -86,20 +95,24 @@ class Settings(config.Common):
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device)
-    processes.start(device)
+    device = config.device(cfg.device, share=True)
+    processes.start(device, share=True)
     world, rank_of_process = processes.world_and_rank()
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
     parent.refuse_quantized()
     with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
     split = images.split(cfg.split)
+    engine.say_device(device)
     folder = cfg.path(None, "checkpoints/sweep")
     known = {}  # by SHA-256: which images the parent gets right, once it is measured
     grid = [
         (weight_bits, act_bits, rd_lambda) for weight_bits in dict.fromkeys(cfg.weight_bits)
         for act_bits in dict.fromkeys(cfg.act_bits) for rd_lambda in dict.fromkeys(cfg.rd_lambda)
     ]  # fmt: skip
+    agent = cfg.wandb and "WANDB_SWEEP_ID" in os.environ
+    if agent and len(grid) > 1:
+        raise UserError(f"a W&B agent runs one cell, not {len(grid)}: see sweep.yaml")
 
     for number, (weight_bits, act_bits, rd_lambda) in enumerate(grid):
         if number % world != rank_of_process:
@@ -120,17 +133,30 @@ def main(argv=None):
     processes.wait()
     if processes.is_main():
         rows = [finished(folder / name_of(*bits), cfg, parent, split) for bits in grid]
-        write_table(cfg, rows)
-        title = f"{cfg.method} quantization of {parent.file.name}, {cfg.split} (n={len(split)})"
-        first = [row for row in rows if row["rd_lambda"] == cfg.rd_lambda[0]]
-        plots.heatmap(first, cfg.path(None, "plots/sweep_heatmap.png"), title)
-        plots.parallel_coordinates(first, cfg.path(None, "plots/sweep_parallel.png"), title)
-        if len(rows) > len(first):
-            plots.accuracy_bytes(rows, cfg.path(None, "plots/sweep_rate.png"), title, cfg.marks())
+        charts = []
+        if not agent:
+            write_table(cfg, rows)
+            charts = draw(cfg, rows, parent)
         if cfg.wandb:
-            log_wandb(cfg, rows)
-        print(f"{cfg.path(cfg.out, 'logs/sweep.csv')}: {len(rows)} cells")
+            log_wandb(cfg, rows, charts, agent)
+        if not agent:
+            print(f"{cfg.path(cfg.out, 'logs/sweep.csv')}: {len(rows)} cells")
     processes.stop()
+
+
+def draw(cfg, rows: list[dict], parent) -> list[Path]:
+    """Draw the charts of a sweep; return their files."""
+    names = ("heatmap", "parallel", "rate")
+    heatmap, parallel, rate = (cfg.path(None, f"plots/sweep_{name}.png") for name in names)
+    n = rows[0]["total"]
+    title = f"{cfg.method} quantization of {parent.file.name}, {cfg.split} (n={n})"
+    first = [row for row in rows if row["rd_lambda"] == cfg.rd_lambda[0]]
+    plots.heatmap(first, heatmap, title)
+    plots.parallel_coordinates(first, parallel, title)
+    if len(rows) == len(first):
+        return [heatmap, parallel]
+    plots.accuracy_bytes(rows, rate, title, cfg.marks())
+    return [heatmap, parallel, rate]
 
 
 def name_of(weight_bits: int, act_bits: int, rd_lambda: float) -> str:
@@ -204,18 +230,27 @@ def write_table(cfg, rows: list[dict]) -> None:
     write_csv(cfg.path(cfg.out, "logs/sweep.csv"), COLUMNS, rows)
 
 
-def log_wandb(cfg, rows: list[dict]) -> None:
-    """Log one W&B run per cell, in one group, for a parallel coordinates panel."""
+def log_wandb(cfg, rows: list[dict], charts: list[Path], agent: bool) -> None:
+    """Log one W&B run per cell, for a parallel coordinates panel; the last one shows the charts.
+
+    agent: the one run is an agent's, whose environment names it; otherwise they are in one group.
+    """
+    of_all = {k: v for k, v in config.identity(cfg).items()
+              if k not in ("weight_bits", "act_bits", "rd_lambda", "mark")}  # fmt: skip
     group = f"sweep-{cfg.method}-{cfg.split}-{rows[0]['parent_sha256'][:8]}"
     for row in rows:
         name = name_of(row["weight_bits"], row["act_bits"], row["rd_lambda"]).removesuffix(".nnz")
-        run = metrics.start_wandb(  # the id is fixed: a repeated sweep updates its runs
-            cfg.path(None, "logs"), group=group, name=name, id=f"{group}-{name}", resume="allow",
-            config={"weight_bits": row["weight_bits"], "activation_bits": row["act_bits"],
-                    "rd_lambda": row["rd_lambda"], "method": row["method"],
-                    "split": row["split"], "total": row["total"]},
+        # The id is fixed: a repeated sweep updates its runs.
+        place = {} if agent else {"group": group, "id": f"{group}-{name}", "resume": "allow"}
+        run = metrics.start_wandb(
+            cfg.path(None, "logs"), name=name, **place,
+            config=of_all | {
+                "weight_bits": row["weight_bits"], "activation_bits": row["act_bits"],
+                **{key: row[key] for key in ("rd_lambda", "total", "parent_sha256")},
+            },
         )  # fmt: skip
-        run.summary.update({"accuracy": row["accuracy"], "bytes": row["bytes"]})
+        run.log({"accuracy": row["accuracy"], "bytes": row["bytes"]})
+        metrics.log_charts(run, charts if row is rows[-1] else [])
         metrics.finish_wandb(run)
 
 

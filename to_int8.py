@@ -54,6 +54,7 @@ def main(argv=None):
     except ValueError as error:
         raise UserError(f"{parent.file}: {error}") from None
 
+    engine.say_device(device)
     expected = engine.evaluate(model, images.val) if len(images.val) else None
     figures = {"val_correct": expected.correct, "val_total": expected.total} if expected else {}
     out = cfg.path(cfg.out, "checkpoints/int8.pth")

@@ -88,6 +88,7 @@ def main(argv=None):
     identity = config.identity(cfg) | {"data": images.provenance()}
     origin = {"init_sha256": source.sha256} if source else {}
     identity |= origin
+    engine.say_device(device)
     log = metrics.Log(cfg.path(None, "logs/train.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
 
@@ -105,7 +106,7 @@ def main(argv=None):
         )
         title = f"Training for {cfg.epochs} epochs (validation: n={len(images.val)})"
         plots.curves(history, cfg.path(None, "plots/train.png"), title)
-        log.close(figures)
+        log.close(figures, [cfg.path(None, "plots/train.png")])
         state_file.unlink()  # last: until here, the run could be continued
         print(f"{out}: {saved.bytes:,} bytes, epoch {figures['epoch']}, val {final}")
     processes.stop()

@@ -32,6 +32,7 @@ class Settings:
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
+    engine.say_device(device)
     folder = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
     published = read(folder / "results.json")
     sources = [load_checked(folder / name, digest) for name, (digest, _) in published.items()]

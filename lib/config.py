@@ -18,6 +18,7 @@ import shlex
 import sys
 import types
 import typing
+import warnings
 from pathlib import Path
 
 import torch
@@ -40,16 +41,17 @@ def reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def flag(default, help: str, choices: tuple | None = None, heading: str | None = None):
+def flag(default, help: str, choices: tuple | None = None, heading: str | None = None,
+         also: str | None = None):  # fmt: skip
     """Make a dataclass field that becomes the flag `--name`.
 
     help: its unit and reason. heading: that of the field and of those that follow it in the class,
-        up to the next heading, in --help.
+        up to the next heading, in --help. also: another name of the flag, without the dashes.
     """
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {}
     if not factory:
         factory = {"default": default}
-    metadata = {"help": help, "choices": choices, "heading": heading}
+    metadata = {"help": help, "choices": choices, "heading": heading, "also": also}
     return dataclasses.field(metadata=metadata, **factory)
 
 
@@ -147,7 +149,8 @@ def _add(parser, field) -> None:
         if not options["choices"]:
             known = METAVARS.get(name) or {int: "N", float: "X"}.get(kind)
             options["metavar"] = known or getattr(kind, "metavar", None)
-        parser.add_argument("--" + name.replace("_", "-"), **options)
+        names = [name.replace("_", "-"), field.metadata.get("also")]
+        parser.add_argument(*(f"--{n}" for n in names if n), dest=name, **options)
 
 
 def _comma_separated(kind):
@@ -160,10 +163,13 @@ def _comma_separated(kind):
     return convert
 
 
+# What a driver of NVIDIA leaves on Linux, and under Windows' WSL.
+SIGNS_OF_A_GPU = [Path("/proc/driver/nvidia"), Path("/dev/nvidia0"), Path("/dev/dxg")]
+
 # Where a stage runs, reads and writes, which does not change its result. (What it reads does: that
 # is compared by hash.)
 PARENTS = {"parent", "teacher", "init"}
-PLACES = {"data", "run_dir", "device", "wandb", "out", "resume"} | PARENTS
+PLACES = {"data", "run_dir", "device", "wandb", "wandb_artifact", "out", "resume"} | PARENTS
 
 
 def identity(cfg) -> dict:
@@ -194,25 +200,71 @@ def command(cfg) -> str:
     return shlex.join(words)
 
 
-def device(name: str) -> torch.device:
-    """Return the device of a name, and prepare it.
+def device(name: str, share: bool = False) -> torch.device:
+    """Return the device of a name, and make it the current one.
 
-    `auto` is CUDA if there is one, else the CPU; `cuda` is one GPU per process under torchrun.
-    Raises UserError if the device cannot be used.
+    `auto` is CUDA if there is one that works, else the CPU; a line says why where there is a GPU
+    that does not. Under torchrun `cuda` is one GPU per process, or with `share` the processes share
+    those that there are. Raises UserError if the device cannot be used.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        why = _why_no_cuda()
+        if why and int(os.environ.get("RANK", 0)) == 0:
+            print(
+                f"warning: running on the CPU, since this machine's GPU cannot be used: {why}; "
+                f"this is torch {torch.__version__}: see pytorch.org/get-started for pytorch.org's "
+                "index of the builds that suit other GPUs and drivers", file=sys.stderr,
+            )  # fmt: skip
+        name = "cpu" if why is not None else "cuda"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = _gpu(share)
     try:
         chosen = torch.device(name)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} cannot be used here: {reason(error)}") from None
+        _probe(chosen)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise UserError(f"--device {name} cannot be used here: {_first_sentence(error)}") from None
     if chosen.type == "cpu":
         _keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # fp32 figures are fp32; training uses bf16 anyway
     return chosen
+
+
+def _first_sentence(error: BaseException) -> str:
+    """Return what an error of torch says first: its lists of backends are long."""
+    return reason(error).split(". ")[0].rstrip(".")
+
+
+def _gpu(share: bool) -> str:
+    """Return the name of this process's GPU."""
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    return f"cuda:{number % max(1, torch.cuda.device_count()) if share else number}"
+
+
+def _probe(chosen: torch.device) -> None:
+    """Make a device the current one and run a kernel on it. Raises what torch raises.
+
+    Pinned memory and the question whether there is bf16 are of the current device. A driver or a
+    GPU that is too old for this PyTorch shows when a kernel runs; float64 is needed for sums.
+    """
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    (torch.ones(2, dtype=torch.float64, device=chosen) + 1).sum().item()
+
+
+def _why_no_cuda() -> str | None:
+    """Return why a GPU cannot be used: "" if this machine shows none, None if it can."""
+    with warnings.catch_warnings(action="ignore"):  # torch's of an old driver; ours says it too
+        available = torch.cuda.is_available()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    if not available and (hidden or not any(sign.exists() for sign in SIGNS_OF_A_GPU)):
+        return ""
+    if not torch.backends.cuda.is_built():
+        return "this PyTorch was built without CUDA"
+    try:
+        _probe(torch.device(_gpu(share=True)))
+    except (RuntimeError, AssertionError) as error:
+        return _first_sentence(error)
+    return None
 
 
 def _keep_freed_memory() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib import checkpoint, data, metrics, processes, quantizers
+from lib import checkpoint, data, metrics, processes, quantizers, tables
 from lib.augment import SIDE
 from lib.config import UserError
 
@@ -282,7 +282,8 @@ class TrainingState:
         refuse_other_run(path, saved["config"], config)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty from a run that needed none: on a CPU, or on a GPU with bf16
+            self.scaler.load_state_dict(saved["scaler"])
         if self.average:
             self.average.load_state_dict(saved["average"])
         self.history, self.best = saved["history"], saved["best"]
@@ -469,6 +470,12 @@ def say(text: str) -> None:
     if processes.is_main():
         tqdm.write(text)
         sys.stdout.flush()
+
+
+def say_device(device: torch.device) -> None:
+    """Print the first line of a stage: what it runs on."""
+    world, _ = processes.world_and_rank()
+    say(f"device: {device}, {tables.hardware(device)}" + f", {world} processes" * (world > 1))
 
 
 def _summary(line: dict, note: str) -> str:

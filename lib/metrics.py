@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lib.config import UserError
+from lib.config import UserError, reason
+
+WANDB_SECONDS = 15  # to wait for W&B to answer, unless WANDB_INIT_TIMEOUT says otherwise
 
 
 def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -90,19 +92,25 @@ class Log:
         if self.run:
             self.run.log(_numbers(line))
 
-    def close(self, summary: dict) -> None:
-        """End the W&B run, if there is one, with these figures as its summary."""
+    def close(self, summary: dict, charts: list[Path] = (), artifact: tuple | None = None) -> None:
+        """End the W&B run, if there is one, with these figures as its summary.
+
+        charts: image files that the run shows too. artifact: (file, its metadata) to upload.
+        """
         if self.run:
             self.run.summary.update(summary)
+            log_charts(self.run, charts)
+            if artifact:
+                log_artifact(self.run, *artifact)
             finish_wandb(self.run)
 
 
-def log_stage(cfg, name: str, figures: dict) -> None:
+def log_stage(cfg, name: str, figures: dict, artifact: tuple | None = None) -> None:
     """Write logs/<name>.jsonl with the one line of a stage that has no epochs, and W&B alike."""
     log = Log(cfg.path(None, f"logs/{name}.jsonl"), vars(cfg), cfg.wandb)
     log.begin([])
     log(figures)
-    log.close(figures)
+    log.close(figures, artifact=artifact)
 
 
 def _numbers(line: dict) -> dict:
@@ -113,16 +121,50 @@ def _numbers(line: dict) -> dict:
 def start_wandb(folder: Path, **options):
     """Start a W&B run: as WANDB_MODE says, else online if there is a key or a login, else offline.
 
-    options: of wandb.init.
+    If that fails (no network, a wrong key), a line says why, and this run and later ones of the
+    process are offline. options: of wandb.init. Raises UserError if a run cannot be offline either.
     """
-    import wandb  # slow to import, and optional
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        import wandb  # slow to import, and optional
+    except ImportError:
+        raise UserError("--wandb needs the package wandb: pip install wandb") from None
 
+    def begin(mode: str):
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "mobilenetv2-cifar10"), dir=str(folder),
+            mode=mode, settings=wandb.Settings(silent=True, init_timeout=timeout), **options,
+        )  # fmt: skip
+
+    timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", WANDB_SECONDS))
     mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
     folder.mkdir(parents=True, exist_ok=True)
-    return wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "mobilenetv2-cifar10"), dir=str(folder),
-        mode=mode, settings=wandb.Settings(silent=True), **options,
-    )  # fmt: skip
+    try:
+        return begin(mode)
+    except (wandb.Error, ValueError) as error:
+        if mode != "online":
+            raise UserError(f"W&B does not start, WANDB_MODE={mode}: {reason(error)}") from None
+        print(f"W&B: going on offline: {reason(error)}", file=sys.stderr)
+    os.environ["WANDB_MODE"] = "offline"  # so that the next run of a sweep does not wait again
+    return begin("offline")
+
+
+def log_charts(run, charts: list[Path]) -> None:
+    """Show image files in a W&B run, each under its name without folders."""
+    import wandb
+
+    images = {path.stem: wandb.Image(str(path)) for path in charts if path.is_file()}
+    if images:
+        run.log(images)
+
+
+def log_artifact(run, path: Path, metadata: dict) -> None:
+    """Upload a file as an artifact of a W&B run, under its name without folders."""
+    import wandb
+
+    artifact = wandb.Artifact(path.name, type="model", metadata=metadata)
+    artifact.add_file(str(path))
+    run.log_artifact(artifact)
 
 
 def _wandb_key() -> bool:

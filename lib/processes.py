@@ -15,14 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def start(device: torch.device) -> None:
-    """Join the other processes if torchrun started this one."""
+def start(device: torch.device, share: bool = False) -> None:
+    """Join the other processes if torchrun started this one.
+
+    share: the processes may have one GPU together, which NCCL refuses; they can then only wait for
+        each other, not add tensors.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         # Hours: a process may wait for another that has the longer half of a sweep.
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12)
+            "nccl" if device.type == "cuda" and not share else "gloo", timeout=timedelta(hours=12)
         )
 
 
@@ -89,10 +91,9 @@ class _AllReduce(torch.autograd.Function):
 
 
 class _SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the global batch, on any device.
+    """Batch norm over the global batch on the CPU, whose tensors torch's SyncBatchNorm refuses.
 
-    torch's own SyncBatchNorm refuses CPU tensors. In eval mode, and in a state dict, this is an
-    ordinary BatchNorm2d.
+    In eval mode, and in a state dict, this is an ordinary BatchNorm2d.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,8 +113,15 @@ class _SyncBatchNorm(nn.BatchNorm2d):
         return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
 
 
+class _CudaSyncBatchNorm(nn.SyncBatchNorm, nn.BatchNorm2d):
+    """torch's SyncBatchNorm, of few kernels, which is a BatchNorm2d for the rest of the code."""
+
+    process_group = None  # all processes
+
+
 def synchronize_batchnorm(model: nn.Module) -> None:
     """Make every BatchNorm2d of the model use the statistics of the global batch, in place."""
+    kind = _SyncBatchNorm if dist.get_backend() == "gloo" else _CudaSyncBatchNorm
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = _SyncBatchNorm
+            module.__class__ = kind

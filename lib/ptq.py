@@ -28,6 +28,7 @@ Two more make the file small:
 """
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -344,7 +345,9 @@ class _Walk:
             return outputs
         if not hasattr(layer, "weight_scale"):  # 32 bits: no file will hold it as integers
             return outputs
-        layer.bias_scale = float(quantizer.step.log2().round().exp2()) * 2.0**-self.bias_bits
+        # On the host, by an exact ldexp: exp2 of a device may be a few units in the last place off.
+        exponent = round(math.log2(float(quantizer.step)))
+        layer.bias_scale = math.ldexp(1.0, exponent - self.bias_bits)
         return _add_to_bias(layer, quantizers.bias_on_grid(layer) - layer.bias, outputs)
 
     def layer(

@@ -58,10 +58,13 @@ def _without_folders(word: str) -> str:
     return f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else word
 
 
-def hardware() -> str:
-    """The device and what matters of it: "AMD EPYC, 2 cores (AVX2, AVX-512, bf16, VNNI)"."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def hardware(device: torch.device | None = None) -> str:
+    """Return a device and what matters of it: "AMD EPYC, 2 threads (AVX2, AVX-512, bf16, VNNI)".
+
+    device: None is the GPU if there is one, else the CPU.
+    """
+    if device.type == "cuda" if device else torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
     fields = {}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

@@ -3,8 +3,10 @@
 #
 #     recipes/demo.sh [RUN]             RUN: a folder (demo); `make demo` deletes it first
 set -euo pipefail
+RUN=${1:-demo}
+case $RUN in /*) ;; *) RUN=$PWD/$RUN ;; esac  # the folder is the caller's
 cd "$(dirname "$0")/.."
-${MAKE:-make} --no-print-directory all DATA=synthetic RUN="${1:-demo}" SPLIT=test WANDB= \
+${MAKE:-make} --no-print-directory all DATA=synthetic RUN="$RUN" SPLIT=test WANDB= \
   TRAIN_FLAGS="--width 0.35 --downsample 8 --dropout 0 --epochs 6 --batch-size 64 --lr 0.1 \
     --schedule linear --warmup-epochs 1.5 --no-decay-norm --label-smoothing 0 --augment light \
     --no-amp" \

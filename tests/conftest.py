@@ -1,5 +1,8 @@
 """A tiny real-shaped data set, and networks that are small in every way."""
 
+import json
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -68,3 +71,54 @@ def small(pixels):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def wandb_records():
+    """A function of a folder with one finished W&B run: the records of its file."""
+    def read(folder):
+        (path,) = folder.glob("*.wandb")
+        for _ in range(100):  # W&B's process may still be writing
+            records = _wandb_records(path.read_bytes())
+            if any(record.HasField("exit") for record in records):
+                break
+            time.sleep(0.1)
+        return records
+
+    return read
+
+
+@pytest.fixture
+def run_file(wandb_records):
+    """A function of a folder with one W&B run: (its RunRecord, config, summary), from its file."""
+    def read(folder):
+        config, summary, run = {}, {}, None
+        for record in wandb_records(folder):
+            run = record.run if record.HasField("run") else run
+            for update in (*record.run.config.update, *record.config.update):
+                config[update.key] = json.loads(update.value_json)
+            for update in record.summary.update:
+                key = ".".join(update.nested_key) or update.key
+                summary[key] = json.loads(update.value_json)
+        return run, config, summary
+
+    return read
+
+
+def _wandb_records(raw: bytes) -> list:
+    """Return the records of a .wandb file: LevelDB's log, blocks of 32 KiB of parts of records."""
+    from wandb.proto import wandb_internal_pb2
+
+    records, at, parts = [], 7, b""
+    while at + 7 <= len(raw):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        parts += raw[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4) and at <= len(raw):  # whole, last
+            records.append(wandb_internal_pb2.Record())
+            records[-1].ParseFromString(parts)
+            parts = b""
+    return records

@@ -21,6 +21,7 @@ import sparse_compress
 import to_int8
 import train
 from lib import checkpoint, config, data, engine, measure, ptq, runtime, tables
+from lib.files import sha256_of
 from models.mobilenetv2 import MobileNetV2, standard
 
 ROOT = Path(__file__).parent.parent
@@ -443,6 +444,25 @@ def test_bits_by_layer_name_first_and_last_and_the_later_item_counts(small, tmp_
     assert quantize.scheme_of(quantize.Settings(), small(0)) == ptq.make_scheme(8, 8)
     scheme = quantize.scheme_of(quantize.Settings(method="reference"), small(0))
     assert scheme == {"method": "reference", "weight_bits": 8, "act_bits": 8}
+
+
+def test_the_compressed_file_is_an_artifact_when_asked_for(
+    run, chain, tmp_path, monkeypatch, wandb_records
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    code, _, err = run("sparse_compress", f"--run-dir={tmp_path}", "--wandb-artifact")
+    assert code == 2 and "--wandb-artifact goes with --wandb" in err
+    parent, out = chain / "checkpoints/int8.pth", tmp_path / "checkpoints/compressed.nnz"
+    given = [f"--parent={parent}", f"--run-dir={tmp_path}", "--wandb"]
+    code, _, err = run("sparse_compress", *given, "--wandb-artifact")
+    assert code == 0
+    (folder,) = tmp_path.glob("logs/wandb/offline-run-*")
+    (found,) = (r.artifact for r in wandb_records(folder) if r.HasField("artifact"))
+    about = json.loads(found.metadata)
+    assert (found.name, found.type) == ("compressed.nnz", "model")
+    assert about["sha256"] == sha256_of(out) and about["bytes"] == out.stat().st_size
+    assert [a["sha256"] for a in about["ancestors"]][-1] == sha256_of(parent)
+    assert [a["stage"] for a in about["ancestors"]] == ["pruned", "quantized", "int8"]
 
 
 def test_decompressing_to_nowhere_is_wrong_usage(run, chain):

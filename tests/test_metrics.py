@@ -2,12 +2,17 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from lib import metrics
+from lib.config import UserError
 from models.mobilenetv2 import MobileNetV2, standard
 
 
@@ -158,3 +163,56 @@ def test_wandb_offline_run(nobody, tmp_path, monkeypatch, capfd):
     assert len(runs) == 1 and list(runs[0].glob("*.wandb"))
     assert f"the run is offline: wandb sync {runs[0]}" in capfd.readouterr().err.replace("\n", "")
     assert [line["epoch"] for line in metrics.read_log(log.path)] == [1, 2]
+
+
+def test_wandb_without_a_network_goes_on_offline(nobody, tmp_path):
+    """Two runs of one process: the second does not wait for the network again."""
+    code = """if True:
+        from pathlib import Path
+        from lib import metrics
+        for number in (1, 2):
+            log = metrics.Log(Path(f"logs/{number}.jsonl"), {"lr": 0.1}, wandb=True)
+            log.begin([])
+            log({"epoch": 1})
+            log.close({})
+    """
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=80,
+        env=env | {"WANDB_API_KEY": 40 * "a", "WANDB_BASE_URL": "http://127.0.0.1:9",
+                   "WANDB_INIT_TIMEOUT": "2", "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+    assert run.returncode == 0 and run.stdout == ""
+    first, *rest = run.stderr.splitlines()
+    assert first.startswith("W&B: going on offline: ") and "127.0.0.1" in first
+    runs = sorted(tmp_path.glob("logs/wandb/offline-run-*"))
+    assert len(runs) == 2 == len(rest)
+    assert all(line.startswith("W&B: the run is offline: wandb sync ") for line in rest)
+    assert sorted(tmp_path / line.split()[-1] for line in rest) == runs
+
+
+def test_a_wandb_mode_that_is_none_is_one_line(nobody, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(UserError, match="W&B does not start, WANDB_MODE=sometimes: "):
+        metrics.start_wandb(nobody / "logs")
+
+
+def test_a_missing_wandb_is_one_line(nobody, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        metrics.start_wandb(nobody / "logs")
+
+
+def test_charts_are_images_of_the_run(nobody, tmp_path, monkeypatch, run_file):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    chart = tmp_path / "plots/train.png"
+    chart.parent.mkdir()
+    Image.new("RGB", (4, 4)).save(chart)
+    log = metrics.Log(tmp_path / "logs/train.jsonl", {"lr": 0.1}, wandb=True)
+    log.begin([])
+    log.close({"val_correct": 7}, [chart, tmp_path / "plots/none.png"])
+    (folder,) = (tmp_path / "logs/wandb").glob("offline-run-*")
+    _, config, summary = run_file(folder)
+    assert config["lr"] == 0.1 and summary["val_correct"] == 7
+    assert summary["train._type"] == "image-file" and "none._type" not in summary
+    assert (folder / "files" / summary["train.path"]).read_bytes() == chart.read_bytes()

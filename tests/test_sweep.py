@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch
 import sweep
 from lib import checkpoint, data, engine, measure, ptq, quantizers
 from lib.compaction import compact
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,84 @@ def test_two_processes_share_the_cells_and_wandb_runs_offline(tiny, parent, tmp_
     assert [r["weight_bits"] for r in rows(tmp_path)] == ["8", "4", "2"]
     assert len(list((tmp_path / "logs/wandb").glob("offline-run-*"))) == 3
     assert run.stderr.count("wandb sync") == 3
+
+
+# ---- sweeps of W&B -------------------------------------------------------------------------------
+
+
+def the_yaml():
+    from wandb.sdk.launch.sweeps import utils
+
+    return utils.load_sweep_config(str(ROOT / "sweep.yaml"))
+
+
+def agent(cell: dict, folder, *flags):
+    """Run a cell as `wandb agent` does: its command line, its environment; offline."""
+    from wandb.sdk.launch.sweeps import utils
+    from wandb.sdk.lib import config_util
+
+    yaml, args = the_yaml(), {name: {"value": value} for name, value in cell.items()}
+    words = utils.create_sweep_command_args({"args": args}) | {
+        "env": ["/usr/bin/env"], "interpreter": [sys.executable], "program": [yaml["program"]]
+    }  # fmt: skip
+    parts = utils.create_sweep_command(yaml["command"])
+    command = [word for part in parts for word in words.get(part[2:-1], [part])]
+    parameters = folder / "wandb/sweep-abc/config-cell0001.yaml"
+    config_util.save_config_file_from_dict(str(parameters), args)
+    return subprocess.run(
+        [*command, *flags], capture_output=True, text=True, cwd=ROOT, env=os.environ | {
+            "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SWEEP_ID": "abc",
+            "WANDB_RUN_ID": "cell0001", "WANDB_SWEEP_PARAM_PATH": str(parameters),
+            "WANDB_DIR": str(folder), "WANDB_PROJECT": yaml["project"],
+        },
+    )  # fmt: skip
+
+
+def test_an_agents_run_is_the_cell(tiny, parent, tmp_path, run_file):
+    given = flags(tiny, parent, tmp_path)
+    run = agent({"weight_bits": 8, "activation_bits": 32}, tmp_path, *given)
+    assert run.returncode == 0, run.stderr
+    (folder,) = (tmp_path / "logs/wandb").glob("offline-run-*")
+    found, config, summary = run_file(folder)
+    assert (found.run_id, found.sweep_id) == ("cell0001", "abc")
+    assert (found.display_name, found.run_group) == ("w8a32", "")
+    row = json.loads((tmp_path / "checkpoints/sweep/w8a32.json").read_text())
+    assert config["weight_bits"] == 8 and config["activation_bits"] == 32
+    assert config["method"] == "reference" and config["parent_sha256"] == row["parent_sha256"]
+    assert (summary["accuracy"], summary["bytes"]) == (row["accuracy"], row["bytes"])
+    # Make takes the table for the whole sweep: one cell is none.
+    assert not (tmp_path / "logs/sweep.csv").exists() and not (tmp_path / "plots").exists()
+    several = agent({"weight_bits": 8}, tmp_path, *given)
+    assert several.returncode == 1 and "error: a W&B agent runs one cell, not 6" in several.stderr
+
+
+def test_the_yaml_is_the_reports_grid_and_valid():
+    yaml = the_yaml()
+    parameters = {name: given["values"] for name, given in yaml["parameters"].items()}
+    default = sweep.Settings()
+    assert parameters == {"weight_bits": default.weight_bits, "activation_bits": default.act_bits}
+    assert (ROOT / yaml["program"]).is_file() and yaml["method"] == "grid"
+    assert yaml["metric"] == {"name": "accuracy", "goal": "maximize"}
+    schema = pytest.importorskip("sweeps.config")  # W&B's: pip install sweeps
+    assert schema.schema_violations_from_proposed_config(yaml) == []
+
+
+def test_runs_of_one_machine_bear_the_configuration_and_the_charts(
+    tiny, parent, tmp_path, monkeypatch, run_file
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sweep.main([*flags(tiny, parent, tmp_path), "--weight-bits=8,2", "--act-bits=32", "--wandb"])
+    found = [run_file(f)[1:] for f in (tmp_path / "logs/wandb").glob("offline-run-*")]
+    by_bits = {config["weight_bits"]: (config, summary) for config, summary in found}
+    (one, first), (other, last) = by_bits[8], by_bits[2]
+    for config, summary, row in zip((one, other), (first, last), rows(tmp_path), strict=True):
+        assert (config["weight_bits"], config["activation_bits"]) == (int(row["weight_bits"]), 32)
+        assert (config["seed"], config["calibration"], config["split"]) == (47, 16, "test")
+        assert summary["accuracy"] == float(row["accuracy"])
+        assert summary["bytes"] == int(row["bytes"])
+    charts = {key.split(".")[0] for key in last if key.endswith("._type")}
+    assert charts == {"sweep_heatmap", "sweep_parallel"}
+    assert not any(key.endswith("._type") for key in first)
 
 
 @pytest.mark.parametrize(
