@@ -50,8 +50,6 @@ def main(argv=None):
         raise UserError(f"no files: none named, and none in {cfg.path(None, 'checkpoints')}")
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [runtime.load(file, cfg.assume_downsample) for file in files]
-    if not cfg.json:
-        engine.say_device(device)
     log = metrics.Log(cfg.path(None, f"logs/eval-{cfg.split}.jsonl"), vars(cfg), cfg.wandb)
     test_only = cfg.split == "test"  # then a set without training images will do
     images, correct_by_file, rows = None, {}, []
@@ -62,6 +60,8 @@ def main(argv=None):
             correct_by_file = {}
         split = images.split(cfg.split)
         source.check_classes(images.classes)
+        if not rows and not cfg.json:
+            engine.say_device(device)
         figures, matrix = measure.figures_of_file(source, split, cfg.split, correct_by_file)
         print(json.dumps(figures) if cfg.json else table(figures, cfg.layers), flush=True)
         rows.append(figures)

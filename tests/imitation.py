@@ -246,6 +246,7 @@ def gpu() -> Iterator[list[Wait]]:
         for module, name, function in (
             (torch, "autocast", lambda _, *args, **options: autocast("cpu", *args, **options)),
             (torch.cuda, "is_bf16_supported", lambda **_: True),
+            (torch.cuda, "get_device_name", lambda *_: "imitation"),
             # A tensor with Python code of its own cannot be an inference tensor.
             (torch._C, "_InferenceMode", lambda on: torch.no_grad() if on else no_context),
         ):
