@@ -5,7 +5,7 @@
 
 in:  results/*.json, which stages and benchmarks write (--results FILE); RESULTS.md's order is ORDER
 out: RESULTS.md; README.md between lines `<!-- table: NAME -->` and `<!-- end -->`;
-     results/files.png, accuracy against bytes
+     results/files.png, size and accuracy
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ ORDER = {
     "Training recipe": ["recipe_pilot"],
     "Speed": ["train_step", "qat_step", "compaction", "augment"],
 }
-# Tables of files, written by eval.py, that results/files.png shows: their names in its key.
-FILES = {"reference": "the report's network", "release": "our own"}
+# Tables of files, written by eval.py, that results/files.png shows, and whose network is in them.
+FILES = {"reference": "the report's network:", "release": "our own network:"}
 # Charts of the published chain, in release/: what they show.
 CHARTS = {
     "train.png": "Training: loss, accuracy and learning rate by epoch.",
@@ -79,20 +79,20 @@ def page(measured: dict[str, dict]) -> str:
 
 
 def draw(measured: dict[str, dict], path: Path) -> None:
-    """Draw the files of the tables in FILES, if there are any."""
-    points = []
+    """Draw size and accuracy of the files in the tables of FILES, if there are any."""
+    rows = []
     for name, group in FILES.items():
         table = measured.get(name, {"columns": [], "rows": []})
         for row in table["rows"]:
             cells = dict(zip(table["columns"], row, strict=True))
             (column,) = (c for c in cells if c.startswith("correct of "))
             total = int(column.removeprefix("correct of ").replace(",", ""))
-            points.append({
-                "label": cells["file"], "bytes": cells["bytes"], "correct": cells[column],
-                "total": total, "group": group,
+            rows.append({
+                "stage": f"{group}\n{cells['file']}", "bytes": cells["bytes"],
+                "accuracy": cells[column] / total, "total": total,
             })  # fmt: skip
-    if points:
-        plots.files(points, path, "Accuracy on the test split against bytes on disk")
+    if rows:
+        plots.stages(rows, path, "Bytes on disk and accuracy on the test split")
 
 
 def described(name: str, table: dict) -> list[str]:

@@ -506,42 +506,6 @@ def accuracy_bytes(cells, path, title, marks=None):
     return _save(figure, path)
 
 
-def files(points, path, title):
-    """Draw the accuracy of files, with its 95% interval, against their bytes on a log scale.
-
-    points: dicts of label, bytes, correct, total, group; one colour per group, three at most.
-    """
-    points = sorted(points, key=lambda point: -point["bytes"])
-    largest, totals = points[0]["bytes"], {point["total"] for point in points}
-    note = f"bars: 95% intervals, n={' and '.join(f'{n:,}' for n in sorted(totals))}"
-    groups = list(dict.fromkeys(point["group"] for point in points))
-    colours = dict(zip(groups, (BLUE, RED, GREEN), strict=False))
-    figure = _figure(title, note, 3.6, colours if len(groups) > 1 else None)
-    ax = figure.subplots()
-    _quiet(ax, "accuracy (%)", "both")
-    for number, point in enumerate(points):
-        size, accuracy = point["bytes"], 100 * point["correct"] / point["total"]
-        colour = colours[point["group"]]
-        span = [100 * end for end in wilson(point["correct"], point["total"])]
-        ax.vlines(size, *span, color=colour, linewidth=2, alpha=0.5)
-        ax.plot(size, accuracy, "o", color=colour, ms=7, zorder=3)
-        text = f"{point['label']}\n{_size(size)}, {accuracy:.2f}%"
-        if size < largest:
-            text += f", {_smaller(largest, size)} smaller"
-        # One above, one below, so that neighbours in size do not cover each other.
-        below = number % 2
-        _label(ax, text, (size, span[0] if below else span[1]), (0, -26 if below else 6),
-               ha="center", size=8.5, color=colour)
-    ax.set_xscale("log")
-    for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-        axis(FuncFormatter(lambda size, _: _size(size, 1)))
-    ax.tick_params(which="minor", labelsize=0)
-    low, high = (f(p["correct"] / p["total"] for p in points) for f in (min, max))
-    ax.set(xlim=(points[-1]["bytes"] / 2, 2.2 * largest), ylim=(100 * low - 1.4, 100 * high + 1.4),
-           xlabel="bytes of the file (log scale)")
-    return _save(figure, path)
-
-
 def parallel_coordinates(cells, path, title):
     """Draw one line per cell through weight bits, activation bits, file size and accuracy.
 
