@@ -23,6 +23,7 @@ from lib.config import UserError, command, reason
 from lib.data import SPLIT_SEED, Data
 from lib.data import load as load_images
 from lib.files import atomic
+from lib.metrics import is_weight
 from models.mobilenetv2 import MobileNetV2, settings_of
 
 FORMAT = "mobilenetv2-cifar10/1"
@@ -73,12 +74,12 @@ class Checkpoint:
     @property
     def weights(self) -> int:
         """The number of Conv2d and Linear weights, zeros included."""
-        return sum(t.numel() for n, t in self.state.items() if n.endswith(".weight") and t.ndim > 1)
+        return sum(t.numel() for n, t in self.state.items() if is_weight(n, t))
 
     @property
     def dtype(self) -> str:
         """The type of the Conv2d and Linear weights as they were read: "fp32", "int8 and fp32"."""
-        kinds = {t.dtype for n, t in self.state.items() if n.endswith(".weight") and t.ndim > 1}
+        kinds = {t.dtype for n, t in self.state.items() if is_weight(n, t)}
         return " and ".join(sorted(DTYPES.get(k, str(k).removeprefix("torch.")) for k in kinds))
 
     @property

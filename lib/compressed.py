@@ -11,6 +11,7 @@ import torch
 
 from lib import data
 from lib.config import UserError, reason
+from lib.metrics import is_weight
 from lib.nnz import frame, v1, v2
 from lib.nnz.frame import FormatError
 from lib.quantizers import bits_of, float_state, integer_state
@@ -39,7 +40,7 @@ def encode(source) -> bytes:
     if scheme and scheme["method"] in ("ptq", "qat"):
         with contextlib.suppress(FormatError):  # not quantized throughout, or of another kind
             return v2.encode(meta, tensors)
-    weights = {name: t for name, t in tensors.items() if _is_weight(name, t)}
+    weights = {name: t for name, t in tensors.items() if is_weight(name, t)}
     dense = {name: t for name, t in tensors.items() if name not in weights}
     try:
         bits = {n: bits_of(n.removesuffix(".weight"), scheme) if scheme else 32 for n in weights}
@@ -58,14 +59,9 @@ def stored_state(source) -> dict[str, torch.Tensor]:
     if source.quantization:
         state = integer_state(float_state(state), source.quantization)
     return {
-        name: t + 0.0 if _is_weight(name, t) and t.is_floating_point() else t
+        name: t + 0.0 if is_weight(name, t) and t.is_floating_point() else t
         for name, t in state.items()
     }
-
-
-def _is_weight(name: str, tensor: torch.Tensor) -> bool:
-    """Say whether a tensor is the weight of a Conv2d or Linear layer, and not of a batch norm."""
-    return name.endswith(".weight") and tensor.ndim > 1
 
 
 def decode(raw: bytes, path: Path | str = "the file") -> dict:

@@ -83,7 +83,7 @@ def _tensors(content: dict) -> dict[str, Tensor]:
 
 
 def _place(keys: tuple[str, ...], prefix: str) -> str:
-    """Return where in a file a network is: 'model' > 'module.'."""
+    """Return the place of a network in a file: 'model' > 'module.'."""
     return " > ".join(repr(key) for key in (*keys, *([prefix] if prefix else [])))
 
 

@@ -24,7 +24,7 @@ def figures_of_file(
     low, high = metrics.wilson(result.correct, result.total)
     layers = [
         (name.removesuffix(".weight"), weight.numel(), int(torch.count_nonzero(weight)))
-        for name, weight in source.state.items() if name.endswith(".weight") and weight.ndim > 1
+        for name, weight in source.state.items() if metrics.is_weight(name, weight)
     ]  # fmt: skip
     nonzeros = sum(n for _, _, n in layers)
     figures = {

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lib import checkpoint, compressed
 from lib.checkpoint import Checkpoint
-from lib.metrics import weight_layers
+from lib.metrics import is_weight, weight_layers
 
 WEIGHTS, INDICES, REST = "weights: values", "weights: indices", "BN, biases, scales"
 # Sections of a .nnz file, as lib.compressed.sections names them; any other holds coded weights.
@@ -110,4 +110,4 @@ def bytes_by_part(source: Checkpoint) -> dict[str, int]:
 def weight_part(name: str, tensor: Tensor) -> str:
     """Return the part that a tensor belongs to. Only weights of Conv2d and Linear layers have more
     than one dimension; those of batch norm, biases and scales have one."""
-    return WEIGHTS if name.endswith(".weight") and tensor.ndim > 1 else REST
+    return WEIGHTS if is_weight(name, tensor) else REST

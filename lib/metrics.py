@@ -25,6 +25,14 @@ def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def is_weight(name: str, tensor) -> bool:
+    """Say whether an entry of a state dict is the weight of a Conv2d or Linear layer.
+
+    Weights of batch norms, biases and scales have one dimension at most.
+    """
+    return name.endswith(".weight") and tensor.ndim > 1
+
+
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the Conv2d and Linear layers by name: those that are pruned and quantized."""
     return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
