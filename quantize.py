@@ -4,17 +4,24 @@
     python quantize.py --weight-bits 4 --act-bits 4            any bits from 2 to 16; 32: off
     python quantize.py --method qat --weight-bits 4 --epochs 2 PTQ, then training at those bits
     python quantize.py --weight-bits 4 --layer-bits first=8,last=8,features.3.conv.0.0=6
+    python quantize.py --max-drop 0.5                          the smallest file that loses no more
+    python quantize.py --max-bytes 64000                       the best network that fits
     python quantize.py --method reference                      the reference report's quantizer
 
 in:  checkpoints/pruned.pth, or any fp32 network (dead channels are removed first, exactly)
 out: checkpoints/quantized.pth: batch norm folded, weights on their grid, static activation scales;
-     logs/quantize.jsonl (qat: one line per epoch), plots/quantize.png (qat); during training,
-     quantized.pth.resume beside it
+     logs/quantize.jsonl (qat: one line per epoch), plots/quantize.png (qat), plots/budget.png
+     (--max-drop, --max-bytes); during training, quantized.pth.resume beside it
 
 ptq: equalization, layer reconstruction, bias correction, calibration by mean squared error
 (lib/ptq.py). qat: scales are learned from there on, pruned weights stay zero, the fp32 parent is
 the teacher (lib/qat.py). reference: one scale per tensor, weights static, activations dynamic (the
 largest magnitude of each batch of 128), simulated in fp32.
+
+--rd-lambda, --max-bytes and --max-drop make the file small: levels and scales are chosen by what
+they cost in the coder of sparse_compress.py. --weight-bits is then the most that a layer may have;
+how many it takes follows from the price. The budgets search for the price by ptq, at which bytes
+are those of the file and accuracy that of the validation split.
 
 --layer-bits takes NAME=BITS, separated by commas; a NAME is a layer, or `first` (the stem), `last`
 (the classifier and its input), or `last_act` (only the classifier's input). An item without `=` is
@@ -23,11 +30,13 @@ a JSON file of such names and bits. Of items for the same layer, the later one c
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
 from autoaugment import augmentation
 from lib import (
+    budget,
     checkpoint,
     config,
     engine,
@@ -66,12 +75,12 @@ class Settings(config.Common):
         '{"features.3.conv.0.0": 6, ...}; explained above'
     )  # fmt: skip
     scale_bits: int | None = flag(
-        None, "mantissa bits of the weight scales; 23: float32; default: 3, or 5 with one scale "
-        "per tensor"
+        None, "mantissa bits of the weight scales; 23: float32; default: 3; 2 if bits have a "
+        "price; 5 with one scale per tensor"
     )  # fmt: skip
-    bias_bits: int = flag(
-        2, "biases are multiples of a power of two, about 2^-N of the scale of the layer's output; "
-        "32: float32"
+    bias_bits: int | None = flag(
+        None, "biases are multiples of a power of two, about 2^-N of the scale of the layer's "
+        "output; 32: float32; default: 2; 1 if bits have a price"
     )  # fmt: skip
     rd_lambda: float = flag(
         0.0, "rate-distortion: the squared error of an image's logits that saving 1,000 bytes of "
@@ -79,6 +88,12 @@ class Settings(config.Common):
         "of the loss",
         heading="size against accuracy",
     )  # fmt: skip
+    max_bytes: int | None = flag(
+        None, "the largest that compressed.nnz may become; finds --rd-lambda"
+    )
+    max_drop: float | None = flag(
+        None, "percentage points of validation accuracy that may be lost; finds --rd-lambda"
+    )
     calibration: int = flag(
         1024, "training images for ptq, used without their labels", heading="ptq"
     )
@@ -103,12 +118,22 @@ class Settings(config.Common):
         layer_bits_items(self.layer_bits or "")
         if not 1 <= (23 if self.scale_bits is None else self.scale_bits) <= 23:
             raise ValueError("--scale-bits must be 1 to 23")
-        if not (0 <= self.bias_bits <= 16 or self.bias_bits == 32):
+        if self.bias_bits is not None and not (0 <= self.bias_bits <= 16 or self.bias_bits == 32):
             raise ValueError("--bias-bits must be 0 to 16, or 32 for off")
-        if not self.rd_lambda >= 0:
+        if not 0 <= self.rd_lambda < math.inf:
             raise ValueError("--rd-lambda must be at least 0")
-        if self.rd_lambda and (self.weight_scale == "tensor" or self.method == "reference"):
-            raise ValueError("--rd-lambda is for --method ptq or qat with --weight-scale channel")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ValueError("--max-bytes must be at least 1")
+        if self.max_drop is not None and not 0 <= self.max_drop < 100:
+            raise ValueError("--max-drop must be 0 to 100 percentage points")
+        given = [self.rd_lambda or None, self.max_bytes, self.max_drop]
+        if sum(value is not None for value in given) > 1:
+            raise ValueError("give one of --rd-lambda, --max-bytes and --max-drop")
+        if self.priced and (self.weight_scale == "tensor" or self.method == "reference"):
+            raise ValueError("--rd-lambda, --max-bytes and --max-drop are for --method ptq or qat "
+                             "with --weight-scale channel")
+        if self.priced and self.weight_bits == 32:
+            raise ValueError("--rd-lambda, --max-bytes and --max-drop are for 2 to 16 weight bits")
         if not 1 <= self.calibration <= 50_000:
             raise ValueError("--calibration must be 1 to 50000 images")
         if self.epochs < 1 or self.batch_size < 1:
@@ -117,6 +142,22 @@ class Settings(config.Common):
             raise ValueError("--distill must be in [0, 1], --ema in [0, 1)")
         if not self.temperature > 0 or not self.lr > 0 or self.weight_decay < 0:
             raise ValueError("--lr and --temperature must be over 0, --weight-decay at least 0")
+
+    @property
+    def has_budget(self) -> bool:
+        return self.max_bytes is not None or self.max_drop is not None
+
+    @property
+    def asked(self) -> str:
+        """The budget in words; "" if there is none."""
+        if self.max_bytes is not None:
+            return f"at most {self.max_bytes:,} bytes"
+        return f"at most {self.max_drop:g} points less" if self.has_budget else ""
+
+    @property
+    def priced(self) -> bool:
+        """Whether bits have a price, given or searched for."""
+        return self.rd_lambda > 0 or self.has_budget
 
 
 def main(argv=None):
@@ -129,6 +170,8 @@ def main(argv=None):
     scheme = scheme_of(cfg, model)
     with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
+    if cfg.max_drop is not None:
+        images.split("val")  # it decides
     engine.say_device(device)
     validate = len(images.val) > 0
     before = engine.evaluate(model, images.val) if validate else None
@@ -138,15 +181,11 @@ def main(argv=None):
         quantizers.quantize_reference(model, cfg.weight_bits, cfg.act_bits)
     else:
         fp32, _ = compact(model)
-        sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
-        model, latent = ptq.quantize(
-            fp32, sample, scheme, engine.progress("calibrate"), scale_bits=cfg.scale_bits,
-            bias_bits=cfg.bias_bits, lambda_per_bit=cfg.rd_lambda / BITS_PER_KILOBYTE,
-        )  # fmt: skip
+        model, latent, rd_lambda = post_training(cfg, fp32, scheme, images, before, parent)
     after = engine.evaluate(model, images.val) if validate else None
     if cfg.method == "qat":
         engine.say(f"ptq: val {after}")
-        train(cfg, model, fp32, latent, scheme, images, out, parent)
+        train(cfg, model, fp32, latent, scheme, rd_lambda, images, out, parent)
         after = engine.evaluate(model, images.val) if validate else None
 
     if processes.is_main():
@@ -156,6 +195,15 @@ def main(argv=None):
             moved = measure.change(before.predictions == labels, after.predictions == labels)
             figures = {"val_correct": after.correct, "val_total": after.total} | moved
             text += f", val {after}, +{moved['gained']} -{moved['lost']} from the parent's {before}"
+        if cfg.priced:
+            raw = budget.encode(model, scheme, parent, images.provenance(), cfg.seed)
+            used = quantizers.bits_used(model)
+            figures |= {"rd_lambda": rd_lambda, "nnz_bytes": len(raw), "bits_used": used}
+            text += f"; lambda {rd_lambda:.4g}: {len(raw):,} bytes as .nnz"
+            if cfg.has_budget:
+                figures["asked"] = cfg.asked
+                text += f" (asked: {cfg.asked})"
+            text += f", layers of {min(used.values())} to {max(used.values())} bits"
         saved = checkpoint.save(
             out, "quantized", model, cfg, parent, metrics=figures, data=images.provenance(),
             quantization=scheme,
@@ -166,6 +214,71 @@ def main(argv=None):
             metrics.log_stage(cfg, "quantize", {"bytes": saved.bytes, **scheme, **figures})
         print(f"{out}: {saved.bytes:,} bytes, {text}")
     processes.stop()
+
+
+def post_training(cfg, fp32, scheme, images, before, parent) -> tuple:
+    """Quantize without training; search for the price if there is a budget.
+
+    fp32: the compacted network. before: its Evaluation on the validation split, or None.
+    Returns (network, latent, rd_lambda): see lib.ptq.quantize.
+    """
+    sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
+    options = {"scale_bits": cfg.scale_bits, "bias_bits": cfg.bias_bits}
+    if cfg.priced:
+        options["importance"] = ptq.row_importance(quantizers.fold(fp32), sample)
+
+    def attempt(rd_lambda: float) -> budget.Attempt:
+        network, latent = ptq.quantize(
+            fp32, sample, scheme, engine.progress("calibrate"), **options,
+            lambda_per_bit=rd_lambda / BITS_PER_KILOBYTE,
+        )  # fmt: skip
+        if not cfg.has_budget:
+            return budget.Attempt(rd_lambda, network, latent, 0, None)
+        raw = budget.encode(network, scheme, parent, images.provenance(), cfg.seed)
+        result = engine.evaluate(network, images.val) if before else None
+        engine.say(f"lambda {rd_lambda:.4g}: {len(raw):,} bytes" + f", val {result}" * bool(before))
+        return budget.Attempt(rd_lambda, network, latent, len(raw), result)
+
+    if not cfg.has_budget:
+        found = attempt(cfg.rd_lambda)
+        return found.network, found.latent, cfg.rd_lambda
+    if cfg.max_bytes is not None:
+        found, attempts = budget.search(
+            attempt, lambda tried: tried.bytes <= cfg.max_bytes, highest=False
+        )
+    else:
+        floor = before.correct - cfg.max_drop / 100 * before.total
+        found, attempts = budget.search(
+            attempt, lambda tried: tried.result.correct >= floor, highest=True
+        )
+    if processes.is_main() and before:
+        draw_budget(cfg, attempts, before, parent)
+    if found is None:
+        smallest = min(attempts, key=lambda tried: tried.bytes)
+        if cfg.max_bytes is not None:
+            raise UserError(f"--max-bytes {cfg.max_bytes}: {smallest.bytes:,} bytes at least")
+        best = max(attempts, key=lambda tried: tried.result.correct)
+        raise UserError(
+            f"--max-drop {cfg.max_drop}: the best network that was found has "
+            f"{best.result} from the parent's {before}; more --act-bits may help"
+        )
+    return found.network, found.latent, found.rd_lambda
+
+
+def draw_budget(cfg, attempts: list[budget.Attempt], before, parent) -> None:
+    """Draw the networks that a search tried."""
+    cells = [
+        {
+            "weight_bits": cfg.weight_bits, "act_bits": cfg.act_bits, "rd_lambda": tried.rd_lambda,
+            "accuracy": tried.result.accuracy, "total": tried.result.total, "bytes": tried.bytes,
+        }
+        for tried in attempts
+    ]  # fmt: skip
+    plots.accuracy_bytes(
+        cells, cfg.path(None, "plots/budget.png"),
+        f"{parent.file.name}, {cfg.asked}: validation (n={before.total})",
+        {"parent": (parent.bytes, before.accuracy)},
+    )  # fmt: skip
 
 
 def scheme_of(cfg, model) -> dict:
@@ -231,14 +344,14 @@ def read_layer_bits(path: Path) -> dict[str, int]:
     return given
 
 
-def train(cfg, model, teacher, latent, scheme, images, out, parent) -> None:
+def train(cfg, model, teacher, latent, scheme, rd_lambda, images, out, parent) -> None:
     """Train the quantized network, in place; leave the state of the training beside `out`."""
-    if cfg.rd_lambda:  # weights zeroed to save bits count as pruned: they would flip to and from 0
+    if rd_lambda:  # weights zeroed to save bits count as pruned: they would flip to and from 0
         for name, layer in metrics.weight_layers(model).items():
             latent[name][layer.weight == 0] = 0
     qat.begin(model, scheme, latent)
     mask = pruning.Mask(model)
-    loss_per_bit = cfg.rd_lambda / BITS_PER_KILOBYTE * qat.LOSS_PER_SQUARED_ERROR
+    loss_per_bit = rd_lambda / BITS_PER_KILOBYTE * qat.LOSS_PER_SQUARED_ERROR
     identity = config.identity(cfg) | {
         "scheme": scheme, "parent": parent.sha256, "data": images.provenance()
     }  # fmt: skip
@@ -248,7 +361,7 @@ def train(cfg, model, teacher, latent, scheme, images, out, parent) -> None:
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
         config=identity, resume=cfg.resume, teacher=teacher, after_step=mask.apply, log=log,
-        penalty=(lambda: loss_per_bit * qat.bits(model)) if cfg.rd_lambda else None,
+        penalty=(lambda: loss_per_bit * qat.bits(model)) if rd_lambda else None,
     )  # fmt: skip
     qat.finish(model)
     if processes.is_main():

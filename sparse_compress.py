@@ -68,6 +68,9 @@ def compress(cfg) -> None:
     text = ", ".join(f"{kind} {size:,}" for kind, size in parts.items())
     print(f"{out}: {len(raw):,} bytes, version {version} ({text}); parent {parent.bytes:,}; "
           "decoded, identical")  # fmt: skip
+    for ancestor in parent.lineage():
+        if asked := ancestor["metrics"].get("asked"):
+            print(f"{ancestor['stage']} for {asked}: {len(raw):,} bytes came")
 
 
 def decompress(cfg) -> None:

@@ -55,7 +55,8 @@ SMALLEST_RANGE = 0.02
 @torch.no_grad()
 def quantize(
     model: MobileNetV2, images: Tensor, scheme: dict, progress: Callable = iter, *,
-    scale_bits: int | None = None, bias_bits: int = 2, lambda_per_bit: float = 0.0,
+    scale_bits: int | None = None, bias_bits: int | None = None, lambda_per_bit: float = 0.0,
+    importance: dict[str, Tensor] | None = None,
 ) -> tuple[MobileNetV2, dict[str, Tensor]]:  # fmt: skip
     """Return the network quantized by a scheme, in eval mode; the model itself is not changed.
 
@@ -64,12 +65,15 @@ def quantize(
         scale per tensor, for the weights as they are before folding, rounded to nearest. Batch
         norm's factors then multiply that scale, and there is neither equalization nor
         reconstruction, so that weights which lie on a grid keep their integers.
-    scale_bits: mantissa bits of the rows' scales. None: 3, which the levels make up for; 5 for
-        `tensor`, where they cannot.
+    scale_bits: mantissa bits of the rows' scales. None: 3, which the levels make up for, or 2 if
+        bits cost something; 5 for `tensor`, where levels cannot make up for it.
     bias_bits: biases are multiples of a power of two, about 2^-bias_bits of the scale of the
-        layer's output; 32: float32, as where the output is not quantized.
+        layer's output; 32: float32, as where the output is not quantized. None: 2, or 1 if bits
+        cost something.
     lambda_per_bit: the squared error of an image's logits that saving one bit may cost; 0: bits
         cost nothing. Not for `tensor`.
+    importance: what `row_importance` returns for the folded model and these images, if it is there
+        already; else it is made if bits cost something.
     Returns (network, latent); latent: the weights before rounding, by layer, for lib.qat.
     """
     target = quantizers.fold(model)
@@ -77,11 +81,14 @@ def quantize(
     quantizers.attach(quantized, scheme)
     per_channel = scheme["weight_scale"] == "channel"
     if scale_bits is None:
-        scale_bits = 3 if per_channel else 5
+        scale_bits = (2 if lambda_per_bit else 3) if per_channel else 5
+    if bias_bits is None:
+        bias_bits = 1 if lambda_per_bit else 2
+    if lambda_per_bit and importance is None:
+        importance = row_importance(target, images)
     walk = _Walk(
         target, quantized, scheme, model, scale_bits=scale_bits, bias_bits=bias_bits,
-        lambda_per_bit=lambda_per_bit,
-        importance=row_importance(target, images) if lambda_per_bit else {},
+        lambda_per_bit=lambda_per_bit, importance=importance if lambda_per_bit else {},
     )  # fmt: skip
     if scheme["act_bits"] < 32 and per_channel:
         walk.equalize(images[:EQUALIZATION_IMAGES])

@@ -91,6 +91,17 @@ def bits_of(layer: str, scheme: dict) -> int:
     return scheme.get("layer_bits", {}).get(layer, scheme["weight_bits"])
 
 
+@torch.no_grad()
+def bits_used(model: nn.Module) -> dict[str, int]:
+    """Return the bits that each quantized layer's levels take, at least 2: {layer: bits}."""
+    used = {}
+    for name, layer in weight_layers(model).items():
+        if hasattr(layer, "weight_scale"):
+            levels = layer.weight / per_row(layer.weight_scale, layer.weight)
+            used[name] = max(2, 1 + round(float(levels.abs().max())).bit_length())
+    return used
+
+
 class FakeQuantize(torch.autograd.Function):
     """Round x to multiples of scale from low * scale to high * scale, in any floating type.
 

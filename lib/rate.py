@@ -15,7 +15,8 @@ from torch import Tensor
 
 LN2 = math.log(2)
 BITS_PER_KILOBYTE = 8000  # --rd-lambda is a price per 1,000 bytes, lambda_per_bit one per bit
-CLASSES = 16  # of magnitudes, for which occurrences are counted
+EACH = 16  # magnitudes below this are counted one by one, larger ones in two classes per octave
+CLASSES = EACH + 2 * 11  # of magnitudes up to 32767
 
 
 @torch.no_grad()
@@ -34,16 +35,27 @@ def prices(levels: Tensor, max_level: int) -> tuple[Tensor, Tensor, Tensor]:
         return torch.log((count + 0.5) / (cells - count + 0.5))
 
     x = log_odds(flags.sum(1, keepdim=True)) + log_odds(flags.sum(0)) - log_odds(flags.sum())
-    # From 6 bits on, magnitudes are counted in 16 classes: single ones are too rare.
-    class_of = torch.arange(max_level + 1, device=levels.device) * CLASSES // (max_level + 1)
+    class_of = _classes(max_level, levels.device)
     count = torch.zeros(CLASSES, device=levels.device)
     count.index_add_(0, class_of[levels.abs().long()].flatten(), flags.flatten())
     # Not bincount, which would wait for the device: in QAT this is part of every step.
     classes = torch.arange(CLASSES, device=levels.device)
-    members = (class_of[1:, None] == classes).sum(0).clamp(min=1)
-    count = count + 0.5
-    magnitude = -torch.log2(count / count.sum() / members)[class_of]
+    members = (class_of[1:, None] == classes).sum(0)
+    share = torch.where(members > 0, count + 0.5, 0)
+    share = share / share.sum() / members.clamp(min=1)
+    magnitude = -torch.log2(share.clamp(min=1e-9))[class_of]
     return F.softplus(x) / LN2, F.softplus(-x) / LN2 + 1, magnitude
+
+
+def _classes(max_level: int, device: torch.device) -> Tensor:
+    """Return the class in which each magnitude from 0 to max_level is counted, (max_level + 1,).
+
+    Single large magnitudes are too rare to be counted one by one.
+    """
+    magnitudes = torch.arange(max_level + 1, device=device)
+    fraction, exponent = torch.frexp(magnitudes.float())  # 0.5 <= fraction < 1
+    shared = EACH + 2 * (exponent - EACH.bit_length()) + (fraction >= 0.75)
+    return torch.where(magnitudes < EACH, magnitudes, shared).long()
 
 
 def bits(weight: Tensor, scale: Tensor, max_level: int) -> Tensor:

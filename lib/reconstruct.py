@@ -6,8 +6,13 @@ A layer is linear in its inputs, so the mean squared error of its output is a qu
 the Gram matrix of the inputs (Nagel et al. 2020, "Up or Down?", equation 20; Frantar et al. 2022,
 GPTQ). Its minimum over integer levels is approached by coordinate descent on all rows at once: each
 weight in turn goes to the best level given the other weights, and each row's scale to the best
-scale given its levels. Pruned weights (zeros) are not optimized: they stay zero. With
-`lambda_per_bit` the descent minimizes error + lambda_per_bit * bits, with the bits of lib/rate.py.
+scale given its levels. Pruned weights (zeros) are not optimized: they stay zero.
+
+With `lambda_per_bit`, error + lambda_per_bit * bits is minimized, with the bits of lib/rate.py.
+What a level costs depends on how often it occurs, so a fine grid makes large levels frequent, hence
+cheap, and stays fine: each start ends in an optimum of its own. The start is therefore the grid
+that theory gives (see `scales_for_price`), in several multiples (COARSENESS), and each row keeps
+the multiple that served it best.
 
 This module knows one layer and nothing of the network around it.
 
@@ -18,7 +23,11 @@ channel if depthwise), each of `rows` outputs and `columns` inputs.
     cross     (groups, rows, columns)      mean of output * input
     weight    (groups, rows, columns)      level * scale
     scale     (groups, rows, 1)
+
+Several starts are fitted at once, as further rows: start, row -> start * rows + row.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +39,17 @@ from lib.rate import prices
 POSITIONS = 65536  # positions (pixels of output maps) that a layer is fitted on, at most
 SWEEPS = 3  # over the coordinates, between two fits of the scales
 ROUNDS = 4  # fits of the scales
+SCALES, PRICED_SCALES = 29, 48  # that a search tries
 FLOAT_SWEEPS = 4  # over the coordinates at 32 bits, where there is nothing to round
 DEPTHWISE_POSITIONS = POSITIONS // 4  # with nine columns per row, fewer are enough
 # A refit that would shrink a scale below this share of itself is left out: the levels of such a row
 # explain nothing of its outputs, and its scale could end at 0 or below.
 SMALLEST_REFIT = 0.1
+# Multiples of the squared scale that theory gives, from which a fit with prices starts. Theory is
+# of fine grids; on coarse ones, where most levels are 0, larger multiples serve many rows better.
+COARSENESS = (0.5, 1.0, 2.0, 4.0)
+MIDDLE = 2  # the multiple whose prices the first choice between them is made at
+CHOICES = 3  # between the multiples, each at the prices of the one before
 RIDGE = 1e-2  # share of the mean eigenvalue: how much a weight is held where the images say nothing
 
 
@@ -55,21 +70,19 @@ def reconstruct(
     """
     images = slice(0, max(1, POSITIONS * inputs.shape[1] // inputs[0].numel()))
     inputs, outputs = as_matrix_product(layer, inputs[images], outputs[images])
-    fit = IntegerLeastSquares(*_normal_equations(layer, inputs, outputs), bits)
+    weight, gram, cross = _normal_equations(layer, inputs, outputs)
     if bits == 32:
+        fit = IntegerLeastSquares(weight, gram, cross, bits)
         fit.descend(FLOAT_SWEEPS)
         layer.weight.copy_(fit.weight.reshape(layer.weight.shape))
         return
-    fit.choose_scales()
     if lambda_per_bit:
-        row_lambda = lambda_per_bit / row_importance.reshape(fit.weight.shape[:2]).clamp(min=1e-12)
-        fit.set_prices(row_lambda)
+        row_lambda = lambda_per_bit / row_importance.reshape(weight.shape[:2]).clamp(min=1e-12)
+        fit = _cheapest_of_several(weight, gram, cross, bits, row_lambda)
+    else:
+        fit = IntegerLeastSquares(weight, gram, cross, bits)
         fit.choose_scales()
-    for _ in range(ROUNDS):
-        fit.descend(SWEEPS)
-        fit.refit_scales()
-        if lambda_per_bit:
-            fit.set_prices(row_lambda)
+        fit.settle()
     fit.round_scales(scale_bits)
     fit.descend(SWEEPS)
     scale = torch.where(fit.weight.any(2, keepdim=True), fit.scale, 1)
@@ -114,15 +127,45 @@ def _normal_equations(layer: nn.Module, inputs: Tensor, outputs: Tensor):
     return weight, gram, cross + ridge[:, None, None] * weight
 
 
+def _cheapest_of_several(
+    weight: Tensor, gram: Tensor, cross: Tensor, bits: int, row_lambda: Tensor
+) -> "IntegerLeastSquares":
+    """Return a fit at prices, each row from the start whose error + price is the least.
+
+    weight, gram, cross: see the legend. row_lambda: as for `IntegerLeastSquares.set_prices`.
+    """
+    starts, rows = len(COARSENESS), weight.shape[1]
+    fit = IntegerLeastSquares(
+        weight.repeat(1, starts, 1), gram, cross.repeat(1, starts, 1), bits, starts
+    )
+    coarseness = torch.tensor(COARSENESS).repeat_interleave(rows).to(weight.device)
+    fit.scales_for_price(row_lambda.repeat(1, starts), coarseness)
+    fit.settle()
+    chosen = IntegerLeastSquares(weight, gram, cross, bits)
+    best = torch.full_like(row_lambda, MIDDLE, dtype=torch.long)
+    for _ in range(CHOICES):  # the prices are those of the rows that were chosen last
+        chosen.weight, chosen.scale = fit.rows_of_starts(best)
+        chosen.set_prices(row_lambda)
+        fit.take_prices(chosen)
+        objective = fit.error(fit.weight) + (fit.cost(fit.levels()) * fit.mask).sum(2, keepdim=True)
+        best = objective.unflatten(1, (starts, rows)).argmin(1)[:, :, 0]
+    chosen.weight, chosen.scale = fit.rows_of_starts(best)
+    chosen.set_prices(row_lambda)
+    chosen.descend(SWEEPS)
+    return chosen
+
+
 class IntegerLeastSquares:
     """Minimize per row w gram w - 2 cross w over w = level * scale, zeros of the start held.
 
     After `set_prices`, the bits that the levels cost are added. Shapes: see the module's legend.
-    Start with `choose_scales` (not at 32 bits, where there are no levels), then call `descend` and
-    `refit_scales` in turn.
+    Start with `choose_scales` or `scales_for_price` (not at 32 bits, where there are no levels),
+    then call `settle`, or `descend` and `refit_scales` in turn.
     """
 
-    def __init__(self, weight: Tensor, gram: Tensor, cross: Tensor, bits: int):
+    def __init__(self, weight: Tensor, gram: Tensor, cross: Tensor, bits: int, starts: int = 1):
+        """starts: how many times the rows of the layer are there, each time with other scales."""
+        self.starts = starts
         self.start, self.weight = weight, weight.clone()
         self.mask, self.gram, self.cross = weight != 0, gram, cross
         self.max_level = max_level(bits) if bits < 32 else None
@@ -144,27 +187,56 @@ class IntegerLeastSquares:
         row_lambda: (groups, rows), the squared error of that row that one bit is worth.
         """
         self.row_lambda = row_lambda[:, :, None]
-        zero, nonzero, magnitude = prices(self.levels().flatten(0, 1), self.max_level)
-        self.prices = zero.view_as(self.weight), nonzero.view_as(self.weight), magnitude
+        levels = self.levels().unflatten(1, (self.starts, -1))
+        of_starts = [prices(x.flatten(0, 1), self.max_level) for x in levels.unbind(1)]
+        zero, nonzero, magnitude = zip(*of_starts, strict=True)
+        self.prices = (
+            torch.stack([x.view_as(levels[:, 0]) for x in zero], 1).flatten(1, 2),
+            torch.stack([x.view_as(levels[:, 0]) for x in nonzero], 1).flatten(1, 2),
+            torch.stack(magnitude),  # (starts, levels)
+        )
+
+    def take_prices(self, other: "IntegerLeastSquares") -> None:
+        """Take the prices of a fit that has one start, for all starts alike."""
+        zero, nonzero, magnitude = other.prices
+        self.prices = (
+            zero.repeat(1, self.starts, 1), nonzero.repeat(1, self.starts, 1),
+            magnitude.repeat(self.starts, 1),
+        )  # fmt: skip
+
+    def rows_of_starts(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (weight, scale) of each row from that start (groups, rows)."""
+
+        def pick(x: Tensor) -> Tensor:
+            x = x.unflatten(1, (self.starts, -1))
+            return x.gather(1, start[:, None, :, None].expand(-1, 1, -1, x.shape[-1]))[:, 0]
+
+        return pick(self.weight), pick(self.scale)
 
     def cost(self, levels: Tensor, columns=slice(None)) -> Tensor:
         """Return what levels in those columns cost, in units of their rows' squared error."""
         zero, nonzero, magnitude = self.prices
-        magnitudes = magnitude[levels.abs().long()]
+        starts = torch.arange(self.starts, device=levels.device)[:, None, None]
+        magnitudes = magnitude[
+            starts, levels.abs().long().unflatten(1, (self.starts, -1))
+        ].flatten(1, 2)
         nonzero = nonzero[:, :, columns] + magnitudes
         return self.row_lambda * torch.where(levels == 0, zero[:, :, columns], nonzero)
 
     def choose_scales(self) -> None:
-        """Search each row's scale on a grid: the clip that loses least by rounding to nearest.
+        """Search each row's scale: the one at which rounding to nearest costs least.
 
-        29 clips, from the row's largest weight down to 0.3 of it. Once bits have prices they start
-        at twice the largest weight: coarser levels cost fewer bits.
+        Clips from the row's largest weight down to 0.3 of it; once bits have prices, up to grids on
+        which the largest weight has level 1, too.
         """
-        top = self.start.abs().amax(2, keepdim=True)
-        top = torch.where(top > 0, top, torch.ones_like(top) * self.max_level)
+        top = self._top()
         least = torch.full_like(top, torch.inf)
+        if self.prices:
+            shares = torch.logspace(math.log10(self.max_level), math.log10(0.3), PRICED_SCALES)
+        else:
+            shares = torch.linspace(1, 0.3, SCALES)
         self.scale = top / self.max_level
-        for share in torch.linspace(2 if self.prices else 1, 0.3, 29).tolist():
+        for share in shares.tolist():
             scale = top * share / self.max_level
             weight = self.on_grid(self.start, scale)
             error = self.error(weight)
@@ -173,6 +245,37 @@ class IntegerLeastSquares:
             self.scale = torch.where(error < least, scale, self.scale)
             least = torch.minimum(error, least)
         self.weight = self.on_grid(self.start, self.scale)
+
+    def scales_for_price(self, row_lambda: Tensor, coarseness: Tensor) -> None:
+        """Start with each row's scale by what a bit is worth, and let bits cost from now on.
+
+        A scale s makes an error of curvature * s^2 / 12 per weight, and doubling it saves a bit: a
+        bit is worth row_lambda at s^2 = 6 / ln 2 * row_lambda / curvature (Gish and Pierce 1968,
+        the uniform quantizer behind an entropy coder). coarseness: (rows,), multiples of s^2.
+        The scale stays so fine that the largest weight is no zero, and so coarse that it is not
+        clipped. row_lambda: as for `set_prices`.
+        """
+        diagonal = self.gram.diagonal(dim1=1, dim2=2)[:, None]
+        curvature = (self.mask * diagonal).sum(2) / self.mask.sum(2).clamp(min=1)
+        scale = (6 / math.log(2) * coarseness * row_lambda / curvature.clamp(min=1e-20)).sqrt()
+        top = self._top()
+        self.scale = scale[:, :, None].clamp(min=top / self.max_level, max=top)
+        self.weight = self.on_grid(self.start, self.scale)
+        self.set_prices(row_lambda)
+        self.choose_scales()
+
+    def _top(self) -> Tensor:
+        """Return the largest magnitude of each row at the start; of rows of zeros, max_level."""
+        top = self.start.abs().amax(2, keepdim=True)
+        return torch.where(top > 0, top, self.max_level)
+
+    def settle(self) -> None:
+        """Fit levels and scales in turn, and the prices, if there are any, to the new levels."""
+        for _ in range(ROUNDS):
+            self.descend(SWEEPS)
+            self.refit_scales()
+            if self.prices:
+                self.set_prices(self.row_lambda[:, :, 0])
 
     def descend(self, sweeps: int) -> None:
         """Move each weight in turn to its best level given the others, `sweeps` times."""
@@ -186,15 +289,22 @@ class IntegerLeastSquares:
                     scale = self.scale[:, :, 0]
                     level = (new / scale).round_().clamp_(-self.max_level, self.max_level)
                     if self.prices:
-                        level = self._cheapest(new / scale, level, curvature * scale**2, j)
+                        present = (weight[:, :, j] / scale).round_()
+                        level = self._cheapest(
+                            new / scale, level, present, curvature * scale**2, j
+                        )
                     new = level * scale
                 change = torch.where(self.mask[:, :, j], new - weight[:, :, j], 0)
                 slope.addcmul_(change[:, :, None], gram[:, None, j])
                 weight[:, :, j] += change
 
-    def _cheapest(self, exact: Tensor, nearest: Tensor, curvature: Tensor, column: int) -> Tensor:
-        """Return the cheapest of the nearest level, its neighbour towards zero, and zero."""
-        levels = torch.stack([nearest, nearest - nearest.sign(), torch.zeros_like(nearest)], 2)
+    def _cheapest(
+        self, exact: Tensor, nearest: Tensor, present: Tensor, curvature: Tensor, column: int
+    ) -> Tensor:
+        """Return the cheapest of: the nearest level, its neighbour towards zero, zero, the present
+        one."""
+        zero = torch.zeros_like(nearest)
+        levels = torch.stack([nearest, nearest - nearest.sign(), zero, present], 2)
         error = (levels - exact[:, :, None]).square_() * curvature[:, :, None]
         best = (error + self.cost(levels, slice(column, column + 1))).argmin(2, keepdim=True)
         return levels.gather(2, best)[:, :, 0]
