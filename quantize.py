@@ -28,7 +28,9 @@ are those of the file and accuracy that of the validation split.
 a JSON file of such names and bits. Of items for the same layer, the later one counts.
 """
 
+import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -52,6 +54,9 @@ from lib import (
 from lib.compaction import compact
 from lib.config import UserError, flag
 from lib.rate import BITS_PER_KILOBYTE
+
+# With --max-drop, qat starts from a network that loses so many times as much.
+DROP_BEFORE_QAT = 2.0
 
 
 @dataclasses.dataclass
@@ -152,7 +157,7 @@ class Settings(config.Common):
         """The budget in words; "" if there is none."""
         if self.max_bytes is not None:
             return f"at most {self.max_bytes:,} bytes"
-        return f"at most {self.max_drop:g} points less" if self.has_budget else ""
+        return f"at most {self.max_drop:g} points less than its parent" if self.has_budget else ""
 
     @property
     def priced(self) -> bool:
@@ -170,7 +175,7 @@ def main(argv=None):
     scheme = scheme_of(cfg, model)
     with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
-    if cfg.max_drop is not None:
+    if cfg.max_drop is not None or (cfg.has_budget and cfg.method == "qat"):
         images.split("val")  # it decides
     engine.say_device(device)
     validate = len(images.val) > 0
@@ -181,12 +186,12 @@ def main(argv=None):
         quantizers.quantize_reference(model, cfg.weight_bits, cfg.act_bits)
     else:
         fp32, _ = compact(model)
-        model, latent, rd_lambda = post_training(cfg, fp32, scheme, images, before, parent)
-    after = engine.evaluate(model, images.val) if validate else None
+        start, spare = post_training(cfg, fp32, scheme, images, before, parent)
+        model = start.network
     if cfg.method == "qat":
-        engine.say(f"ptq: val {after}")
-        train(cfg, model, fp32, latent, scheme, rd_lambda, images, out, parent)
-        after = engine.evaluate(model, images.val) if validate else None
+        engine.say(f"ptq: val {start.result}")
+        model = train(cfg, start, spare, fp32, scheme, images, before, out, parent)
+    after = engine.evaluate(model, images.val) if validate else None
 
     if processes.is_main():
         figures, text = {}, f"{cfg.method} W{cfg.weight_bits}A{cfg.act_bits}"
@@ -198,8 +203,8 @@ def main(argv=None):
         if cfg.priced:
             raw = budget.encode(model, scheme, parent, images.provenance(), cfg.seed)
             used = quantizers.bits_used(model)
-            figures |= {"rd_lambda": rd_lambda, "nnz_bytes": len(raw), "bits_used": used}
-            text += f"; lambda {rd_lambda:.4g}: {len(raw):,} bytes as .nnz"
+            figures |= {"rd_lambda": start.rd_lambda, "nnz_bytes": len(raw), "bits_used": used}
+            text += f"; lambda {start.rd_lambda:.4g}: {len(raw):,} bytes as .nnz"
             if cfg.has_budget:
                 figures["asked"] = cfg.asked
                 text += f" (asked: {cfg.asked})"
@@ -220,49 +225,56 @@ def post_training(cfg, fp32, scheme, images, before, parent) -> tuple:
     """Quantize without training; search for the price if there is a budget.
 
     fp32: the compacted network. before: its Evaluation on the validation split, or None.
-    Returns (network, latent, rd_lambda): see lib.ptq.quantize.
+    Returns (start, spare), Attempts: the network that is the result or that training starts from,
+    and the one that is kept if training makes nothing better, or None. With --max-drop, training
+    starts from a network that loses more than it may: the difference is to be won back.
     """
     sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
     options = {"scale_bits": cfg.scale_bits, "bias_bits": cfg.bias_bits}
     if cfg.priced:
         options["importance"] = ptq.row_importance(quantizers.fold(fp32), sample)
 
+    @functools.cache
     def attempt(rd_lambda: float) -> budget.Attempt:
         network, latent = ptq.quantize(
             fp32, sample, scheme, engine.progress("calibrate"), **options,
             lambda_per_bit=rd_lambda / BITS_PER_KILOBYTE,
         )  # fmt: skip
-        if not cfg.has_budget:
-            return budget.Attempt(rd_lambda, network, latent, 0, None)
-        raw = budget.encode(network, scheme, parent, images.provenance(), cfg.seed)
         result = engine.evaluate(network, images.val) if before else None
-        engine.say(f"lambda {rd_lambda:.4g}: {len(raw):,} bytes" + f", val {result}" * bool(before))
-        return budget.Attempt(rd_lambda, network, latent, len(raw), result)
+        if not cfg.priced:
+            return budget.Attempt(rd_lambda, network, latent, 0, result)
+        size = len(budget.encode(network, scheme, parent, images.provenance(), cfg.seed))
+        engine.say(f"lambda {rd_lambda:.4g}: {size:,} bytes" + f", val {result}" * bool(before))
+        return budget.Attempt(rd_lambda, network, latent, size, result)
 
     if not cfg.has_budget:
-        found = attempt(cfg.rd_lambda)
-        return found.network, found.latent, cfg.rd_lambda
-    if cfg.max_bytes is not None:
-        found, attempts = budget.search(
-            attempt, lambda tried: tried.bytes <= cfg.max_bytes, highest=False
-        )
-    else:
-        floor = before.correct - cfg.max_drop / 100 * before.total
-        found, attempts = budget.search(
-            attempt, lambda tried: tried.result.correct >= floor, highest=True
-        )
+        start = attempt(cfg.rd_lambda)
+        return start, start if cfg.priced and before else None
+    spare, attempts = budget.search(attempt, budget_of(cfg, before))
+    start = spare
+    if cfg.method == "qat" and cfg.max_drop is not None:
+        start, more = budget.search(attempt, budget_of(cfg, before, DROP_BEFORE_QAT))
+        attempts += [tried for tried in more if tried not in attempts]
     if processes.is_main() and before:
         draw_budget(cfg, attempts, before, parent)
-    if found is None:
-        smallest = min(attempts, key=lambda tried: tried.bytes)
-        if cfg.max_bytes is not None:
-            raise UserError(f"--max-bytes {cfg.max_bytes}: {smallest.bytes:,} bytes at least")
-        best = max(attempts, key=lambda tried: tried.result.correct)
-        raise UserError(
-            f"--max-drop {cfg.max_drop}: the best network that was found has "
-            f"{best.result} from the parent's {before}; more --act-bits may help"
-        )
-    return found.network, found.latent, found.rd_lambda
+    if start is None:
+        raise UserError(f"no network was found that has {cfg.asked}: the search came to "
+                        + nearest(attempts, budget_of(cfg, before)))  # fmt: skip
+    return start, spare
+
+
+def budget_of(cfg, before, times: float = 1.0) -> budget.Budget:
+    """Return what is asked for; times: multiplies --max-drop."""
+    if cfg.max_drop is None:
+        return budget.Budget(max_bytes=cfg.max_bytes)
+    return budget.Budget(floor=before.correct - times * cfg.max_drop / 100 * before.total)
+
+
+def nearest(attempts: list[budget.Attempt], asked: budget.Budget) -> str:
+    """Return the attempt nearest to a budget that none met, in words."""
+    if asked.max_bytes is not None:
+        return f"{min(tried.bytes for tried in attempts):,} bytes"
+    return f"{max((tried.result for tried in attempts), key=lambda r: r.correct)} on validation"
 
 
 def draw_budget(cfg, attempts: list[budget.Attempt], before, parent) -> None:
@@ -344,14 +356,27 @@ def read_layer_bits(path: Path) -> dict[str, int]:
     return given
 
 
-def train(cfg, model, teacher, latent, scheme, rd_lambda, images, out, parent) -> None:
-    """Train the quantized network, in place; leave the state of the training beside `out`."""
-    if rd_lambda:  # weights zeroed to save bits count as pruned: they would flip to and from 0
+def train(cfg, start, spare, teacher, scheme, images, before, out, parent):
+    """Return the quantized network, trained; leave the state of the training beside `out`.
+
+    start, spare: see `post_training`. If bits have a price, epochs are compared by what is asked
+    for, as files; see lib.budget.Budget.score.
+    """
+    model, latent = copy.deepcopy(start.network), start.latent
+    if cfg.priced:  # weights zeroed to save bits count as pruned: they would flip to and from 0
         for name, layer in metrics.weight_layers(model).items():
             latent[name][layer.weight == 0] = 0
     qat.begin(model, scheme, latent)
-    mask = pruning.Mask(model)
-    loss_per_bit = rd_lambda / BITS_PER_KILOBYTE * qat.LOSS_PER_SQUARED_ERROR
+    mask, asked = pruning.Mask(model), budget_of(cfg, before)
+    loss_per_bit = start.rd_lambda / BITS_PER_KILOBYTE * qat.LOSS_PER_SQUARED_ERROR
+
+    def judge(network) -> tuple[engine.Evaluation, dict, float]:
+        """Judge a network in training as a file; see engine.fit."""
+        network = qat.finished(network)
+        result = engine.evaluate(network, images.val)
+        size = len(budget.encode(network, scheme, parent, images.provenance(), cfg.seed))
+        return result, {"bytes": size}, asked.score(size, result, loss_per_bit)
+
     identity = config.identity(cfg) | {
         "scheme": scheme, "parent": parent.sha256, "data": images.provenance()
     }  # fmt: skip
@@ -361,12 +386,22 @@ def train(cfg, model, teacher, latent, scheme, rd_lambda, images, out, parent) -
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
         config=identity, resume=cfg.resume, teacher=teacher, after_step=mask.apply, log=log,
-        penalty=(lambda: loss_per_bit * qat.bits(model)) if rd_lambda else None,
+        penalty=(lambda: loss_per_bit * qat.bits(model)) if cfg.priced else None,
+        judge=judge if cfg.priced and before else None,
     )  # fmt: skip
     qat.finish(model)
     if processes.is_main():
         plots.curves(history, cfg.path(None, "plots/quantize.png"), "Quantization-aware training")
         log.close({"best_epoch": best + 1}, [cfg.path(None, "plots/quantize.png")])
+    if spare and asked.score(spare.bytes, spare.result, loss_per_bit) >= history[best]["score"]:
+        engine.say(f"no epoch is better than ptq's network of {spare.bytes:,} bytes, val "
+                   f"{spare.result}: that is kept")  # fmt: skip
+        scheme["method"] = "ptq"  # what the file says
+        return spare.network
+    if cfg.has_budget and history[best]["score"] < 0:
+        raise UserError(f"no epoch has {cfg.asked}: the best one, {best + 1}, has "
+                        f"{history[best]['val_accuracy']:.2%} and {history[best]['bytes']:,} bytes")
+    return model
 
 
 def state_file(out: Path) -> Path:

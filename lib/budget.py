@@ -1,6 +1,6 @@
 """Find the price of a bit that a budget asks for: a largest file, or a largest loss of accuracy.
 
-    best, attempts = search(attempt, meets, costly=True)
+    found, attempts = search(attempt, Budget(max_bytes=64_000))
 
 A higher price makes a smaller file that is less accurate. So of the prices that meet a budget of
 bytes the lowest is wanted, and of those that meet one of accuracy the highest.
@@ -20,6 +20,33 @@ CLOSE = 1.06  # ratio of two such prices at which the search ends: about 1% of t
 
 
 @dataclasses.dataclass
+class Budget:
+    """What is asked for: a size in bytes, or a number of correct answers; or neither."""
+
+    max_bytes: int | None = None
+    floor: float | None = None  # correct answers on the validation split, at least
+
+    def met(self, size: int, result: engine.Evaluation | None) -> bool:
+        """Whether a file of `size` bytes and that result is within the budget."""
+        if self.max_bytes is not None:
+            return size <= self.max_bytes
+        return self.floor is None or result.correct >= self.floor
+
+    def score(self, size: int, result: engine.Evaluation, loss_per_bit: float) -> float:
+        """Return how good a file is, for comparison with others; within the budget: over 0.
+
+        Of those within a budget of bytes the most accurate is best, of those within one of accuracy
+        the smallest. Without a budget it is the one of least loss + loss_per_bit * bits, and scores
+        are under 0.
+        """
+        if self.max_bytes is not None:
+            return 1 + result.accuracy if self.met(size, result) else -size
+        if self.floor is not None:
+            return 1 / size if self.met(size, result) else result.correct - self.floor
+        return -(result.loss + loss_per_bit * 8 * size)
+
+
+@dataclasses.dataclass
 class Attempt:
     """A network that was quantized at a price, and what came of it."""
 
@@ -31,32 +58,30 @@ class Attempt:
 
 
 def search(
-    attempt: Callable[[float], Attempt], meets: Callable[[Attempt], bool], *, highest: bool
+    attempt: Callable[[float], Attempt], budget: Budget
 ) -> tuple[Attempt | None, list[Attempt]]:
     """Find the price at the edge of a budget by bisection, to within CLOSE.
 
-    attempt: makes an attempt at a price. meets: whether an attempt meets the budget. highest: of
-    the prices that meet it, look for the highest; else for the lowest.
+    attempt: makes an attempt at a price.
     Returns (the attempt found, all attempts in their order); None if no price meets the budget.
     """
-    attempts = [attempt(FIRST)]
-    meeting, failing = (attempts[0], None) if meets(attempts[0]) else (None, attempts[0])
-    while not (meeting and failing):
-        price = attempts[-1].rd_lambda * (FACTOR if bool(meeting) == highest else 1 / FACTOR)
-        if not LOWEST <= price <= HIGHEST:
-            return meeting, attempts
+    attempts, met, failed, price = [], None, None, FIRST
+    upwards = budget.floor is not None  # the highest price that meets it, not the lowest
+    while LOWEST <= price <= HIGHEST and not (met and failed and _close(met, failed)):
         attempts.append(attempt(price))
-        if meets(attempts[-1]):
-            meeting = attempts[-1]
+        if budget.met(attempts[-1].bytes, attempts[-1].result):
+            met = attempts[-1]
         else:
-            failing = attempts[-1]
-    while not 1 / CLOSE < meeting.rd_lambda / failing.rd_lambda < CLOSE:
-        attempts.append(attempt((meeting.rd_lambda * failing.rd_lambda) ** 0.5))
-        if meets(attempts[-1]):
-            meeting = attempts[-1]
+            failed = attempts[-1]
+        if met and failed:
+            price = (met.rd_lambda * failed.rd_lambda) ** 0.5
         else:
-            failing = attempts[-1]
-    return meeting, attempts
+            price *= FACTOR if bool(met) == upwards else 1 / FACTOR
+    return met, attempts
+
+
+def _close(a: Attempt, b: Attempt) -> bool:
+    return 1 / CLOSE < a.rd_lambda / b.rd_lambda < CLOSE
 
 
 def encode(network: MobileNetV2, scheme: dict, parent, data: dict, seed: int) -> bytes:

@@ -143,6 +143,7 @@ def fit(
     after_step: Callable[[float], None] | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
     velocity: dict[str, Tensor] | None = None,
+    judge: Callable[[nn.Module], tuple[Evaluation, dict, float]] | None = None,
     log: metrics.Log | None = None,
     note: str = "",
 ) -> tuple[list[dict], int]:
@@ -164,6 +165,9 @@ def fit(
         masks, for example.
     penalty: a function whose result is added to the loss at each step; logged losses are without.
     velocity: momentum buffers for SGD to begin with, by parameter name: see `velocity_of`.
+    judge: what decides which epoch is best, where it is not validation accuracy alone. A function
+        of the network in training to (its Evaluation on images.val, further figures for the log,
+        a score); the epoch of the highest score is kept.
     log: gets a line per epoch.
     note: a prefix of what is shown for each epoch.
 
@@ -220,7 +224,11 @@ def fit(
                 "lr": recipe.learning_rate((epoch + 1) * steps - 1, steps),
             }  # fmt: skip
             if len(images.val):
-                result = evaluate(state.final, images.val, recipe.amp)
+                if judge:
+                    result, figures, score = judge(state.final)
+                    line |= figures | {"score": processes.from_main_process(score, device)}
+                else:
+                    result = evaluate(state.final, images.val, recipe.amp)
                 accuracy = processes.from_main_process(result.accuracy, device)
                 line |= {
                     "val_loss": result.loss, "val_accuracy": accuracy, "val_total": result.total,
@@ -250,7 +258,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     average: nn.Module | None  # the averaged weights (recipe.ema)
     history: list[dict] = dataclasses.field(default_factory=list)  # one line per epoch
-    best: int = -1  # index in history of the best validation accuracy
+    best: int = -1  # index in history of the highest score, or else validation accuracy
     best_weights: dict[str, Tensor] | None = None  # the state dict of that epoch, on the CPU
 
     @property
@@ -260,9 +268,9 @@ class TrainingState:
 
     def add(self, line: dict) -> None:
         """Append the line of a finished epoch; keep its weights if it is the best so far."""
+        best = self.history[self.best] if self.history else None
         self.history.append(line)
-        best = self.history[self.best].get("val_accuracy", 0) if self.best >= 0 else -1
-        if line.get("val_accuracy", 1) > best:
+        if best is None or _score(line) > _score(best):
             self.best = len(self.history) - 1
             weights = self.final.state_dict()
             self.best_weights = {name: t.cpu().clone() for name, t in weights.items()}
@@ -288,6 +296,11 @@ class TrainingState:
             self.average.load_state_dict(saved["average"])
         self.history, self.best = saved["history"], saved["best"]
         self.best_weights = saved["best_state"]
+
+
+def _score(line: dict) -> float:
+    """Return what the epochs of a run are compared by; without validation the last one wins."""
+    return line.get("score", line.get("val_accuracy", line["epoch"]))
 
 
 def refuse_other_run(path: Path, saved: dict, wanted: dict) -> None:

@@ -9,40 +9,58 @@ import torch
 import quantize
 import sparse_compress
 import to_int8
-from lib import budget, checkpoint, data, synthetic
+from lib import budget, checkpoint, data, engine, synthetic
 
 
-def attempts_at(size, accuracy=lambda price: 0.0):
-    """A stand-in for quantization: bytes by price."""
-    return lambda price: budget.Attempt(price, None, {}, size(price), accuracy(price))
+def attempts_at(edge: float):
+    """A stand-in for quantization: up to the price `edge` 10 bytes and 8 of 10, beyond 5 and 4."""
+
+    def attempt(price: float) -> budget.Attempt:
+        size, correct = (10, 8) if price <= edge else (5, 4)
+        return budget.Attempt(price, None, {}, size, engine.Evaluation(correct, 10, 1.0, None))
+
+    return attempt
 
 
 @pytest.mark.parametrize("edge", [0.002, 0.03, 0.5, 0.6, 7.0, 900.0])
-@pytest.mark.parametrize("highest", [False, True])
-def test_the_search_ends_just_on_the_right_side(edge, highest):
-    found, tried = budget.search(
-        attempts_at(lambda price: 1000),
-        lambda a: a.rd_lambda <= edge if highest else a.rd_lambda >= edge, highest=highest,
-    )  # fmt: skip
-    ratio = edge / found.rd_lambda if highest else found.rd_lambda / edge
+@pytest.mark.parametrize("asked", [budget.Budget(max_bytes=7), budget.Budget(floor=6)])
+def test_the_search_ends_just_on_the_right_side(edge, asked):
+    found, tried = budget.search(attempts_at(edge), asked)
+    ratio = found.rd_lambda / edge if asked.max_bytes else edge / found.rd_lambda
     assert 1 <= ratio < budget.CLOSE and found in tried and len(tried) < 15
     assert len({a.rd_lambda for a in tried}) == len(tried)
 
 
 def test_a_budget_that_all_prices_meet_takes_the_last_one_tried():
-    everything = lambda a: True  # noqa: E731
-    found, _ = budget.search(attempts_at(lambda price: 1), everything, highest=True)
+    found, _ = budget.search(attempts_at(1.0), budget.Budget(floor=4))
     assert budget.HIGHEST / budget.FACTOR < found.rd_lambda <= budget.HIGHEST
-    found, _ = budget.search(attempts_at(lambda price: 1), everything, highest=False)
+    found, _ = budget.search(attempts_at(1.0), budget.Budget(max_bytes=10))
     assert budget.LOWEST <= found.rd_lambda < budget.LOWEST * budget.FACTOR
 
 
-def test_a_budget_that_no_price_meets_finds_nothing():
-    for highest in (False, True):
-        found, tried = budget.search(
-            attempts_at(lambda price: 1), lambda a: False, highest=highest
-        )
-        assert found is None and len(tried) > 3
+@pytest.mark.parametrize("asked", [budget.Budget(max_bytes=4), budget.Budget(floor=9)])
+def test_a_budget_that_no_price_meets_finds_nothing(asked):
+    found, tried = budget.search(attempts_at(1.0), asked)
+    assert found is None and len(tried) > 3
+
+
+def test_files_are_compared_by_what_is_asked_for():
+    def best(asked, *files):
+        """The index of the best of (bytes, correct of 10, loss)."""
+        scores = [
+            asked.score(size, engine.Evaluation(correct, 10, loss, None), 0.01 / 8)
+            for size, correct, loss in files
+        ]
+        return scores.index(max(scores))
+
+    small, large, lossy = (50, 7, 1.0), (60, 9, 0.8), (40, 3, 3.0)
+    assert best(budget.Budget(max_bytes=60), small, large, lossy) == 1
+    assert best(budget.Budget(max_bytes=55), small, large, lossy) == 0
+    assert best(budget.Budget(max_bytes=30), small, large, lossy) == 2  # the nearest to it
+    assert best(budget.Budget(floor=3), small, large, lossy) == 2
+    assert best(budget.Budget(floor=6.5), small, large, lossy) == 0
+    assert best(budget.Budget(floor=10), small, large, lossy) == 1  # the nearest to it
+    assert best(budget.Budget(), small, large, lossy) == 1  # 1.5, 1.4, 3.4
 
 
 # ---- quantize.py ---------------------------------------------------------------------------------
@@ -77,14 +95,17 @@ def answered(parent, tmp_path_factory):
     return str(path)
 
 
+def lines_of(folder) -> list[dict]:
+    return [json.loads(x) for x in (folder / "logs/quantize.jsonl").read_text().splitlines()]
+
+
 def chain(answered, parent, folder, *flags) -> tuple[dict, int]:
     """Run quantize.py and the stages behind it; return its log's line and the file's bytes."""
     where = [f"--data={answered}", f"--run-dir={folder}", "--val-size=100"]
     quantize.main([f"--parent={parent}", "--calibration=64", *where, *flags])
     to_int8.main(where)
     sparse_compress.main([f"--run-dir={folder}"])
-    line = json.loads((folder / "logs/quantize.jsonl").read_text())
-    return line, (folder / "checkpoints/compressed.nnz").stat().st_size
+    return lines_of(folder)[-1], (folder / "checkpoints/compressed.nnz").stat().st_size
 
 
 def test_max_bytes_is_kept_by_the_file_itself(answered, parent, tmp_path, capsys):
@@ -108,11 +129,36 @@ def test_max_drop_is_kept_on_validation(answered, parent, tmp_path):
     assert sizes[1] < 0.9 * sizes[0]
 
 
+QAT = ["--method=qat", "--epochs=2", "--batch-size=20", "--distill=1", "--no-amp"]
+
+
+def test_training_keeps_an_epoch_within_the_budget(answered, parent, tmp_path, capsys):
+    flags = [*QAT, "--max-bytes=3000", "--lr=1e-3"]
+    _, size = chain(answered, parent, tmp_path, *flags)
+    lines, out = lines_of(tmp_path), capsys.readouterr().out
+    within = [x for x in lines if x["bytes"] <= 3000]
+    assert size <= 3000 and all(x["score"] < 0 for x in lines if x not in within)
+    saved = checkpoint.load(tmp_path / "checkpoints/quantized.pth")
+    if "that is kept" not in out:
+        best = max(within, key=lambda x: x["val_accuracy"])
+        assert (size, saved.metrics["val_correct"]) == (best["bytes"], 100 * best["val_accuracy"])
+    assert saved.metrics["nnz_bytes"] == size
+
+
+@pytest.mark.parametrize("asked", ["--max-bytes=3000", "--rd-lambda=2", "--max-drop=30"])
+def test_training_that_ruins_the_network_leaves_what_it_started_from(
+    answered, parent, tmp_path, capsys, asked
+):
+    _, untrained = chain(answered, parent, tmp_path / "ptq", asked)
+    _, size = chain(answered, parent, tmp_path / "qat", asked, *QAT, "--lr=1")
+    assert size == untrained and "no epoch is better than ptq's" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--max-bytes=300"], "--max-bytes 300: .* bytes at least"),
-        (["--max-drop=0", "--act-bits=2"], "--max-drop 0.0: the best network"),
+        (["--max-bytes=300"], "at most 300 bytes: the search came to [0-9,]* bytes"),
+        (["--max-drop=0", "--act-bits=2"], "at most 0 points less .* came to .*/100. on valid"),
         (["--max-drop=1", "--val-size=0"], "no validation"),
     ],
 )

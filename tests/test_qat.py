@@ -82,7 +82,8 @@ def test_training_begins_with_the_network_that_ptq_made(quantized, pixels, weigh
 
 
 @torch.no_grad()
-def test_steps_are_kept_and_learned_but_for_the_images(quantized):
+def test_steps_are_kept_and_learned_but_for_the_images(quantized, monkeypatch):
+    monkeypatch.setattr(qat, "UNROUNDED", 99)
     scheme, model, latent = quantized(MIXED)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     qat.begin(model, scheme, latent)
@@ -97,7 +98,8 @@ def test_steps_are_kept_and_learned_but_for_the_images(quantized):
     assert len(learned) == places + len(weight_layers(model)) - 1  # one layer is at 32 bits
 
 
-def test_finished_is_what_a_file_makes_of_its_state(quantized, pixels, tmp_path):
+def test_finished_is_what_a_file_makes_of_its_state(quantized, pixels, tmp_path, monkeypatch):
+    monkeypatch.setattr(qat, "UNROUNDED", 99)
     model = begun(quantized)
     mask = pruning.Mask(model)
     steps(model, pixels, 5, 1e-2, mask.apply)
@@ -118,8 +120,30 @@ def test_finished_is_what_a_file_makes_of_its_state(quantized, pixels, tmp_path)
     assert not any(torch.signbit(w[w == 0]).any() for w in kept if w.is_floating_point())
 
 
-def test_a_copy_can_be_trained_and_finished(quantized, pixels):
+@torch.no_grad()
+def test_wide_activations_are_not_rounded_until_it_is_finished(quantized, pixels):
+    model = begun(quantized, ptq.make_scheme(8, 8))
+    target = quantized(ptq.make_scheme(8, 32))[1]
+    rounded = qat.finished(model)
+    assert not any(hasattr(m, "log_step") for m in rounded.modules())
+    wrong = (rounded(pixels) - model(pixels)).abs().max()
+    assert 0 < wrong < 0.3 * target(pixels).std()  # rounding is all that differs, and is small
+    signed, unsigned = (
+        next(m for m in model.modules() if isinstance(m, Quantizer) and m.signed == sign
+             and m is not model.image)
+        for sign in (True, False)
+    )  # fmt: skip
+    x = torch.linspace(-2, 2, 101) * unsigned.high * unsigned.step
+    assert torch.equal(signed(x), x)
+    torch.testing.assert_close(unsigned(x), x.clamp(0, float(unsigned.high * unsigned.step)))
+    qat.finish(model)
+    assert torch.equal(model(pixels), rounded(pixels))
+    assert all(type(m) is Quantizer for m in model.modules() if isinstance(m, Quantizer))
+
+
+def test_a_copy_can_be_trained_and_finished(quantized, pixels, monkeypatch):
     """As the averaged weights (--ema) are."""
+    monkeypatch.setattr(qat, "UNROUNDED", 99)
     model = begun(quantized)
     other = copy.deepcopy(model)
     steps(model, pixels, 2, 1e-2)
@@ -235,7 +259,8 @@ def test_other_bits_of_a_layer_are_another_run(tiny, parent, tmp_path, monkeypat
 # ---- for a small file ----------------------------------------------------------------------------
 
 
-def test_short_side_values_stay_short(quantized, pixels):
+def test_short_side_values_stay_short(quantized, pixels, monkeypatch):
+    monkeypatch.setattr(qat, "UNROUNDED", 99)
     model = begun(quantized, ptq.make_scheme(3, 8))
     grids = {n: layer.bias_scale for n, layer in weight_layers(model).items() if n[0] == "f"}
     before = copy.deepcopy(model.state_dict())
