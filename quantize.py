@@ -103,7 +103,7 @@ class Settings(config.Common):
         1024, "training images for ptq, used without their labels", heading="ptq"
     )
     epochs: int = flag(3, "epochs of qat", heading="qat")
-    lr: float = flag(2e-4, "peak learning rate of qat (Adam), linear to zero")
+    lr: float = flag(1e-4, "peak learning rate of qat (Adam), linear to zero")
     batch_size: int = flag(128, "images per step, over all processes")
     weight_decay: float = flag(0.0, "L2 penalty of qat")
     distill: float = flag(0.5, "weight of the fp32 parent's soft labels in qat; 0: none")
@@ -256,7 +256,7 @@ def post_training(cfg, fp32, scheme, images, before, parent) -> tuple:
         start, more = budget.search(attempt, budget_of(cfg, before, DROP_BEFORE_QAT))
         attempts += [tried for tried in more if tried not in attempts]
     if processes.is_main() and before:
-        draw_budget(cfg, attempts, before, parent)
+        draw_budget(cfg, attempts, start, before, parent)
     if start is None:
         raise UserError(f"no network was found that has {cfg.asked}: the search came to "
                         + nearest(attempts, budget_of(cfg, before)))  # fmt: skip
@@ -277,8 +277,8 @@ def nearest(attempts: list[budget.Attempt], asked: budget.Budget) -> str:
     return f"{max((tried.result for tried in attempts), key=lambda r: r.correct)} on validation"
 
 
-def draw_budget(cfg, attempts: list[budget.Attempt], before, parent) -> None:
-    """Draw the networks that a search tried."""
+def draw_budget(cfg, attempts: list[budget.Attempt], chosen, before, parent) -> None:
+    """Draw the networks that a search tried; chosen: one of them, or None."""
     cells = [
         {
             "weight_bits": cfg.weight_bits, "act_bits": cfg.act_bits, "rd_lambda": tried.rd_lambda,
@@ -290,6 +290,7 @@ def draw_budget(cfg, attempts: list[budget.Attempt], before, parent) -> None:
         cells, cfg.path(None, "plots/budget.png"),
         f"{parent.file.name}, {cfg.asked}: validation (n={before.total})",
         {"parent": (parent.bytes, before.accuracy)},
+        cells[attempts.index(chosen)] if chosen else None,
     )  # fmt: skip
 
 
@@ -382,7 +383,10 @@ def train(cfg, start, spare, teacher, scheme, images, before, out, parent):
     }  # fmt: skip
     log = metrics.Log(cfg.path(None, "logs/quantize.jsonl"), identity, cfg.wandb)
     # Adam: without batch norm, rows of all magnitudes share one learning rate, and SGD diverges.
-    recipe = engine.Recipe.of(cfg, optimizer="adam", schedule="linear", decay_norm=False)
+    # Its first steps are as large as its later ones, whatever the gradients: so they are warmed up.
+    recipe = engine.Recipe.of(
+        cfg, optimizer="adam", schedule="linear", decay_norm=False, warmup_epochs=0.2
+    )
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
         config=identity, resume=cfg.resume, teacher=teacher, after_step=mask.apply, log=log,

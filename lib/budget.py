@@ -46,7 +46,7 @@ class Budget:
         return -(result.loss + loss_per_bit * 8 * size)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # its tensors have no ==
 class Attempt:
     """A network that was quantized at a price, and what came of it."""
 

@@ -449,11 +449,12 @@ def heatmap(cells, path, title):
     return _save(figure, path)
 
 
-def accuracy_bytes(cells, path, title, marks=None):
+def accuracy_bytes(cells, path, title, marks=None, chosen=None):
     """Draw accuracy against bytes on a log scale: one line per pair of bits, one point per lambda.
 
     cells: dicts of weight_bits, act_bits, rd_lambda, accuracy, total, bytes. marks: {name: (bytes,
-    accuracy)} of other files.
+    accuracy)} of other files. chosen: one of the cells, which the note names and a ring marks;
+    None: the note names the smallest file within a point of the best.
     """
     cells, marks = _rows(cells), marks or {}
     lines = {}
@@ -462,15 +463,18 @@ def accuracy_bytes(cells, path, title, marks=None):
     colours = dict(zip(lines, (BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK) * 9, strict=False))
     best = max(cell["accuracy"] for cell in cells)
     near = [cell for cell in cells if cell["accuracy"] >= best - 0.01 - 1e-9]
-    pick = min(near, key=lambda cell: cell["bytes"])
-    note = (f"{len(cells)} files; best {100 * best:.2f}%; the smallest within a point of it: "
-            f"W{pick['weight_bits']}A{pick['act_bits']} at lambda {pick['rd_lambda']:g}, "
+    pick = chosen or min(near, key=lambda cell: cell["bytes"])
+    what = "chosen" if chosen else "the smallest within a point of it"
+    note = (f"{len(cells)} files; best {100 * best:.2f}%; {what}: "
+            f"W{pick['weight_bits']}A{pick['act_bits']} at lambda {pick['rd_lambda']:.3g}, "
             f"{_size(pick['bytes'])}, {100 * pick['accuracy']:.2f}%")
     figure = _figure(title, note, 4.4, colours if len(lines) > 1 else None)
     ax = figure.subplots()
     _quiet(ax, "accuracy (%)", "both")
     # What fell far is cut off: the top is where files are chosen.
-    floor = max(min(cell["accuracy"] for cell in cells), best - 0.03)
+    floor = max(min(cell["accuracy"] for cell in cells), min(best - 0.03, pick["accuracy"] - 0.01))
+    if chosen:
+        ax.plot(pick["bytes"], 100 * pick["accuracy"], "o", ms=12, mfc="none", color=INK, zorder=4)
     top = max([best, *(accuracy for _, accuracy in marks.values())])
     for number, (name, points) in enumerate(lines.items()):
         points.sort(key=lambda cell: cell["bytes"])
@@ -482,7 +486,7 @@ def accuracy_bytes(cells, path, title, marks=None):
             if cell["accuracy"] >= floor and cell["bytes"] > 1.04 * last:
                 last = cell["bytes"]
                 at = last, 100 * cell["accuracy"]
-                _label(ax, f"{cell['rd_lambda']:g}", at, offset, ha=side, size=8.5,
+                _label(ax, f"{cell['rd_lambda']:.3g}", at, offset, ha=side, size=8.5,
                        color=colours[name])
     sizes = [cell["bytes"] for cell in cells if cell["accuracy"] >= floor]
     low = min([*sizes, *(size for size, _ in marks.values())]) / 1.12
