@@ -31,9 +31,7 @@ a JSON file of such names and bits. Of items for the same layer, the later one c
 import copy
 import dataclasses
 import functools
-import json
 import math
-import os
 from pathlib import Path
 
 from autoaugment import augmentation
@@ -42,6 +40,7 @@ from lib import (
     checkpoint,
     config,
     engine,
+    layer_bits,
     measure,
     metrics,
     plots,
@@ -120,7 +119,7 @@ class Settings(config.Common):
             raise ValueError("--weight-scale tensor is for --method ptq")
         if self.method == "reference" and self.layer_bits:
             raise ValueError("--layer-bits is not for --method reference")
-        layer_bits_items(self.layer_bits or "")
+        layer_bits.parse(self.layer_bits or "")
         if not 1 <= (23 if self.scale_bits is None else self.scale_bits) <= 23:
             raise ValueError("--scale-bits must be 1 to 23")
         if self.bias_bits is not None and not (0 <= self.bias_bits <= 16 or self.bias_bits == 32):
@@ -298,63 +297,9 @@ def scheme_of(cfg, model) -> dict:
     """Return the scheme (see lib.quantizers); UserError where --layer-bits does not fit."""
     if cfg.method == "reference":
         return {"method": "reference", "weight_bits": cfg.weight_bits, "act_bits": cfg.act_bits}
-    layer_bits, others = bits_by_layer(cfg.layer_bits, list(metrics.weight_layers(model)))
-    others |= {"method": cfg.method, "weight_scale": cfg.weight_scale, "layer_bits": layer_bits}
+    bits, others = layer_bits.by_layer(cfg.layer_bits, list(metrics.weight_layers(model)))
+    others |= {"method": cfg.method, "weight_scale": cfg.weight_scale, "layer_bits": bits}
     return ptq.make_scheme(cfg.weight_bits, cfg.act_bits, **others)
-
-
-def bits_by_layer(text: str | None, layers: list[str]) -> tuple[dict[str, int], dict]:
-    """Return what --layer-bits says: weight bits by layer, and `last_act_bits` if it is given.
-
-    Raises UserError for a file that cannot be read and for names that are not in `layers`.
-    """
-    by_layer, last_act, of_last = {}, None, None
-    for item in layer_bits_items(text) if text else ():
-        named = read_layer_bits(item) if isinstance(item, Path) else dict([item])
-        for name, bits in named.items():
-            if name == "last_act":
-                last_act = bits
-                continue
-            if name == "last":
-                of_last = bits
-            layer = {"first": layers[0], "last": layers[-1]}.get(name, name)
-            if layer not in layers:
-                where = item if isinstance(item, Path) else f"{name}={bits}"
-                raise UserError(
-                    f"--layer-bits {where}: no layer {name!r}; the first is {layers[0]}"
-                )
-            by_layer[layer] = bits
-    last_act = of_last if last_act is None else last_act
-    return by_layer, {} if last_act is None else {"last_act_bits": last_act}
-
-
-def layer_bits_items(text: str) -> list[tuple[str, int] | Path]:
-    """Split --layer-bits into (name, bits) and files; ValueError for bits that cannot be."""
-    items = []
-    # os.path: a text that is too long for a path is no file, and no error.
-    for item in [text] if os.path.isfile(text) else text.split(","):  # noqa: PTH113
-        name, equals, bits = item.rpartition("=")
-        if not equals or os.path.isfile(item):  # noqa: PTH113
-            items.append(Path(item))
-        elif not bits.isdecimal() or int(bits) not in quantizers.BITS:
-            raise ValueError(f"--layer-bits: {name} at {bits} bits: 2 to 16, or 32 for off")
-        else:
-            items.append((name, int(bits)))
-    return items
-
-
-def read_layer_bits(path: Path) -> dict[str, int]:
-    """Return {name: bits} of a JSON file; UserError where it is no such file."""
-    try:
-        given = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--layer-bits {path}: {config.reason(error)}") from None
-    if not isinstance(given, dict):
-        raise UserError(f"--layer-bits {path}: not an object of layer names and bits")
-    for name, bits in given.items():
-        if type(bits) is not int or bits not in quantizers.BITS:
-            raise UserError(f"--layer-bits {path}: {name} at {bits!r} bits: 2 to 16, or 32 for off")
-    return given
 
 
 def train(cfg, start, spare, teacher, scheme, images, before, out, parent):

@@ -16,7 +16,7 @@ that on its *quantized* inputs it gives the outputs of the fp32 layer.
   it clips at its own largest level.) In front of a depthwise layer this costs nothing: there a
   column is a whole row, whose own scale takes up the factor.
 
-Two more make the file small:
+Three more make the file small:
 
 - **Short side values.** The scales of rows keep a few mantissa bits, and biases lie on a grid. Both
   are rounded before what can make up for it: the last descent of the levels, and the layers behind.
@@ -25,6 +25,7 @@ Two more make the file small:
   So that a bit is worth the same in every layer, distortion is what it does to the logits: a row's
   error is multiplied by the mean squared gradient of the logits (the approximation of KFC, Grosse
   and Martens 2016).
+- **Thinning**: before all else, channels that are not worth their bytes go (lib/thinning.py).
 """
 
 import copy
@@ -38,6 +39,7 @@ from lib import data, quantizers
 from lib.metrics import weight_layers
 from lib.quantizers import Quantizer, per_row
 from lib.reconstruct import reconstruct
+from lib.thinning import thin
 from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
 
 # How many images statistics are taken from. Their time grows with the images, and what they give
@@ -71,11 +73,14 @@ def quantize(
         layer's output; 32: float32, as where the output is not quantized. None: 2, or 1 if bits
         cost something.
     lambda_per_bit: the squared error of an image's logits that saving one bit may cost; 0: bits
-        cost nothing. Not for `tensor`.
+        cost nothing. Not for `tensor`. The network returned may have fewer channels.
     importance: what `row_importance` returns for the folded model and these images, if it is there
         already; else it is made if bits cost something.
     Returns (network, latent); latent: the weights before rounding, by layer, for lib.qat.
     """
+    if lambda_per_bit:
+        importance = importance or row_importance(quantizers.fold(model), images)
+        model, importance = thin(model, images, importance, lambda_per_bit)
     target = quantizers.fold(model)
     quantized = copy.deepcopy(target)
     quantizers.attach(quantized, scheme)
@@ -84,8 +89,6 @@ def quantize(
         scale_bits = (2 if lambda_per_bit else 3) if per_channel else 5
     if bias_bits is None:
         bias_bits = 1 if lambda_per_bit else 2
-    if lambda_per_bit and importance is None:
-        importance = row_importance(target, images)
     walk = _Walk(
         target, quantized, scheme, model, scale_bits=scale_bits, bias_bits=bias_bits,
         lambda_per_bit=lambda_per_bit, importance=importance if lambda_per_bit else {},

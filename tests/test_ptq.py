@@ -310,7 +310,7 @@ def test_row_importance_tells_what_noise_does_to_the_logits(small, pixels):
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_lambda_buys_bytes_with_error(small, pixels, bits):
-    model, sizes, errors, zeros = small(0), [], [], []
+    model, sizes, errors, nonzeros = small(0), [], [], []
     scheme = ptq.make_scheme(bits, 8)
     for lambda_per_bit in (0.0, 1e-4, 1e-3, 1e-2):
         found, latent = ptq.quantize(model, pixels, scheme, lambda_per_bit=lambda_per_bit)
@@ -318,11 +318,11 @@ def test_a_lambda_buys_bytes_with_error(small, pixels, bits):
         matrices = [levels[f"{n}.weight"].flatten(1).numpy() for n in weight_layers(found)]
         sizes.append(len(coder.encode(matrices, [coder.EXPAND] * len(matrices))))
         errors.append(distance(found, model, pixels))
-        zeros.append(sum(int((m == 0).sum()) for m in matrices))
+        nonzeros.append(sum(int((m != 0).sum()) for m in matrices))
         pruned = torch.cat([latent[n].flatten() == 0 for n in weight_layers(found)])
         assert not np.concatenate([m.ravel() for m in matrices])[pruned.numpy()].any()
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.8 * sizes[0]
-    assert errors[-1] > errors[0] and zeros[-1] > zeros[0]
+    assert errors[-1] > errors[0] and nonzeros[-1] < nonzeros[0]
 
 
 def test_a_layer_of_zeros_has_no_price(small, pixels):

@@ -1,0 +1,67 @@
+"""Read --layer-bits: weight bits of single layers, by name or from a JSON file.
+
+    by_layer("first=8,last=8,features.3.conv.0.0=6", names)
+"""
+
+import json
+import os
+from pathlib import Path
+
+from lib.config import UserError, reason
+from lib.quantizers import BITS
+
+
+def by_layer(text: str | None, layers: list[str]) -> tuple[dict[str, int], dict]:
+    """Return what --layer-bits says: weight bits by layer, and `last_act_bits` if it is given.
+
+    Raises UserError for a file that cannot be read and for names that are not in `layers`.
+    """
+    found, last_act, of_last = {}, None, None
+    for item in parse(text or ""):
+        named = _read(item) if isinstance(item, Path) else dict([item])
+        for name, bits in named.items():
+            if name == "last_act":
+                last_act = bits
+                continue
+            if name == "last":
+                of_last = bits
+            layer = {"first": layers[0], "last": layers[-1]}.get(name, name)
+            if layer not in layers:
+                where = item if isinstance(item, Path) else f"{name}={bits}"
+                raise UserError(
+                    f"--layer-bits {where}: no layer {name!r}; the first is {layers[0]}"
+                )
+            found[layer] = bits
+    last_act = of_last if last_act is None else last_act
+    return found, {} if last_act is None else {"last_act_bits": last_act}
+
+
+def parse(text: str) -> list[tuple[str, int] | Path]:
+    """Split --layer-bits into (name, bits) and files; ValueError for bits that cannot be."""
+    if not text:
+        return []
+    items = []
+    # os.path: a text that is too long for a path is no file, and no error.
+    for item in [text] if os.path.isfile(text) else text.split(","):  # noqa: PTH113
+        name, equals, bits = item.rpartition("=")
+        if not equals or os.path.isfile(item):  # noqa: PTH113
+            items.append(Path(item))
+        elif not bits.isdecimal() or int(bits) not in BITS:
+            raise ValueError(f"--layer-bits: {name} at {bits} bits: 2 to 16, or 32 for off")
+        else:
+            items.append((name, int(bits)))
+    return items
+
+
+def _read(path: Path) -> dict[str, int]:
+    """Return {name: bits} of a JSON file; UserError where it is no such file."""
+    try:
+        given = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--layer-bits {path}: {reason(error)}") from None
+    if not isinstance(given, dict):
+        raise UserError(f"--layer-bits {path}: not an object of layer names and bits")
+    for name, bits in given.items():
+        if type(bits) is not int or bits not in BITS:
+            raise UserError(f"--layer-bits {path}: {name} at {bits!r} bits: 2 to 16, or 32 for off")
+    return given
