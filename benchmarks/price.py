@@ -1,0 +1,120 @@
+"""Take the parts of priced quantization away one by one: what does each bring, in bytes?
+
+    python benchmarks/price.py --parent FILE --data DIR [--rd-lambda 0.8] [--results FILE]
+
+Every row is one run of lib.ptq.quantize without training, at the same price of a bit: the bytes of
+the file, encoded, and the answers of its network on the validation split. Two files are compared by
+both: at the same price, the loss (mean cross-entropy) may rise by about 5e-6 per byte saved. The
+last rows differ in the calibration images alone: their spread is the noise.
+"""
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from lib import budget, checkpoint, config, engine, ptq, quantizers, reconstruct, tables, thinning
+from lib.compaction import compact
+from lib.config import flag
+from lib.rate import BITS_PER_KILOBYTE
+
+Fit = reconstruct.IntegerLeastSquares
+
+
+@dataclass
+class Settings:
+    parent: str | None = flag(None, "an fp32 network, pruned or not; needed")
+    data: str | None = flag(None, "as for train.py")
+    assume_downsample: int | None = flag(None, "as for train.py", choices=(4, 8, 16, 32))
+    rd_lambda: float = flag(0.8, "as for quantize.py")
+    calibration: int = flag(1024, "training images that PTQ looks at")
+    seeds: list[int] = flag([47, 48, 49], "of the calibration images; parts go at the first")
+    device: str = flag("auto", "auto, cpu, cuda ...")
+    results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
+
+    def __post_init__(self):
+        if not self.parent:
+            raise ValueError("--parent is needed")
+        if not self.rd_lambda > 0 or not self.seeds:
+            raise ValueError("--rd-lambda must be over 0, and --seeds needs one")
+
+
+def least_error_first(fit: Fit, row_lambda, coarseness) -> None:
+    """Start as files without a price do: at the clip of least error."""
+    fit.choose_scales()
+    fit.set_prices(row_lambda)
+    fit.choose_scales()
+
+
+def free_support(fit: Fit, *args, begin=Fit.__init__) -> None:
+    """Let weights that are zero at the start take any level."""
+    begin(fit, *args)
+    fit.mask = torch.ones_like(fit.mask)
+
+
+def variants() -> dict[str, tuple[list, dict]]:
+    """Return {name: (what is replaced, options of ptq.quantize)}."""
+    replace = mock.patch.object
+    return {
+        "all of it": ([], {}),
+        "scales start at the clip of least error": (
+            [replace(Fit, "scales_for_price", least_error_first)], {}
+        ),
+        "one start, the scale that theory gives": (
+            [replace(reconstruct, "COARSENESS", (1.0,)), replace(reconstruct, "MIDDLE", 0)], {}
+        ),
+        "no thinning": ([replace(thinning, "CAUTION", 0.0)], {}),
+        "scales of 3 bits, biases of 2": ([], {"scale_bits": 3, "bias_bits": 2}),
+        "weights of at most 4 bits": ([], {"weight_bits": 4}),
+        "pruned weights may come back": ([replace(Fit, "__init__", free_support)], {}),
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(Settings, __doc__, argv)
+    device = config.device(cfg.device)
+    parent = checkpoint.load(cfg.parent, cfg.assume_downsample)
+    images = parent.images(cfg.data, None, device)
+    images.split("val")
+    small, _ = compact(parent.build(device))
+
+    def row(name: str, replaced: list, options: dict, seed: int) -> list:
+        scheme = ptq.make_scheme(options.pop("weight_bits", 8), 8)
+        sample = ptq.calibration_images(images.train, cfg.calibration, seed)
+        with contextlib.ExitStack() as stack:
+            for replacement in replaced:
+                stack.enter_context(replacement)
+            network, _ = ptq.quantize(
+                small, sample, scheme, engine.progress(name),
+                lambda_per_bit=cfg.rd_lambda / BITS_PER_KILOBYTE, **options,
+            )  # fmt: skip
+        raw = budget.encode(network, scheme, parent, images.provenance(), seed)
+        result = engine.evaluate(network, images.val)
+        engine.say(f"{name}: {len(raw):,} bytes, val {result}, loss {result.loss:.4f}")
+        return [name, len(raw), result.correct, f"{result.loss:.4f}", channels(network)]
+
+    rows = [row(name, *what, cfg.seeds[0]) for name, what in variants().items()]
+    rows += [row(f"all of it, seed {seed}", [], {}, seed) for seed in cfg.seeds[1:]]
+    table = tables.table(
+        "Priced quantization without its parts",
+        ["part that is left out", "bytes", f"correct of {len(images.val):,}", "loss",
+         "channels of all layers"], rows,
+        text=f"PTQ, 8-bit activations, --rd-lambda {cfg.rd_lambda:g}; the parent has "
+        f"{engine.evaluate(small, images.val)} and {channels(small):,} channels.",
+        data=f"CIFAR-10, validation split, n={len(images.val):,}",
+    )  # fmt: skip
+    tables.show(table, cfg.results)
+
+
+def channels(model) -> int:
+    """Return the output channels of all layers together: what has a scale and a bias."""
+    return sum(len(layer.weight) for layer in quantizers.weight_layers(model).values())
+
+
+if __name__ == "__main__":
+    config.run(main)
