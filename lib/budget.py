@@ -7,6 +7,7 @@ bytes the lowest is wanted, and of those that meet one of accuracy the highest.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from models.mobilenetv2 import MobileNetV2
 FIRST = 0.5  # the price that is tried first, as for quantize.py --rd-lambda
 LOWEST, HIGHEST = 1 / 4096, 4096.0  # prices beyond these are not tried
 FACTOR = 4.0  # between prices, until one meets the budget and one does not
-CLOSE = 1.06  # ratio of two such prices at which the search ends: about 1% of the bytes
+CLOSE = 1.06  # ratio of two such prices at which the search ends: less than 2% of the bytes
+FULL = 0.99  # share of a budget of bytes that is used: the search ends, too
 
 
 @dataclasses.dataclass
@@ -60,28 +62,41 @@ class Attempt:
 def search(
     attempt: Callable[[float], Attempt], budget: Budget
 ) -> tuple[Attempt | None, list[Attempt]]:
-    """Find the price at the edge of a budget by bisection, to within CLOSE.
+    """Find the price at the edge of a budget: bracket it, then narrow the bracket to CLOSE.
 
     attempt: makes an attempt at a price.
     Returns (the attempt found, all attempts in their order); None if no price meets the budget.
     """
     attempts, met, failed, price = [], None, None, FIRST
     upwards = budget.floor is not None  # the highest price that meets it, not the lowest
-    while LOWEST <= price <= HIGHEST and not (met and failed and _close(met, failed)):
+    while LOWEST <= price <= HIGHEST and not (met and failed and _ends(met, failed, budget)):
         attempts.append(attempt(price))
         if budget.met(attempts[-1].bytes, attempts[-1].result):
             met = attempts[-1]
         else:
             failed = attempts[-1]
         if met and failed:
-            price = (met.rd_lambda * failed.rd_lambda) ** 0.5
+            ratio = failed.rd_lambda / met.rd_lambda
+            price = met.rd_lambda * ratio ** _share(met, failed, budget)
         else:
             price *= FACTOR if bool(met) == upwards else 1 / FACTOR
     return met, attempts
 
 
-def _close(a: Attempt, b: Attempt) -> bool:
-    return 1 / CLOSE < a.rd_lambda / b.rd_lambda < CLOSE
+def _ends(met: Attempt, failed: Attempt, budget: Budget) -> bool:
+    """Whether an attempt that meets the budget and one that does not are near enough."""
+    if budget.max_bytes is not None and met.bytes > FULL * budget.max_bytes:
+        return True
+    return 1 / CLOSE < met.rd_lambda / failed.rd_lambda < CLOSE
+
+
+def _share(met: Attempt, failed: Attempt, budget: Budget) -> float:
+    """Return where to try next, from the price of `met` (0) to that of `failed` (1)."""
+    if budget.max_bytes is None:
+        return 0.5
+    # Bytes fall about as a power of the price: aim a little within the budget.
+    wanted = math.log((1 + FULL) / 2 * budget.max_bytes / met.bytes)
+    return min(max(wanted / math.log(failed.bytes / met.bytes), 0.1), 0.9)
 
 
 def encode(network: MobileNetV2, scheme: dict, parent, data: dict, seed: int) -> bytes:

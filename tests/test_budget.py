@@ -31,6 +31,15 @@ def test_the_search_ends_just_on_the_right_side(edge, asked):
     assert len({a.rd_lambda for a in tried}) == len(tried)
 
 
+@pytest.mark.parametrize("limit", [30_000, 46_000, 64_000, 200_000])
+def test_a_budget_of_bytes_is_used_up_in_few_attempts(limit):
+    def attempt(price):
+        return budget.Attempt(price, None, {}, round(48_000 * price**-0.27) + 3000, None)
+
+    found, tried = budget.search(attempt, budget.Budget(max_bytes=limit))
+    assert 0.99 * limit < found.bytes <= limit and len(tried) <= 8
+
+
 def test_a_budget_that_all_prices_meet_takes_the_last_one_tried():
     found, _ = budget.search(attempts_at(1.0), budget.Budget(floor=4))
     assert budget.HIGHEST / budget.FACTOR < found.rd_lambda <= budget.HIGHEST
@@ -151,7 +160,8 @@ def test_training_that_ruins_the_network_leaves_what_it_started_from(
 ):
     _, untrained = chain(answered, parent, tmp_path / "ptq", asked)
     _, size = chain(answered, parent, tmp_path / "qat", asked, *QAT, "--lr=1")
-    assert size == untrained and "no epoch is better than ptq's" in capsys.readouterr().out
+    assert "no epoch is better than ptq's" in capsys.readouterr().out
+    assert abs(size - untrained) <= 0.02 * untrained  # a search may end at another price
 
 
 @pytest.mark.parametrize(
