@@ -185,10 +185,11 @@ def main(argv=None):
         quantizers.quantize_reference(model, cfg.weight_bits, cfg.act_bits)
     else:
         fp32, _ = compact(model)
-        start, spare = post_training(cfg, fp32, scheme, images, before, parent)
+        start, spare, attempts = post_training(cfg, fp32, scheme, images, before, parent)
         model = start.network
     if cfg.method == "qat":
-        engine.say(f"ptq: val {start.result}")
+        if validate:
+            engine.say(f"ptq: val {start.result}")
         model = train(cfg, start, spare, fp32, scheme, images, before, out, parent)
     after = engine.evaluate(model, images.val) if validate else None
 
@@ -205,7 +206,11 @@ def main(argv=None):
             figures |= {"rd_lambda": start.rd_lambda, "nnz_bytes": len(raw), "bits_used": used}
             text += f"; lambda {start.rd_lambda:.4g}: {len(raw):,} bytes as .nnz"
             if cfg.has_budget:
-                figures["asked"] = cfg.asked
+                figures |= {"asked": cfg.asked, "tried": [
+                    {"rd_lambda": tried.rd_lambda, "bytes": tried.bytes,
+                     "val_correct": tried.result.correct if validate else None}
+                    for tried in attempts
+                ]}  # fmt: skip
                 text += f" (asked: {cfg.asked})"
             text += f", layers of {min(used.values())} to {max(used.values())} bits"
         saved = checkpoint.save(
@@ -224,9 +229,9 @@ def post_training(cfg, fp32, scheme, images, before, parent) -> tuple:
     """Quantize without training; search for the price if there is a budget.
 
     fp32: the compacted network. before: its Evaluation on the validation split, or None.
-    Returns (start, spare), Attempts: the network that is the result or that training starts from,
-    and the one that is kept if training makes nothing better, or None. With --max-drop, training
-    starts from a network that loses more than it may: the difference is to be won back.
+    Returns (start, spare, attempts): the attempt that is the result or that training starts from;
+    the one that is kept if training makes nothing better, or None; all of the search. With
+    --max-drop, training starts from a network that loses more than it may, to win that back.
     """
     sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
     options = {"scale_bits": cfg.scale_bits, "bias_bits": cfg.bias_bits}
@@ -248,7 +253,7 @@ def post_training(cfg, fp32, scheme, images, before, parent) -> tuple:
 
     if not cfg.has_budget:
         start = attempt(cfg.rd_lambda)
-        return start, start if cfg.priced and before else None
+        return start, start if cfg.priced and before else None, [start]
     spare, attempts = budget.search(attempt, budget_of(cfg, before))
     start = spare
     if cfg.method == "qat" and cfg.max_drop is not None:
@@ -259,7 +264,7 @@ def post_training(cfg, fp32, scheme, images, before, parent) -> tuple:
     if start is None:
         raise UserError(f"no network was found that has {cfg.asked}: the search came to "
                         + nearest(attempts, budget_of(cfg, before)))  # fmt: skip
-    return start, spare
+    return start, spare, attempts
 
 
 def budget_of(cfg, before, times: float = 1.0) -> budget.Budget:

@@ -124,6 +124,9 @@ def test_max_bytes_is_kept_by_the_file_itself(answered, parent, tmp_path, capsys
     line, size = chain(answered, parent, tmp_path / "small", f"--max-bytes={limit}")
     assert line["nnz_bytes"] == size and 0.9 * limit < size <= limit
     assert line["rd_lambda"] > 0.01 and line["asked"] == f"at most {limit:,} bytes"
+    assert {"rd_lambda": line["rd_lambda"], "bytes": size, "val_correct": line["val_correct"]} in (
+        line["tried"]
+    )
     assert set(line["bits_used"].values()) <= set(range(2, 9))
     assert f"quantized for at most {limit:,} bytes: {size:,} bytes came" in capsys.readouterr().out
     assert (tmp_path / "small/plots/budget.png").is_file()
