@@ -54,7 +54,8 @@ def least_error_first(fit: Fit, row_lambda, coarseness) -> None:
 def free_support(fit: Fit, *args, begin=Fit.__init__) -> None:
     """Let weights that are zero at the start take any level."""
     begin(fit, *args)
-    fit.mask = torch.ones_like(fit.mask)
+    if fit.max_level:  # else it is the fit of a thinned layer, whose channels are to stay away
+        fit.mask = torch.ones_like(fit.mask)
 
 
 def variants() -> dict[str, tuple[list, dict]]:
