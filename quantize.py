@@ -179,6 +179,7 @@ def main(argv=None):
     engine.say_device(device)
     validate = len(images.val) > 0
     before = engine.evaluate(model, images.val) if validate else None
+    after = None
     out = cfg.path(cfg.out, "checkpoints/quantized.pth")
 
     if cfg.method == "reference":
@@ -186,12 +187,13 @@ def main(argv=None):
     else:
         fp32, _ = compact(model)
         start, spare, attempts = post_training(cfg, fp32, scheme, images, before, parent)
-        model = start.network
+        model, after = start.network, start.result
     if cfg.method == "qat":
         if validate:
             engine.say(f"ptq: val {start.result}")
         model = train(cfg, start, spare, fp32, scheme, images, before, out, parent)
-    after = engine.evaluate(model, images.val) if validate else None
+    if validate and cfg.method != "ptq":
+        after = engine.evaluate(model, images.val)
 
     if processes.is_main():
         figures, text = {}, f"{cfg.method} W{cfg.weight_bits}A{cfg.act_bits}"

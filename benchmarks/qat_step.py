@@ -4,11 +4,11 @@
 
 Both train the compacted network on the same batches with lib.engine's own epoch, without
 augmentation. Plain: batch norm and SGD, as in prune.py. QAT: batch norm folded, every weight and
-activation fake-quantized with learned scales (W4A4 by default), AdamW, pruned weights held at zero,
-as in quantize.py --method qat. The forward pass of the fp32 teacher is part of both steps or of
-neither: both ratios are printed. Turns of the four alternate, after one of each to warm up, so that
-other load on the machine disturbs all alike; medians are printed. Without data the images are
-random.
+activation below 8 bits fake-quantized with learned scales (W4A4 by default), AdamW, pruned weights
+held at zero, as in quantize.py --method qat. The forward pass of the fp32 teacher is part of both
+steps or of neither: both ratios are printed. Turns of the four alternate, after one of each to warm
+up, so that other load on the machine disturbs all alike; medians are printed. Without data the
+images are random.
 """
 
 import statistics

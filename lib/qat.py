@@ -9,8 +9,8 @@ al. 2020). The optimizer sees their logarithms (Jain et al. 2020, "Trained Quant
 section 3.2), so that one learning rate suits small and large scales and none becomes negative.
 
 Activations of UNROUNDED bits and more are not rounded during training, and their scales stay as
-they are: the errors are small beside those of the weights, and a step takes little more than half
-the time (benchmarks/qat_step.py). A network is judged as `finished` makes it, which rounds.
+they are: these errors are small beside those of the weights, and a step takes little more than half
+the time. `finish` brings the rounding back, and `finished` shows the network with it meanwhile.
 """
 
 import copy
