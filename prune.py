@@ -20,10 +20,12 @@ import torch
 from torch import nn
 
 from autoaugment import augmentation
-from lib import checkpoint, config, engine, metrics, plots, processes, pruning
+from lib import checkpoint, config, engine, metrics, plots, processes, pruning, ptq
 from lib.compaction import compact, take
 from lib.config import UserError, flag
 from models.mobilenetv2 import MobileNetV2
+
+SAMPLE = 512  # images of the score obd
 
 
 @dataclasses.dataclass
@@ -39,8 +41,9 @@ class Settings(config.Common):
         choices=("cubic", "geometric"),
     )  # fmt: skip
     score: str = flag(
-        "lamp", "which weights stay: the largest (magnitude, the report's) or those of the largest "
-        "LAMP score, which never removes a whole layer", choices=("lamp", "magnitude"),
+        "lamp", "which weights stay: the largest (magnitude, the report's); those of the largest "
+        "LAMP score, which never removes a whole layer; or those without which the logits would "
+        "change most (obd)", choices=("lamp", "magnitude", "obd"),
     )  # fmt: skip
     target: float = flag(0.95, "sparsity after the last round (cubic)")
     prune_fraction: float = flag(
@@ -123,6 +126,7 @@ def main(argv=None):
         engine.say(f"parent: {_describe(rounds[0])}")
     kept = copy.deepcopy(model)  # the last good network
     floor = rounds[0]["val_accuracy"] - cfg.max_drop / 100
+    sample = ptq.calibration_images(images.train, SAMPLE, cfg.seed)
     log.begin(rounds)
 
     for number in range(len(rounds), cfg.rounds + 1):
@@ -130,7 +134,7 @@ def main(argv=None):
             break
         recipe = _recipe(cfg, number)
         began = time.monotonic()
-        model, velocity = _prune(model, velocity, cfg, number, start, total)
+        model, velocity = _prune(model, velocity, cfg, number, start, total, sample)
         try:
             history, _ = engine.fit(
                 model, images, recipe, augmentation(cfg.augment), cfg.seed + number, round_file,
@@ -187,18 +191,19 @@ def _recipe(cfg, number: int) -> engine.Recipe:
     return engine.Recipe.of(cfg, schedule=cfg.lr_schedule, epochs=epochs)
 
 
-def _prune(model, velocity, cfg, number: int, start: float, total: int) -> tuple:
+def _prune(model, velocity, cfg, number: int, start: float, total: int, sample) -> tuple:
     """Zero the weights that a round prunes, and remove the channels that die with them.
 
     velocity: the optimizer's momentum by parameter name, or None. start: the parent's sparsity.
     total: weights of the network that the chain began with, of which sparsity is a share.
+    sample: normalized training images, for the score obd.
     Returns the model and the velocity, whose buffers shrink with their weights.
     """
     if cfg.schedule == "cubic":
         sparsity = pruning.cubic(start, cfg.target, number, cfg.rounds)
     else:
         sparsity = pruning.geometric(start, cfg.prune_fraction, number)
-    pruning.keep_largest(model, round((1 - sparsity) * total), cfg.score)
+    pruning.keep_largest(model.eval(), round((1 - sparsity) * total), cfg.score, sample)
     if cfg.compact:
         model, live = compact(model)
         velocity = velocity and {n: take(v, live[n]) for n, v in velocity.items()}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib import checkpoint, data, metrics, processes, quantizers, tables
+from lib import checkpoint, data, metrics, processes, quantizers, replay, tables
 from lib.augment import SIDE
 from lib.config import UserError
 
@@ -100,10 +100,13 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: data.Split, amp: bool = False, note: str = "") -> Evaluation:
+def evaluate(
+    model: nn.Module, split: data.Split, amp: bool = False, note: str = "", batch: int = EVAL_BATCH
+) -> Evaluation:
     """Evaluate a model on a whole split, in its order; in fp32 unless `amp`.
 
-    The model stays in eval mode. note: what the progress bar is called.
+    The model stays in eval mode. note: what the progress bar is called. batch: images at a time,
+    on which dynamic activation ranges depend.
     """
     model.eval()
 
@@ -111,15 +114,17 @@ def evaluate(model: nn.Module, split: data.Split, amp: bool = False, note: str =
         with _autocast(split.images.device, amp):
             return model(data.normalize(images)).float()
 
-    return evaluate_function(network, split, note)
+    return evaluate_function(network, split, note, batch)
 
 
 @torch.inference_mode()
-def evaluate_function(network: Callable, split: data.Split, note: str = "") -> Evaluation:
+def evaluate_function(
+    network: Callable, split: data.Split, note: str = "", batch: int = EVAL_BATCH
+) -> Evaluation:
     """Evaluate any function from uint8 images (n, 3, 32, 32) to logits (n, classes)."""
-    starts = range(0, len(split), EVAL_BATCH)
+    starts = range(0, len(split), batch)
     shown = tqdm(starts, desc=note or "evaluate", leave=False, disable=_quiet())
-    logits = torch.cat([network(split.images[a : a + EVAL_BATCH]) for a in shown])
+    logits = torch.cat([network(split.images[a : a + batch]) for a in shown])
     predictions = logits.argmax(1)
     correct = int((predictions == split.labels).sum())
     loss = float(F.cross_entropy(logits, split.labels))
@@ -140,7 +145,7 @@ def fit(
     config: dict,
     resume: bool = True,
     teacher: nn.Module | None = None,
-    after_step: Callable[[float], None] | None = None,
+    after_step: Callable[[], None] | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
     velocity: dict[str, Tensor] | None = None,
     judge: Callable[[nn.Module], tuple[Evaluation, dict, float]] | None = None,
@@ -161,8 +166,7 @@ def fit(
         the result equals an uninterrupted run's to the bit, on the CPU.
     teacher: an fp32 network; with recipe.distill, its soft labels are mixed in (Hinton, Vinyals
         and Dean 2015).
-    after_step: called after each optimizer step with the share of the run that is done; to hold
-        masks, for example.
+    after_step: called after each optimizer step; to hold masks, for example.
     penalty: a function whose result is added to the loss at each step; logged losses are without.
     velocity: momentum buffers for SGD to begin with, by parameter name: see `velocity_of`.
     judge: what decides which epoch is best, where it is not validation accuracy alone. A function
@@ -201,6 +205,8 @@ def fit(
     if log:
         log.begin(state.history)
     forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    # Large enough that a GPU does not wait for the host between the layers of a batch.
+    batch = 1000 if device.type == "cuda" else EVAL_BATCH
 
     saved_epochs = len(state.history)
     try:
@@ -228,7 +234,7 @@ def fit(
                     result, figures, score = judge(state.final)
                     line |= figures | {"score": processes.from_main_process(score, device)}
                 else:
-                    result = evaluate(state.final, images.val, recipe.amp)
+                    result = evaluate(state.final, images.val, recipe.amp, batch=batch)
                 accuracy = processes.from_main_process(result.accuracy, device)
                 line |= {
                     "val_loss": result.loss, "val_accuracy": accuracy, "val_total": result.total,
@@ -380,24 +386,26 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
 
     forward: the model, or DistributedDataParallel around it. average: the model of averaged
     weights, or None. steps: batches in the epoch. The rest is as in `fit`.
-    No step waits for the device: the totals stay on it, and the caller reads them once.
+    No step waits for the device: the totals stay on it, and the caller reads them once. On one GPU
+    a step is a CUDA graph (lib/replay.py); the images of an epoch have one size.
     """
     world, rank = processes.world_and_rank()
     device = split.images.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     forward.train()
+    groups = optimizer.param_groups
+    rates = _rates(groups, recipe, epoch * steps, steps)
     batches = data.batches(
         split, recipe.batch_size, augment, seed, epoch, rank, world, recipe.flip == "alternate"
     )
     side = recipe.side(epoch)
-    for i, (x, labels) in enumerate(
-        tqdm(batches, total=steps, desc=note, leave=False, disable=_quiet() or rank > 0)
-    ):
-        step = epoch * steps + i
+    # The plain model lies in DistributedDataParallel's `module`.
+    averaged = average and float_tensors(average, getattr(forward, "module", forward))
+
+    def step(x: Tensor, labels: Tensor, rates) -> None:
         if side < SIDE:
             x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr_factor"] * recipe.learning_rate(step, steps)
+        _set(groups, lr=rates)
         with _autocast(device, recipe.amp):
             logits = forward(x)
             with torch.no_grad():
@@ -408,16 +416,45 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
         scaler.step(optimizer)
         scaler.update()
         if after_step:
-            after_step((step + 1) / (recipe.epochs * steps))
-        if average:
-            # A small decay at first (as in TensorFlow's ExponentialMovingAverage), so that the
-            # random start is forgotten. The plain model lies in DistributedDataParallel's `module`.
-            decay = min(recipe.ema, (1 + step) / (10 + step))
-            update_average(average, getattr(forward, "module", forward), decay)
+            after_step()
         with torch.no_grad():
             totals[0] += loss.detach() * len(labels)
             totals[1] += (logits.argmax(1) == labels).sum()
+
+    do, last = step, rates[-1]
+    recorded = device.type == "cuda" and world == 1
+    if recorded:
+        do, rates = replay.Replayed(step, say), data.move(torch.tensor(rates), device)
+        _set(groups, capturable=[True] * len(groups))
+    shown = tqdm(batches, total=steps, desc=note, leave=False, disable=_quiet() or rank > 0)
+    for i, ((x, labels), rate) in enumerate(zip(shown, rates, strict=True), epoch * steps):
+        do(x, labels, rate)
+        if average:
+            # A small decay at first (as in TensorFlow's ExponentialMovingAverage), so that the
+            # random start is forgotten.
+            torch._foreach_lerp_(*averaged, 1 - min(recipe.ema, (1 + i) / (10 + i)))
+    if recorded:  # numbers again: the state that is saved can be continued on any device
+        _set(groups, lr=last, capturable=[False] * len(groups))
     return totals
+
+
+def _set(groups: list[dict], **options) -> None:
+    """Set options of an optimizer's parameter groups; each value has an item per group. Options
+    that the optimizer does not know are left out (`capturable` is Adam's)."""
+    for name, values in options.items():
+        for group, value in zip(groups, values, strict=True):
+            if name in group:
+                group[name] = value
+
+
+def _rates(groups: list[dict], recipe: Recipe, first: int, steps: int) -> list[list[float]]:
+    """Return the learning rate of each parameter group in each step of an epoch.
+
+    first: number of the epoch's first step. The rates are float32, as fused optimizers take them
+    from a GPU's memory.
+    """
+    rates = [recipe.learning_rate(first + i, steps) for i in range(steps)]
+    return torch.tensor([[rate * g["lr_factor"] for g in groups] for rate in rates]).tolist()
 
 
 def _loss(logits: Tensor, labels: Tensor, soft: Tensor | None, recipe: Recipe) -> Tensor:
@@ -434,15 +471,12 @@ def _loss(logits: Tensor, labels: Tensor, soft: Tensor | None, recipe: Recipe) -
     return (1 - recipe.distill) * hard + recipe.distill * t * t * kl
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Set average = decay * average + (1 - decay) * model, batch norm statistics included."""
-    pairs = [
-        (a, m)
-        for a, m in zip(average.state_dict().values(), model.state_dict().values(), strict=True)
-        if a.is_floating_point()
-    ]
-    torch._foreach_lerp_([a for a, _ in pairs], [m for _, m in pairs], 1 - decay)
+def float_tensors(average: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the floating-point tensors of both networks, batch norm statistics included."""
+    return tuple(
+        [x for x in network.state_dict().values() if x.is_floating_point()]
+        for network in (average, model)
+    )
 
 
 # ---- precision, and what people see --------------------------------------------------------------

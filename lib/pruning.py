@@ -3,29 +3,69 @@
 import torch
 from torch import Tensor, nn
 
+from lib import ptq, quantizers
 from lib.metrics import weight_layers
 
 
 @torch.no_grad()
-def keep_largest(model: nn.Module, keep: int, score: str = "magnitude") -> None:
+def keep_largest(
+    model: nn.Module, keep: int, score: str = "magnitude", images: Tensor | None = None
+) -> None:
     """Zero all weights of Conv2d and Linear layers but the `keep` with the highest scores.
 
     Global and unstructured: one threshold for all layers. score:
         magnitude: |w| (Han et al. 2015; global as in Renda et al. 2020);
         lamp: w^2 divided by the sum of all squares in its layer that are no smaller (Lee et al.
             2021, equation 1). The order within a layer is the same, but a layer of small weights
-            cannot vanish, since the largest weight of each layer scores 1.
+            cannot vanish, since the largest weight of each layer scores 1;
+        obd: the squared error of an image's logits without the weight, by a diagonal curvature
+            (LeCun, Denker and Solla 1990, "Optimal Brain Damage"): see `_errors`.
+    images: (n, 3, 32, 32), normalized, for obd alone; their labels are not needed.
     Of equal scores, those of the first layers are removed. What is zero already is removed first,
     so that pruning again only ever removes more.
     """
-    weights = [layer.weight for layer in weight_layers(model).values()]
-    score_of = {"magnitude": torch.abs, "lamp": _lamp}[score]
-    scores = torch.cat([score_of(weight.flatten()) for weight in weights])
+    layers = weight_layers(model)
+    if score == "obd":
+        scores = [errors.flatten() for errors in _errors(model, images).values()]
+    else:
+        score_of = {"magnitude": torch.abs, "lamp": _lamp}[score]
+        scores = [score_of(layer.weight.flatten()) for layer in layers.values()]
+    scores = torch.cat(scores)
     order = torch.sort(scores, stable=True).indices
     removed = torch.zeros_like(scores, dtype=torch.bool)
     removed[order[: max(0, len(order) - keep)]] = True
+    weights = [layer.weight for layer in layers.values()]
     for weight, part in zip(weights, removed.split([w.numel() for w in weights]), strict=True):
         weight.masked_fill_(part.view_as(weight), 0.0)
+
+
+def _errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Return the error of the logits without each weight, by layer, of the shape of the weights.
+
+    It is w^2 * the variance of the weight's input * what an error in the row's outputs costs
+    (lib.ptq.row_importance), of the folded network. The variance and not the mean square: a
+    constant error goes into the batch norm.
+    """
+    folded = quantizers.fold(model)
+    costs, variances, hooks = ptq.row_importance(folded, images), {}, []
+    for name, layer in weight_layers(folded).items():
+
+        def keep_variance(_, inputs, name=name):
+            variances[name] = inputs[0].movedim(1, -1).flatten(0, -2).var(0, correction=0)
+
+        hooks.append(layer.register_forward_pre_hook(keep_variance))
+    folded(images)
+    for hook in hooks:
+        hook.remove()
+
+    def errors(name: str, layer: nn.Module) -> Tensor:
+        others = [1] * (layer.weight.ndim - 1)
+        depthwise = getattr(layer, "groups", 1) > 1
+        by_input = (-1, *others) if depthwise else (1, -1, *others[1:])
+        variance, cost = variances[name].view(by_input), costs[name].view(-1, *others)
+        return layer.weight.square() * variance * cost
+
+    return {name: errors(name, layer) for name, layer in weight_layers(folded).items()}
 
 
 def _lamp(weight: Tensor) -> Tensor:
@@ -48,7 +88,7 @@ class Mask:
         self.masks = [(weight.detach() != 0).to(weight.dtype) for weight in self.weights]
 
     @torch.no_grad()
-    def apply(self, _progress: float = 0.0) -> None:
+    def apply(self) -> None:
         torch._foreach_mul_(self.weights, self.masks)
         torch._foreach_add_(self.weights, 0.0)  # -0.0 becomes 0.0, whose bits are all zero
 

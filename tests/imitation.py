@@ -14,6 +14,7 @@ What is imitated:
   an index), and copies, unless pinned memory is sent with non_blocking.
 - A fused optimizer takes gradients and buffers of its parameters' strides alone.
 - A CPU generator draws nothing on the device, and numpy takes no tensor from there.
+- A CUDA graph repeats operations alone, on the tensors that they had; to wait in one is an error.
 
 Numbers are the CPU's to the bit, since each operation runs there; mixed precision is the CPU's too.
 Not imitated: kernels, their time and memory, streams, errors that come late, several devices,
@@ -23,6 +24,7 @@ that WAITS lists.
 """
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +36,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import autoaugment
-from lib import augment, data
+from lib import augment, data, replay
 
 CUDA = torch.device("cuda", 0)
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -61,10 +63,14 @@ class Wait(NamedTuple):
 
 
 _waits: list[Wait] = []
+# What a graph that is being recorded holds: (operation, its arguments, its results).
+_recording: list[tuple] | None = None
 
 
 def _wait(reason: str) -> None:
     """Record a wait at the place where the program is."""
+    if _recording is not None:
+        raise RuntimeError(f"operation not permitted when stream is capturing: {reason}")
     path, line, frame = [], None, sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
@@ -126,7 +132,10 @@ class DeviceTensor(Tensor):
         _check(func, name, args, [x for x in given.values() if not isinstance(x, cls)])
         out = func(*inner_args, **inner_kwargs)
         # What an operation changes in place it returns: that stays the same tensor.
-        return _map(lambda x: given[id(x)] if id(x) in given else cls(x), out)
+        out = _map(lambda x: given[id(x)] if id(x) in given else cls(x), out)
+        if _recording is not None:
+            _recording.append((func, args, kwargs, out))
+        return out
 
 
 def _map(function, x):
@@ -176,6 +185,35 @@ def _wait_for_copy(target: Tensor, source: Tensor, non_blocking: bool = False) -
 def _refuse_generator(options: dict) -> None:
     if options.get("generator") is not None:
         raise RuntimeError(f"expected a generator on the device {CUDA}, not a CPU generator")
+
+
+def record(step, inputs: list[Tensor]):
+    """What lib.replay.record does. Here a recording does the step: the first replay does nothing
+    more."""
+    global _recording
+    operations = _recording = []
+    try:
+        step(*inputs)
+    finally:
+        _recording = None
+    replays = itertools.count()
+
+    def replay() -> None:
+        if next(replays) == 0:
+            return
+        for func, args, kwargs, kept in operations:
+            new = DeviceTensor.__torch_dispatch__(func, (), args, kwargs)
+            for old, x in zip(_tensors(kept), _tensors(new), strict=True):
+                old.numbers = x.numbers
+
+    return replay
+
+
+def _tensors(x) -> list[Tensor]:
+    """The tensors in x, in order."""
+    found = []
+    _map(found.append, x)
+    return found
 
 
 def _is_cuda(device) -> bool:
@@ -229,6 +267,17 @@ class _Requests(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_groups_of = torch.optim.Optimizer._group_tensors_by_device_and_dtype
+
+
+def _groups(lists: list[list], with_indices: bool = False) -> dict:
+    """How an optimizer groups tensors; C++ code would say that all are the CPU's."""
+    return {
+        (CUDA if isinstance(group[0][0][0], DeviceTensor) else device, dtype): group
+        for (device, dtype), group in _groups_of(lists, with_indices).items()
+    }
+
+
 def _forget_constants() -> None:
     """Empty the caches of the constants that our functions leave on a device."""
     for module in (augment, autoaugment, data):
@@ -247,6 +296,8 @@ def gpu() -> Iterator[list[Wait]]:
             (torch, "autocast", lambda _, *args, **options: autocast("cpu", *args, **options)),
             (torch.cuda, "is_bf16_supported", lambda **_: True),
             (torch.cuda, "get_device_name", lambda *_: "imitation"),
+            (replay, "record", record),
+            (torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", _groups),
             # A tensor with Python code of its own cannot be an inference tensor.
             (torch._C, "_InferenceMode", lambda on: torch.no_grad() if on else no_context),
         ):

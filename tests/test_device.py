@@ -12,7 +12,7 @@ import prune
 import quantize
 import train
 from autoaugment import augmentation
-from lib import checkpoint, config, data, engine, pruning, reconstruct
+from lib import checkpoint, config, data, engine, pruning, reconstruct, replay
 
 # Functions that put a constant on the device, once per process.
 CONSTANTS = {"_moments", "_colour", "_crop_flip_sources", "_warp_sources", "_stretch_tables"}
@@ -194,6 +194,64 @@ def test_training_equals_the_cpus_to_the_bit_resumed_or_not(small, tiny, tmp_pat
             fit(small, tiny, CUDA, tmp_path / "cuda", Interrupt(), optimizer=optimizer)
         again, resumed = fit(small, tiny, CUDA, tmp_path / "cuda", optimizer=optimizer)
     assert history == again and same(weights, resumed)
+
+
+def test_a_step_is_recorded_once_per_epoch_and_replayed(small, tiny, tmp_path, waits, monkeypatch):
+    counts = []
+
+    def record(step, inputs):
+        replayed = imitation.record(step, inputs)
+        counts.append(0)
+
+        def count():
+            counts[-1] += 1
+            replayed()
+
+        return count
+
+    monkeypatch.setattr(replay, "record", record)
+    fit(small, tiny, CUDA, tmp_path / "state")
+    steps = (320 - 32) // 32  # without the validation images
+    assert counts == [steps - replay.WARM_UP] * 2
+
+
+def test_a_replay_repeats_the_kernels_with_the_numbers_that_they_had(waits):
+    total, factor = torch.zeros(2, device=CUDA), [1.0]
+
+    def step(x):
+        total.add_(x * factor[0])
+
+    replayed = imitation.record(step, inputs := [torch.ones(2, device=CUDA)])
+    replayed()
+    assert total.tolist() == [1.0, 1.0]
+    factor[0] = 100.0  # a number of the host: the recording has the old one
+    inputs[0].copy_(torch.full((2,), 3.0, device=CUDA))
+    replayed()
+    assert total.tolist() == [4.0, 4.0]
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(waits):
+    said, seen = [], []
+
+    def step(x):
+        seen.append(x.sum().item())
+
+    do = replay.Replayed(step, said.append)
+    for i in range(6):
+        do(torch.full((2,), float(i), device=CUDA))
+    assert seen == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    assert len(said) == 1 and said[0].startswith("no CUDA graph") and "capturing" in said[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("options", [{"optimizer": "sgd"}, {"optimizer": "adam"}, {"amp": True}])
+def test_recorded_training_is_training_step_by_step(small, tiny, tmp_path, monkeypatch, options):
+    recorded, weights = fit(small, tiny, "cuda", tmp_path / "a", **options)
+    monkeypatch.setattr(replay, "WARM_UP", 10**9)
+    history, expected = fit(small, tiny, "cuda", tmp_path / "b", **options)
+    for a, b in zip(recorded, history, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+    assert all(torch.allclose(weights[k].float(), expected[k].float(), atol=1e-2) for k in expected)
 
 
 def test_a_first_step_that_loss_scaling_skips_leaves_no_trace(small):

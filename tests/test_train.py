@@ -161,15 +161,22 @@ def test_learning_rate_reaches_its_peak_and_zero():
     assert cosine.learning_rate(20, 10) == pytest.approx(0.5)
 
 
-def test_average_is_the_exponential_one():
-    a, b = (MobileNetV2(standard(0.1)) for _ in range(2))
-    with torch.no_grad():
-        for p in b.parameters():
-            p.fill_(2.0)
-        for p in a.parameters():
-            p.fill_(1.0)
-    engine.update_average(a, b, 0.75)
-    assert all(torch.allclose(p, torch.tensor(1.25)) for p in a.parameters())
+def test_average_is_the_exponential_one(tiny):
+    """Its decay per step is small at first: min(ema, (1 + step) / (10 + step))."""
+    train = data.load(str(tiny)).train
+    split = data.Split(train.images[:80], train.labels[:80])
+    model, average = (MobileNetV2(standard(0.1)) for _ in range(2))
+    recipe = engine.Recipe(1, batch_size=16, lr=0.1, ema=0.25, amp=False)
+    seen, expected = [], average.state_dict()["classifier.1.weight"].clone()
+    engine.train_epoch(
+        model, split, recipe, augmentation("none"), engine.build_optimizer(model, recipe),
+        torch.amp.GradScaler("cpu", enabled=False), average, 0, 0, 5, teacher=None, note="",
+        after_step=lambda: seen.append(model.classifier[1].weight.detach().clone()),
+    )  # fmt: skip
+    assert len(seen) == 5
+    for weight, decay in zip(seen, (1 / 10, 2 / 11, 3 / 12, 1 / 4, 1 / 4), strict=True):
+        expected = decay * expected + (1 - decay) * weight
+    assert torch.allclose(average.classifier[1].weight, expected, atol=1e-7)
 
 
 def test_decay_can_leave_out_norms_and_biases():
