@@ -314,6 +314,11 @@ def put_on_grid(layer: nn.Module, bits: int) -> None:
     layer.weight.copy_(levels * per_row(layer.weight_scale, levels) + 0.0)
 
 
+def is_dynamic(layer: nn.Module) -> bool:
+    """Return whether the scale of a layer's input comes from each batch: the report's method."""
+    return hasattr(layer, "act_bits")
+
+
 def layers_with_input_quantizers(model: MobileNetV2) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Yield each layer, in order, and the module that quantizes its input.
 

@@ -13,6 +13,8 @@ DATA=$(absolute "$DATA")
 RUN=$(absolute "$RUN")
 cd "$(dirname "$0")/.."
 ${MAKE:-make} --no-print-directory all DATA="$DATA" RUN="$RUN" \
+  TRAIN_FLAGS="--epochs 300 --lr 0.07 --weight-decay 5e-4 --decay-norm --warmup-epochs 0 \
+    --label-smoothing 0.1 --dropout 0.2 --start-side 32" \
   PRUNE_FLAGS="--score magnitude --schedule geometric --prune-fraction 0.2 --rounds 30 --epochs 10 \
     --lr 0.001 --lr-schedule constant --distill 0 --augment auto" \
   QUANTIZE_FLAGS="--method reference" SWEEP_FLAGS="--method reference"

@@ -9,7 +9,7 @@ import torch
 import prune
 import train
 from autoaugment import augmentation
-from lib import checkpoint, data, engine, pruning
+from lib import checkpoint, data, engine, pruning, quantizers
 from lib.compaction import compact, take
 from lib.config import UserError
 from lib.metrics import weight_layers
@@ -56,6 +56,49 @@ def test_lamp_is_its_definition_and_loses_no_layer():
     for name, layer in weight_layers(model).items():  # the largest of each layer
         kept = layer.weight != 0
         assert before[name][kept].abs().min() >= before[name][~kept].abs().max()
+
+
+def ranks(x: torch.Tensor) -> torch.Tensor:
+    return x.argsort().argsort().double()
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
+
+
+def test_obd_scores_say_what_the_loss_of_a_weight_does_to_the_logits(small, pixels):
+    """Each weight of a sample is left out, and the batch norm behind it takes up the constant part
+    of the error, as it does in fine-tuning."""
+    model = quantizers.fold(small(0))
+    scores = pruning._errors(small(0), pixels)
+    with torch.no_grad():
+        expected, found, guessed, sizes = model(pixels), [], [], []
+        for name, layer in weight_layers(model).items():
+            alive = layer.weight.nonzero()
+            for at in map(tuple, alive[:: max(1, len(alive) // 6)].tolist()):
+                inputs = []
+                hook = layer.register_forward_pre_hook(lambda _, x: inputs.append(x[0].clone()))
+                model(pixels)
+                hook.remove()
+                weight, bias = layer.weight[at].item(), layer.bias.clone()
+                before = layer(inputs[0])
+                layer.weight[at] = 0
+                change = (before - layer(inputs[0])).movedim(1, -1).flatten(0, -2).mean(0)
+                layer.bias += change
+                error = model(pixels) - expected
+                found.append((error - error.mean(1, keepdim=True)).square().sum(1).mean().item())
+                layer.weight[at], layer.bias[:] = weight, bias
+                guessed.append(scores[name][at].item())
+                sizes.append(abs(weight))
+    found, guessed, sizes = (torch.tensor(x) for x in (found, guessed, sizes))
+    assert correlation(found, guessed) > 0.9
+    assert correlation(found, sizes) < correlation(found, guessed) - 0.1
+
+
+@pytest.mark.parametrize("score", ["magnitude", "obd"])
+def test_each_score_prunes_to_the_target(tiny, baseline, tmp_path, score):
+    pruned, lines = run(tiny, baseline, tmp_path, f"--score={score}", "--no-compact")
+    assert lines[-1]["sparsity"] == pytest.approx(0.8, abs=0.002)
 
 
 def test_the_last_round_may_be_longer(tiny, baseline, tmp_path):

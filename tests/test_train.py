@@ -25,7 +25,8 @@ from lib.config import UserError
 from models.mobilenetv2 import MobileNetV2, standard
 
 FLAGS = ["--epochs=3", "--batch-size=32", "--width=0.1", "--downsample=8", "--lr=0.05",
-         "--schedule=linear", "--warmup-epochs=0.5", "--ema=0.9", "--start-side=20"]  # fmt: skip
+         "--schedule=linear", "--warmup-epochs=0.5", "--ema=0.9", "--start-side=20",
+         "--dropout=0.2"]  # fmt: skip
 
 
 def run_in_process(tiny, folder, *flags):
