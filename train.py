@@ -99,8 +99,9 @@ def main(argv=None):
     log = metrics.Log(cfg.path(None, "logs/train.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
 
+    recipe = engine.Recipe.of(cfg, warmup_epochs=cfg.warmup)
     history, best = engine.fit(
-        model, images, engine.Recipe.of(cfg, warmup_epochs=cfg.warmup), augmentation(cfg.augment), cfg.seed, state_file,
+        model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file,
         config=identity, resume=cfg.resume, log=log,
     )  # fmt: skip
     if processes.is_main():

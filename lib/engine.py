@@ -20,7 +20,7 @@ from lib.config import UserError
 
 EVAL_BATCH = 128  # the report's; its dynamic activation ranges depend on it
 # A batch for a GPU, which would wait for the host between the layers of a smaller one. It divides
-# the splits of CIFAR-10: for each new shape, a GPU's libraries first take seconds to choose kernels.
+# the splits of CIFAR-10: a GPU's libraries take seconds to choose kernels for each new shape.
 GPU_BATCH = 1000
 GROWTH = 0.7  # share of the epochs during which images grow, if they start small
 

@@ -24,17 +24,20 @@ def keep_largest(
     Of equal scores, those of the first layers are removed. What is zero already is removed first,
     so that pruning again only ever removes more.
     """
-    layers = weight_layers(model)
+    weights = [layer.weight for layer in weight_layers(model).values()]
     if score == "obd":
         scores = [errors.flatten() for errors in _errors(model, images).values()]
     else:
         score_of = {"magnitude": torch.abs, "lamp": _lamp}[score]
-        scores = [score_of(layer.weight.flatten()) for layer in layers.values()]
-    scores = torch.cat(scores)
+        scores = [score_of(weight.flatten()) for weight in weights]
+    # A weight without which nothing changes has the score 0 as well, under obd.
+    scores = torch.cat([
+        score.masked_fill(weight.flatten() == 0, -1)
+        for score, weight in zip(scores, weights, strict=True)
+    ])  # fmt: skip
     order = torch.sort(scores, stable=True).indices
     removed = torch.zeros_like(scores, dtype=torch.bool)
     removed[order[: max(0, len(order) - keep)]] = True
-    weights = [layer.weight for layer in layers.values()]
     for weight, part in zip(weights, removed.split([w.numel() for w in weights]), strict=True):
         weight.masked_fill_(part.view_as(weight), 0.0)
 

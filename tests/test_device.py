@@ -276,8 +276,8 @@ def test_a_first_step_that_loss_scaling_skips_leaves_no_trace(small):
 
 # ---- the stages ----------------------------------------------------------------------------------
 
-PRUNE = ["--score=obd", "--epochs=1", "--rounds=2", "--target=0.8", "--batch-size=32", "--max-drop=100",
-         "--no-amp"]  # fmt: skip
+PRUNE = ["--score=obd", "--epochs=1", "--rounds=2", "--target=0.8", "--batch-size=32",
+         "--max-drop=100", "--no-amp"]  # fmt: skip
 QUANTIZE = ["--calibration=16", "--rd-lambda=0.001", "--weight-bits=4", "--act-bits=4"]
 QAT = ["--method=qat", "--epochs=1", "--batch-size=32", "--ema=0.9", "--no-amp"]
 

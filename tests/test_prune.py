@@ -21,7 +21,7 @@ FLAGS = ["--epochs=2", "--batch-size=32", "--max-drop=100", "--rounds=3", "--tar
 @pytest.fixture(scope="module")
 def baseline(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("baseline")
-    train.main(["--epochs=1", "--batch-size=32", "--width=0.1", "--downsample=8",
+    train.main(["--epochs=1", "--batch-size=32", "--width=0.1", "--downsample=8", "--lr=0.05",
                 f"--data={tiny}", f"--run-dir={folder}"])  # fmt: skip
     return folder / "checkpoints/baseline.pth"
 
@@ -66,6 +66,15 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
 
 
+def outputs_of(model, name: str, images) -> torch.Tensor:
+    """What a layer of the network gives."""
+    seen = []
+    hook = model.get_submodule(name).register_forward_hook(lambda *x: seen.append(x[2]))
+    model(images)
+    hook.remove()
+    return seen[0].clone()  # a ReLU6 behind it may work in place
+
+
 def test_obd_scores_say_what_the_loss_of_a_weight_does_to_the_logits(small, pixels):
     """Each weight of a sample is left out, and the batch norm behind it takes up the constant part
     of the error, as it does in fine-tuning."""
@@ -76,14 +85,11 @@ def test_obd_scores_say_what_the_loss_of_a_weight_does_to_the_logits(small, pixe
         for name, layer in weight_layers(model).items():
             alive = layer.weight.nonzero()
             for at in map(tuple, alive[:: max(1, len(alive) // 6)].tolist()):
-                inputs = []
-                hook = layer.register_forward_pre_hook(lambda _, x: inputs.append(x[0].clone()))
-                model(pixels)
-                hook.remove()
                 weight, bias = layer.weight[at].item(), layer.bias.clone()
-                before = layer(inputs[0])
+                before = outputs_of(model, name, pixels)
                 layer.weight[at] = 0
-                change = (before - layer(inputs[0])).movedim(1, -1).flatten(0, -2).mean(0)
+                change = (before - outputs_of(model, name, pixels)).movedim(1, -1)
+                change = change.flatten(0, -2).mean(0)
                 layer.bias += change
                 error = model(pixels) - expected
                 found.append((error - error.mean(1, keepdim=True)).square().sum(1).mean().item())
