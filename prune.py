@@ -43,7 +43,7 @@ class Settings(config.Common):
     score: str = flag(
         "lamp", "which weights stay: the largest (magnitude, the report's); those of the largest "
         "LAMP score, which never removes a whole layer; or those without which the logits would "
-        "change most (obd)", choices=("lamp", "magnitude", "obd"),
+        "change most, per bit in the file (obd)", choices=("lamp", "magnitude", "obd"),
     )  # fmt: skip
     target: float = flag(0.95, "sparsity after the last round (cubic)")
     prune_fraction: float = flag(

@@ -7,8 +7,8 @@
 in:  logs/eval-val.jsonl and logs/eval-test.jsonl, and the files that they measured, among them
      checkpoints/compressed.nnz and all its parents; logs/sweep.csv; the stages' logs (train*.jsonl,
      prune*.jsonl, quantize*.jsonl: a stage that ran twice has two) and charts
-out: release/mobilenetv2-cifar10.nnz (and .onnx, if int8.onnx was evaluated), release/results.json,
-     the charts
+out: release/mobilenetv2-cifar10.nnz, baseline.pth, and mobilenetv2-cifar10.onnx if int8.onnx was
+     evaluated; release/results.json; the charts
 
 This stage measures nothing, and writes nothing if a file has changed since it was measured.
 The stages' logs and charts are taken from the run's folder without a check. The command of a file
@@ -25,6 +25,11 @@ from lib.config import UserError, flag
 from lib.files import write_bytes, write_json
 
 FINAL, GRAPH = "compressed.nnz", "int8.onnx"
+# What is published of a run's files, and under which names.
+PUBLISHED = {
+    FINAL: checkpoint.RELEASE.name, GRAPH: f"{checkpoint.RELEASE.stem}.onnx",
+    "baseline.pth": "baseline.pth",
+}  # fmt: skip
 CHARTS = ("train.png", "prune.png", "quantize.png", "sweep_heatmap.png", "report.png")
 ACCURACY = ("correct", "total", "accuracy", "interval", "arithmetic")
 COUNTS = ("weights", "live_weights", "nonzeros", "sparsity", "macs")
@@ -54,12 +59,12 @@ def main(argv=None):
             for file in sorted(cfg.path("logs").glob(f"{stage}*.jsonl"))}  # fmt: skip
 
     release = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
-    stem, index = checkpoint.RELEASE.stem, release / "results.json"
+    index = release / "results.json"
     index.unlink(missing_ok=True)  # written last: until then, nothing is published
     published = {}
-    for name, suffix in {FINAL: ".nnz", GRAPH: ".onnx"}.items():
-        copy(files[name].file if name in files else None, release / f"{stem}{suffix}")
-        published |= {f"{stem}{suffix}": name} if name in files else {}
+    for name, public in PUBLISHED.items():
+        copy(files[name].file if name in files else None, release / public)
+        published |= {public: name} if name in files else {}
     for chart in CHARTS:
         copy(cfg.path(f"plots/{chart}"), release / chart)
     write_json(index, {

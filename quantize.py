@@ -198,23 +198,12 @@ def main(argv=None):
     if processes.is_main():
         figures, text = {}, f"{cfg.method} W{cfg.weight_bits}A{cfg.act_bits}"
         if validate:
-            labels = images.val.labels.cpu()
-            moved = measure.change(before.predictions == labels, after.predictions == labels)
-            figures = {"val_correct": after.correct, "val_total": after.total} | moved
-            text += f", val {after}, +{moved['gained']} -{moved['lost']} from the parent's {before}"
+            figures, words = accuracy(before, after, images.val.labels.cpu())
+            text += words
         if cfg.priced:
             raw = budget.encode(model, scheme, parent, images.provenance(), cfg.seed)
-            used = quantizers.bits_used(model)
-            figures |= {"rd_lambda": start.rd_lambda, "nnz_bytes": len(raw), "bits_used": used}
-            text += f"; lambda {start.rd_lambda:.4g}: {len(raw):,} bytes as .nnz"
-            if cfg.has_budget:
-                figures |= {"asked": cfg.asked, "tried": [
-                    {"rd_lambda": tried.rd_lambda, "bytes": tried.bytes,
-                     "val_correct": tried.result.correct if validate else None}
-                    for tried in attempts
-                ]}  # fmt: skip
-                text += f" (asked: {cfg.asked})"
-            text += f", layers of {min(used.values())} to {max(used.values())} bits"
+            more, words = size(cfg, model, len(raw), start, attempts)
+            figures, text = figures | more, text + words
         saved = checkpoint.save(
             out, "quantized", model, cfg, parent, metrics=figures, data=images.provenance(),
             quantization=scheme,
@@ -225,6 +214,37 @@ def main(argv=None):
             metrics.log_stage(cfg, "quantize", {"bytes": saved.bytes, **scheme, **figures})
         print(f"{out}: {saved.bytes:,} bytes, {text}")
     processes.stop()
+
+
+def accuracy(before, after, labels) -> tuple[dict, str]:
+    """Return the figures of a network on the validation split, beside its parent's, and words.
+
+    before, after: Evaluations of the parent and of the network. labels: of the images, on the CPU.
+    """
+    moved = measure.change(before.predictions == labels, after.predictions == labels)
+    figures = {"val_correct": after.correct, "val_total": after.total} | moved
+    return figures, (
+        f", val {after}, +{moved['gained']} -{moved['lost']} from the parent's {before}"
+    )
+
+
+def size(cfg, model, nnz_bytes: int, start: budget.Attempt, attempts: list) -> tuple[dict, str]:
+    """Return the figures of a network whose bits have a price, and words.
+
+    nnz_bytes: of its file. start, attempts: see `post_training`.
+    """
+    used = quantizers.bits_used(model)
+    figures = {"rd_lambda": start.rd_lambda, "nnz_bytes": nnz_bytes, "bits_used": used}
+    words = f"; lambda {start.rd_lambda:.4g}: {nnz_bytes:,} bytes as .nnz"
+    if cfg.has_budget:
+        tried = [
+            {"rd_lambda": each.rd_lambda, "bytes": each.bytes,
+             "val_correct": each.result.correct if each.result else None}
+            for each in attempts
+        ]  # fmt: skip
+        figures |= {"asked": cfg.asked, "tried": tried}
+        words += f" (asked: {cfg.asked})"
+    return figures, words + f", layers of {min(used.values())} to {max(used.values())} bits"
 
 
 def post_training(cfg, fp32, scheme, images, before, parent) -> tuple:

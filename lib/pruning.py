@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from lib import ptq, quantizers
+from lib import ptq, quantizers, rate
 from lib.metrics import weight_layers
+
+STEPS = 6  # in which the score obd goes to its number of weights
+MAGNITUDE_BITS = 2.0  # of a weight of about 4 bits, beside the flag and the sign
 
 
 @torch.no_grad()
@@ -19,17 +22,29 @@ def keep_largest(
             2021, equation 1). The order within a layer is the same, but a layer of small weights
             cannot vanish, since the largest weight of each layer scores 1;
         obd: the squared error of an image's logits without the weight, by a diagonal curvature
-            (LeCun, Denker and Solla 1990, "Optimal Brain Damage"): see `_errors`.
+            (LeCun, Denker and Solla 1990, "Optimal Brain Damage"; see `_errors`), per bit that the
+            weight takes in the file (see `_bits`). A weight is cheap among others in its row and
+            column, so rows and columns of few weights empty, and whole channels die.
     images: (n, 3, 32, 32), normalized, for obd alone; their labels are not needed.
     Of equal scores, those of the first layers are removed. What is zero already is removed first,
     so that pruning again only ever removes more.
     """
     weights = [layer.weight for layer in weight_layers(model).values()]
-    if score == "obd":
-        scores = [errors.flatten() for errors in _errors(model, images).values()]
-    else:
+    if score != "obd":
         score_of = {"magnitude": torch.abs, "lamp": _lamp}[score]
-        scores = [score_of(weight.flatten()) for weight in weights]
+        _keep(weights, [score_of(weight.flatten()) for weight in weights], keep)
+        return
+    errors = [error.flatten() for error in _errors(model, images).values()]
+    present = sum(int(weight.count_nonzero()) for weight in weights)
+    for step in range(1, STEPS + 1):
+        scores = [
+            error / _bits(weight).flatten() for error, weight in zip(errors, weights, strict=True)
+        ]
+        _keep(weights, scores, round(present * (keep / present) ** (step / STEPS)))
+
+
+def _keep(weights: list[Tensor], scores: list[Tensor], keep: int) -> None:
+    """Zero all weights but the `keep` with the highest scores; a flat tensor of scores each."""
     # A weight without which nothing changes has the score 0 as well, under obd.
     scores = torch.cat([
         score.masked_fill(weight.flatten() == 0, -1)
@@ -40,6 +55,15 @@ def keep_largest(
     removed[order[: max(0, len(order) - keep)]] = True
     for weight, part in zip(weights, removed.split([w.numel() for w in weights]), strict=True):
         weight.masked_fill_(part.view_as(weight), 0.0)
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """Return the bits that a weight takes more than a zero, at each place of a layer.
+
+    They depend on which weights there are: prices are updated STEPS times on the way.
+    """
+    zero, nonzero, _ = rate.prices((weight != 0).flatten(1).float(), 1)
+    return (nonzero - zero + MAGNITUDE_BITS).clamp(min=1).view_as(weight)
 
 
 def _errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:

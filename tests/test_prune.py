@@ -101,6 +101,16 @@ def test_obd_scores_say_what_the_loss_of_a_weight_does_to_the_logits(small, pixe
     assert correlation(found, sizes) < correlation(found, guessed) - 0.1
 
 
+def test_a_weight_alone_in_its_row_takes_more_bits_than_one_among_others():
+    weight = torch.zeros(8, 16)
+    weight[:4, :8] = 1.0
+    weight[6, 12] = 1.0
+    bits = pruning._bits(weight)
+    assert bits.shape == weight.shape and bits.min() >= 1
+    assert bits[6, 12] > bits[0, 0] + 3
+    assert bits[0, 9] > bits[0, 0] and bits[5, 0] > bits[0, 0]
+
+
 @pytest.mark.parametrize("score", ["magnitude", "obd"])
 def test_each_score_prunes_to_the_target(tiny, baseline, tmp_path, score):
     pruned, lines = run(tiny, baseline, tmp_path, f"--score={score}", "--no-compact")

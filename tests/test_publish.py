@@ -166,7 +166,7 @@ def test_verify_compares_the_first_images_where_more_are_at_hand(
         monkeypatch=monkeypatch, capfd=capfd,
     )  # fmt: skip
     lines = [line for line in out.splitlines() if "test images" in line]
-    assert code == 0 and len(lines) == 2
+    assert code == 0 and len(lines) == 3
     assert all("of 100 test images" in line and "/160) of all" in line for line in lines)
 
 
@@ -238,7 +238,7 @@ def test_what_a_run_lacks_is_not_left_of_an_earlier_one(published):
         published("eval", *published.files[:4], f"--split={split}")
     assert published("publish")[0] == 0
     names = {path.name for path in published.release.iterdir()}
-    assert names == {"mobilenetv2-cifar10.nnz", "results.json"}
+    assert names == {"mobilenetv2-cifar10.nnz", "baseline.pth", "results.json"}
     assert published("verify")[0] == 0
 
 

