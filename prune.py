@@ -114,8 +114,9 @@ def main(argv=None):
     state_file = out.with_name(out.name + ".resume")
     round_file = out.with_name(out.name + ".round.resume")
     rounds, velocity = [], None  # a line per round (0: the parent); SGD's momentum
+    begun = None  # the network of an interrupted round, as it was pruned
     if cfg.resume:
-        rounds, model, velocity = _resume(state_file, round_file, identity, model)
+        rounds, model, velocity, begun = _resume(state_file, round_file, identity, model)
     else:
         processes.discard(state_file, round_file)
     if not rounds:
@@ -134,7 +135,11 @@ def main(argv=None):
             break
         recipe = _recipe(cfg, number)
         began = time.monotonic()
-        model, velocity = _prune(model, velocity, cfg, number, start, total, sample)
+        if begun:
+            model, begun = begun, None
+        else:
+            model, velocity = _prune(model, velocity, cfg, number, start, total, sample)
+            _save(state_file, identity, rounds, kept, velocity, model)
         try:
             history, _ = engine.fit(
                 model, images, recipe, augmentation(cfg.augment), cfg.seed + number, round_file,
@@ -144,6 +149,7 @@ def main(argv=None):
             )  # fmt: skip
         except engine.DivergedError as error:
             if number == 1:
+                processes.discard(state_file)
                 raise
             engine.say(f"round {number}: {error}; the last good one stays")
             break
@@ -153,7 +159,8 @@ def main(argv=None):
         velocity = engine.velocity_of(round_file, model, recipe)
         if good:
             kept = copy.deepcopy(model)
-        _save_round(state_file, round_file, identity, rounds, kept, velocity)
+        _save(state_file, identity, rounds, kept, velocity)
+        processes.discard(round_file)
         log(rounds[-1])
         verdict = "kept" if good else f"under the floor of {floor:.2%}: the last good one stays"
         engine.say(f"round {number}: {_describe(rounds[-1])}, {verdict}")
@@ -210,36 +217,47 @@ def _prune(model, velocity, cfg, number: int, start: float, total: int, sample) 
     return model, velocity
 
 
-def _save_round(state_file, round_file, identity, rounds, kept, velocity) -> None:
-    """Write the state after a round, and delete that of its epochs, once for all processes."""
+def _save(state_file, identity, rounds, kept, velocity, begun=None) -> None:
+    """Write the state of a run, once for all processes.
+
+    kept: the last good network. begun: the network of the round that begins, pruned. It is kept
+    because scores may be rounded otherwise when they are computed again, on a GPU or another
+    machine, and its fine-tuning continues from that network alone. velocity: that of `begun`, or
+    without it that of the last round.
+    """
     processes.wait()
     if processes.is_main():
+        networks = {"kept": kept} | ({"begun": begun} if begun else {})
         checkpoint.write(state_file, {
-            "config": identity, "rounds": rounds, "settings": kept.settings,
-            "kept": kept.state_dict(), "velocity": velocity,
+            "config": identity, "rounds": rounds, "velocity": velocity,
+            "networks": {n: (net.settings, net.state_dict()) for n, net in networks.items()},
         })  # fmt: skip
-        round_file.unlink()
     processes.wait()
 
 
-def _resume(state_file, round_file, identity: dict, model) -> tuple[list, MobileNetV2, dict | None]:
-    """Return the finished rounds, the last good network and the optimizer's velocity.
+def _resume(state_file, round_file, identity: dict, model) -> tuple:
+    """Return the finished rounds, the last good network, the velocity, and the network of a round
+    that had begun or None: see `_save`.
 
-    Without a state these are no rounds, `model` and None. Raises UserError for another run's state.
+    Without a state these are no rounds, `model`, None and None. Raises UserError for another run's
+    state.
     """
     if not state_file.is_file():
-        return [], model, None
+        return [], model, None, None
     state = checkpoint.read(state_file)
     engine.refuse_other_run(state_file, state["config"], identity)
+    if "networks" not in state:
+        raise UserError(f"{state_file} is of an earlier version: --no-resume discards it")
     if processes.is_main() and _round_of(round_file) < len(state["rounds"]):
         round_file.unlink(missing_ok=True)  # killed between writing a round and this
     processes.wait()
-    device = next(model.parameters()).device
-    model = MobileNetV2(state["settings"])
-    model.load_state_dict(state["kept"])
+    device, networks = next(model.parameters()).device, {}
+    for name, (settings, weights) in state["networks"].items():
+        network = MobileNetV2(settings)
+        network.load_state_dict(weights)
+        networks[name] = network.to(device, memory_format=torch.channels_last)
     engine.say(f"continuing {state_file} after round {len(state['rounds']) - 1}")
-    model = model.to(device, memory_format=torch.channels_last)
-    return state["rounds"], model, state["velocity"]
+    return state["rounds"], networks["kept"], state["velocity"], networks.get("begun")
 
 
 def _round_of(round_file) -> int:

@@ -235,6 +235,41 @@ def test_resumed_equals_uninterrupted(tiny, baseline, whole, tmp_path, monkeypat
     assert not list((folder / "checkpoints").glob("*.resume"))
 
 
+def test_an_interrupted_round_goes_on_from_the_network_that_it_pruned(
+    tiny, baseline, whole, tmp_path, monkeypatch
+):
+    """Scores that are computed again may be rounded otherwise, on another device for example."""
+    fit, keep_largest, fits, prunings = engine.fit, pruning.keep_largest, [], []
+
+    def interrupted(*args, **kwargs):
+        fits.append(0)
+        if len(fits) == 2:
+            raise KeyboardInterrupt
+        return fit(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "fit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, baseline, tmp_path)
+    monkeypatch.setattr(pruning, "keep_largest",
+                        lambda *args: prunings.append(args[1]) or keep_largest(*args))  # fmt: skip
+    resumed, _ = run(tiny, baseline, tmp_path)
+    assert prunings == [round((1 - pruning.cubic(0, 0.8, 3, 3)) * resumed.original_weights)]
+    assert all(torch.equal(whole[0].state[k], resumed.state[k]) for k in resumed.state)
+
+
+def test_a_state_of_an_earlier_version_is_refused(tiny, baseline, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "fit", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tiny, baseline, tmp_path)
+    file = tmp_path / "checkpoints/pruned.pth.resume"
+    state = checkpoint.read(file)
+    checkpoint.write(file, {k: v for k, v in state.items() if k != "networks"})
+    with pytest.raises(UserError, match="pruned.pth.resume is of an earlier version: --no-resume"):
+        run(tiny, baseline, tmp_path)
+
+
 def test_stops_at_the_floor_and_keeps_the_last_good_round(tiny, baseline, tmp_path, monkeypatch):
     scores = iter([30, 29, 29, 28, 29, 5, 5, 5])  # parent; then 2 epochs and the round, twice
 
@@ -275,7 +310,8 @@ def test_no_resume_discards_the_old_state_at_once(tiny, baseline, whole, tmp_pat
         patch.setattr(engine, "fit", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(tiny, baseline, tmp_path, "--no-resume", "--seed=1")
-    assert not state.exists()
+    kept = checkpoint.read(state)
+    assert kept["config"]["seed"] == 1 and len(kept["rounds"]) == 1
 
 
 def test_refusals(tiny, baseline, whole, tmp_path):
