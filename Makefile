@@ -160,4 +160,4 @@ help:  ## this list
 	@echo '  DATA=DIR (default: download)  WANDB=1  RUN=DIR (default .)  SPLIT=val|test  PYTHON=...'
 	@echo "  One file with spaces: IMAGES='a b.png'; several: IMAGES=\"'a b.png' c.png\"; FILES= alike."
 	@echo '  Paths are as seen from where make is called, also with make -f elsewhere/Makefile.'
-	@echo '  e.g.  make all DATA=$$HOME/cifar10 TRAIN_FLAGS="--epochs 60" PRUNE_FLAGS="--target 0.97"'
+	@echo '  e.g.  make all DATA=$$HOME/cifar10 TRAIN_FLAGS="--epochs 300" PRUNE_FLAGS="--target 0.97"'

@@ -1,4 +1,4 @@
-"""Prune by magnitude, round by round, with fine-tuning; stop while validation accuracy holds.
+"""Prune single weights, round by round, with fine-tuning; stop while validation accuracy holds.
 
     python prune.py --target 0.95
     python prune.py --score magnitude --schedule geometric --prune-fraction 0.2 --rounds 30 \\
@@ -8,7 +8,8 @@
 in:  checkpoints/baseline.pth
 out: checkpoints/pruned.pth (the last round within --max-drop of the parent), logs/prune.jsonl
      (one line per round), plots/prune.png, plots/sparsity.png; while it runs, pruned.pth.resume
-     (finished rounds) and pruned.pth.round.resume (finished epochs of a round) beside it
+     (finished rounds, the pruned network of the next) and pruned.pth.round.resume (finished epochs
+     of that round) beside it
 """
 
 import copy
@@ -25,7 +26,7 @@ from lib.compaction import compact, take
 from lib.config import UserError, flag
 from models.mobilenetv2 import MobileNetV2
 
-SAMPLE = 512  # images of the score obd
+SAMPLE = 512  # training images that the score obd is computed on
 
 
 @dataclasses.dataclass
@@ -70,6 +71,7 @@ class Settings(config.Common):
     amp: bool = flag(
         True, "bf16 autocast; fp16 with loss scaling if CUDA lacks bf16", heading="run and machine"
     )
+    cuda_graph: bool = flag(True, "on one GPU, record a training step and replay it: faster")
 
     def __post_init__(self):
         if not 0 < self.target < 1 or not 0 < self.prune_fraction < 1:
@@ -114,9 +116,9 @@ def main(argv=None):
     state_file = out.with_name(out.name + ".resume")
     round_file = out.with_name(out.name + ".round.resume")
     rounds, velocity = [], None  # a line per round (0: the parent); SGD's momentum
-    begun = None  # the network of an interrupted round, as it was pruned
+    pruned = None  # the network of an interrupted round, before its fine-tuning
     if cfg.resume:
-        rounds, model, velocity, begun = _resume(state_file, round_file, identity, model)
+        rounds, model, velocity, pruned = _resume(state_file, round_file, identity, model)
     else:
         processes.discard(state_file, round_file)
     if not rounds:
@@ -135,11 +137,14 @@ def main(argv=None):
             break
         recipe = _recipe(cfg, number)
         began = time.monotonic()
-        if begun:
-            model, begun = begun, None
+        if pruned:
+            model, pruned = pruned, None
         else:
             model, velocity = _prune(model, velocity, cfg, number, start, total, sample)
             _save(state_file, identity, rounds, kept, velocity, model)
+            if processes.world_and_rank()[0] > 1:  # the same network for all of them
+                state, networks = _read(state_file, device)
+                model, velocity = networks["pruned"], state["velocity"]
         try:
             history, _ = engine.fit(
                 model, images, recipe, augmentation(cfg.augment), cfg.seed + number, round_file,
@@ -149,7 +154,7 @@ def main(argv=None):
             )  # fmt: skip
         except engine.DivergedError as error:
             if number == 1:
-                processes.discard(state_file)
+                processes.discard(round_file, state_file)
                 raise
             engine.say(f"round {number}: {error}; the last good one stays")
             break
@@ -210,24 +215,23 @@ def _prune(model, velocity, cfg, number: int, start: float, total: int, sample) 
         sparsity = pruning.cubic(start, cfg.target, number, cfg.rounds)
     else:
         sparsity = pruning.geometric(start, cfg.prune_fraction, number)
-    pruning.keep_largest(model.eval(), round((1 - sparsity) * total), cfg.score, sample)
+    pruning.keep_largest(model, round((1 - sparsity) * total), cfg.score, sample)
     if cfg.compact:
         model, live = compact(model)
         velocity = velocity and {n: take(v, live[n]) for n, v in velocity.items()}
     return model, velocity
 
 
-def _save(state_file, identity, rounds, kept, velocity, begun=None) -> None:
+def _save(state_file, identity, rounds, kept, velocity, pruned=None) -> None:
     """Write the state of a run, once for all processes.
 
-    kept: the last good network. begun: the network of the round that begins, pruned. It is kept
-    because scores may be rounded otherwise when they are computed again, on a GPU or another
-    machine, and its fine-tuning continues from that network alone. velocity: that of `begun`, or
-    without it that of the last round.
+    kept: the last good network. pruned: that of the round that begins. It is kept because scores
+    may be rounded otherwise when they are computed again, on another machine or by another process.
+    velocity: that of `pruned`, or without it that of the last round.
     """
     processes.wait()
     if processes.is_main():
-        networks = {"kept": kept} | ({"begun": begun} if begun else {})
+        networks = {"kept": kept} | ({"pruned": pruned} if pruned else {})
         checkpoint.write(state_file, {
             "config": identity, "rounds": rounds, "velocity": velocity,
             "networks": {n: (net.settings, net.state_dict()) for n, net in networks.items()},
@@ -244,20 +248,25 @@ def _resume(state_file, round_file, identity: dict, model) -> tuple:
     """
     if not state_file.is_file():
         return [], model, None, None
-    state = checkpoint.read(state_file)
+    state, networks = _read(state_file, next(model.parameters()).device)
     engine.refuse_other_run(state_file, state["config"], identity)
-    if "networks" not in state:
-        raise UserError(f"{state_file} is of an earlier version: --no-resume discards it")
     if processes.is_main() and _round_of(round_file) < len(state["rounds"]):
         round_file.unlink(missing_ok=True)  # killed between writing a round and this
     processes.wait()
-    device, networks = next(model.parameters()).device, {}
+    engine.say(f"continuing {state_file} after round {len(state['rounds']) - 1}")
+    return state["rounds"], networks["kept"], state["velocity"], networks.get("pruned")
+
+
+def _read(state_file, device) -> tuple[dict, dict[str, MobileNetV2]]:
+    """Return the state that `_save` wrote, and its networks."""
+    state, networks = checkpoint.read(state_file), {}
+    if "networks" not in state:
+        raise UserError(f"{state_file} is of an earlier version: --no-resume discards it")
     for name, (settings, weights) in state["networks"].items():
         network = MobileNetV2(settings)
         network.load_state_dict(weights)
         networks[name] = network.to(device, memory_format=torch.channels_last)
-    engine.say(f"continuing {state_file} after round {len(state['rounds']) - 1}")
-    return state["rounds"], networks["kept"], state["velocity"], networks.get("begun")
+    return state, networks
 
 
 def _round_of(round_file) -> int:

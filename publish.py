@@ -1,4 +1,4 @@
-"""Publish a run: copy its compressed file and all its figures to release/.
+"""Publish a run: copy its compressed file, its dense network and all its figures to release/.
 
     python eval.py FILES --split val             first, on both splits: these files are listed
     python eval.py FILES --split test
@@ -24,11 +24,11 @@ from lib import checkpoint, config, metrics, runtime
 from lib.config import UserError, flag
 from lib.files import write_bytes, write_json
 
-FINAL, GRAPH = "compressed.nnz", "int8.onnx"
+FINAL, GRAPH, DENSE = "compressed.nnz", "int8.onnx", "baseline.pth"
 # What is published of a run's files, and under which names.
 PUBLISHED = {
     FINAL: checkpoint.RELEASE.name, GRAPH: f"{checkpoint.RELEASE.stem}.onnx",
-    "baseline.pth": "baseline.pth",
+    DENSE: DENSE,
 }  # fmt: skip
 CHARTS = ("train.png", "prune.png", "quantize.png", "sweep_heatmap.png", "report.png")
 ACCURACY = ("correct", "total", "accuracy", "interval", "arithmetic")
@@ -54,6 +54,9 @@ def main(argv=None):
     chain = ancestry(rows)
     if GRAPH in rows and rows[GRAPH]["parent"] not in {row["sha256"] for row in chain}:
         raise UserError(f"{files[GRAPH].file} is not the network of {final}")
+    dense = rows.get(DENSE)
+    if dense and dense["sha256"] not in {row["sha256"] for row in chain}:
+        raise UserError(f"{files[DENSE].file} is not in the chain of {final}")
     cells = sweep(cfg.path("logs/sweep.csv"), rows)
     logs = {file.stem: metrics.read_log(file) for stage in ("train", "prune", "quantize")
             for file in sorted(cfg.path("logs").glob(f"{stage}*.jsonl"))}  # fmt: skip

@@ -112,6 +112,7 @@ class Settings(config.Common):
     amp: bool = flag(
         True, "bf16 autocast; fp16 with loss scaling if CUDA lacks bf16", heading="run and machine"
     )
+    cuda_graph: bool = flag(True, "on one GPU, record a training step and replay it: faster")
     resume: bool = flag(True, "continue an interrupted qat if its state is there")
 
     def __post_init__(self):
@@ -198,12 +199,12 @@ def main(argv=None):
     if processes.is_main():
         figures, text = {}, f"{cfg.method} W{cfg.weight_bits}A{cfg.act_bits}"
         if validate:
-            figures, words = accuracy(before, after, images.val.labels.cpu())
+            figures, words = accuracy_figures(before, after, images.val.labels.cpu())
             text += words
         if cfg.priced:
             raw = budget.encode(model, scheme, parent, images.provenance(), cfg.seed)
-            more, words = size(cfg, model, len(raw), start, attempts)
-            figures, text = figures | more, text + words
+            sizes, words = size_figures(cfg, model, len(raw), start, attempts)
+            figures, text = figures | sizes, text + words
         saved = checkpoint.save(
             out, "quantized", model, cfg, parent, metrics=figures, data=images.provenance(),
             quantization=scheme,
@@ -216,8 +217,8 @@ def main(argv=None):
     processes.stop()
 
 
-def accuracy(before, after, labels) -> tuple[dict, str]:
-    """Return the figures of a network on the validation split, beside its parent's, and words.
+def accuracy_figures(before, after, labels) -> tuple[dict, str]:
+    """Return the figures of a network on the validation split, beside its parent's, and in words.
 
     before, after: Evaluations of the parent and of the network. labels: of the images, on the CPU.
     """
@@ -228,8 +229,10 @@ def accuracy(before, after, labels) -> tuple[dict, str]:
     )
 
 
-def size(cfg, model, nnz_bytes: int, start: budget.Attempt, attempts: list) -> tuple[dict, str]:
-    """Return the figures of a network whose bits have a price, and words.
+def size_figures(
+    cfg, model, nnz_bytes: int, start: budget.Attempt, attempts: list
+) -> tuple[dict, str]:
+    """Return the figures of a network whose bits have a price, and in words.
 
     nnz_bytes: of its file. start, attempts: see `post_training`.
     """

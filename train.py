@@ -1,6 +1,6 @@
 """Train MobileNetV2 on CIFAR-10, from scratch or from the weights of another MobileNetV2.
 
-    python train.py --data DIR                       200 epochs; recipes/report.sh: the report's
+    python train.py --data DIR                       200 epochs (the report's: recipes/report.sh)
     python train.py --init mobilenet_v2.pth          from torchvision's ImageNet weights
     torchrun --nproc-per-node 2 train.py --data DIR  data-parallel, with the same global batches
 
@@ -63,6 +63,7 @@ class Settings(config.Common):
     amp: bool = flag(
         True, "bf16 autocast; fp16 with loss scaling if CUDA lacks bf16", heading="run and machine"
     )
+    cuda_graph: bool = flag(True, "on one GPU, record a training step and replay it: faster")
 
     def __post_init__(self):
         if self.epochs < 1 or self.batch_size < 1:

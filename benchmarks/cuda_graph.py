@@ -43,7 +43,7 @@ class Training:
         self.split, self.warm_up, self.turns = split, warm_up, 0
         # In the first of two epochs, images have the side that they start with.
         self.recipe = engine.Recipe(2, BATCH, lr=0.01, schedule="constant", start_side=side)
-        model = MobileNetV2(standard()).to(split.images.device)
+        model = MobileNetV2(standard(dropout=0.0)).to(split.images.device)
         self.model = model.to(memory_format=torch.channels_last)
         self.optimizer = engine.build_optimizer(self.model, self.recipe)
 
@@ -51,7 +51,6 @@ class Training:
         """Train for a turn; return its seconds and its mean loss."""
         replay.WARM_UP = self.warm_up
         self.turns += 1
-        torch.manual_seed(self.turns)  # of dropout
         steps, start = len(self.split) // BATCH, time.perf_counter()
         totals = engine.train_epoch(
             self.model, self.split, self.recipe, autoaugment.augmentation("auto"), self.optimizer,

@@ -8,7 +8,8 @@ activation below 8 bits fake-quantized with learned scales (W4A4 by default), Ad
 held at zero, as in quantize.py --method qat. The forward pass of the fp32 teacher is part of both
 steps or of neither: both ratios are printed. Turns of the four alternate, after one of each to warm
 up, so that other load on the machine disturbs all alike; medians are printed. Without data the
-images are random.
+images are random. On a GPU, give it turns of 50 steps or more: each is recorded in its fourth step
+and then replayed (lib/replay.py).
 """
 
 import statistics

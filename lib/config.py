@@ -2,7 +2,7 @@
 
     @dataclass
     class Settings(config.Common):
-        lr: float = flag(0.07, "peak learning rate", heading="recipe")
+        lr: float = flag(0.1, "peak learning rate", heading="recipe")
 
     def main(argv=None):
         cfg = config.parse(Settings, __doc__, argv)
@@ -169,7 +169,9 @@ SIGNS_OF_A_GPU = [Path("/proc/driver/nvidia"), Path("/dev/nvidia0"), Path("/dev/
 # Where a stage runs, reads and writes, which does not change its result. (What it reads does: that
 # is compared by hash.)
 PARENTS = {"parent", "teacher", "init"}
-PLACES = {"data", "run_dir", "device", "wandb", "wandb_artifact", "out", "resume"} | PARENTS
+PLACES = PARENTS | {
+    "data", "run_dir", "device", "cuda_graph", "wandb", "wandb_artifact", "out", "resume"
+}
 
 
 def identity(cfg) -> dict:

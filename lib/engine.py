@@ -49,6 +49,7 @@ class Recipe:
     distill: float = 0.0  # weight of the teacher's soft labels against the true ones
     temperature: float = 2.0  # of the soft labels
     amp: bool = True  # mixed precision
+    cuda_graph: bool = True  # on one GPU, record a step and replay it: see lib.replay
 
     @classmethod
     def of(cls, cfg, **fixed) -> "Recipe":
@@ -63,7 +64,7 @@ class Recipe:
         """
         total, warm = self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch
         if step < warm:
-            return self.lr * (step + 1) / warm
+            return self.lr * min(1, (step + 1) / warm)
         progress = (step - warm) / max(1, total - warm)
         if self.schedule == "cosine":
             return self.lr * (1 + math.cos(math.pi * progress)) / 2
@@ -387,15 +388,15 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
 
     forward: the model, or DistributedDataParallel around it. average: the model of averaged
     weights, or None. steps: batches in the epoch. The rest is as in `fit`.
-    No step waits for the device: the totals stay on it, and the caller reads them once. On one GPU
-    a step is a CUDA graph (lib/replay.py); the images of an epoch have one size.
+    No step waits for the device but the one that is recorded (lib/replay.py): the totals stay on
+    it, and the caller reads them once. The images of an epoch have one size.
     """
     world, rank = processes.world_and_rank()
     device = split.images.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     forward.train()
     groups = optimizer.param_groups
-    rates = _rates(groups, recipe, epoch * steps, steps)
+    learning_rates = _learning_rates(groups, recipe, epoch * steps, steps)
     batches = data.batches(
         split, recipe.batch_size, augment, seed, epoch, rank, world, recipe.flip == "alternate"
     )
@@ -403,10 +404,10 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
     # The plain model lies in DistributedDataParallel's `module`.
     averaged = average and float_tensors(average, getattr(forward, "module", forward))
 
-    def step(x: Tensor, labels: Tensor, rates) -> None:
+    def step(x: Tensor, labels: Tensor, group_rates) -> None:
         if side < SIDE:
             x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
-        _set(groups, lr=rates)
+        _set_options(groups, lr=group_rates)
         with _autocast(device, recipe.amp):
             logits = forward(x)
             with torch.no_grad():
@@ -422,24 +423,26 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
             totals[0] += loss.detach() * len(labels)
             totals[1] += (logits.argmax(1) == labels).sum()
 
-    do, last = step, rates[-1]
-    recorded = device.type == "cuda" and world == 1
+    run_step, last = step, learning_rates[-1]
+    recorded = recipe.cuda_graph and device.type == "cuda" and world == 1
     if recorded:
-        do, rates = replay.Replayed(step, say), data.move(torch.tensor(rates), device)
-        _set(groups, capturable=[True] * len(groups))
+        run_step = replay.Replayed(step)
+        learning_rates = data.move(torch.tensor(learning_rates), device)
+        _set_options(groups, capturable=[True] * len(groups))
     shown = tqdm(batches, total=steps, desc=note, leave=False, disable=_quiet() or rank > 0)
-    for i, ((x, labels), rate) in enumerate(zip(shown, rates, strict=True), epoch * steps):
-        do(x, labels, rate)
+    numbered = enumerate(zip(shown, learning_rates, strict=True), epoch * steps)
+    for i, ((x, labels), group_rates) in numbered:
+        run_step(x, labels, group_rates)
         if average:
             # A small decay at first (as in TensorFlow's ExponentialMovingAverage), so that the
             # random start is forgotten.
             torch._foreach_lerp_(*averaged, 1 - min(recipe.ema, (1 + i) / (10 + i)))
     if recorded:  # numbers again: the state that is saved can be continued on any device
-        _set(groups, lr=last, capturable=[False] * len(groups))
+        _set_options(groups, lr=last, capturable=[False] * len(groups))
     return totals
 
 
-def _set(groups: list[dict], **options) -> None:
+def _set_options(groups: list[dict], **options) -> None:
     """Set options of an optimizer's parameter groups; each value has an item per group. Options
     that the optimizer does not know are left out (`capturable` is Adam's)."""
     for name, values in options.items():
@@ -448,7 +451,9 @@ def _set(groups: list[dict], **options) -> None:
                 group[name] = value
 
 
-def _rates(groups: list[dict], recipe: Recipe, first: int, steps: int) -> list[list[float]]:
+def _learning_rates(
+    groups: list[dict], recipe: Recipe, first: int, steps: int
+) -> list[list[float]]:
     """Return the learning rate of each parameter group in each step of an epoch.
 
     first: number of the epoch's first step. The rates are float32, as fused optimizers take them

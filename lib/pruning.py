@@ -1,4 +1,4 @@
-"""Unstructured magnitude pruning: choose the weights to remove, and hold them at zero."""
+"""Unstructured pruning: choose the weights to remove, and hold them at zero."""
 
 import torch
 from torch import Tensor, nn
@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from lib import ptq, quantizers, rate
 from lib.metrics import weight_layers
 
-STEPS = 6  # in which the score obd goes to its number of weights
-MAGNITUDE_BITS = 2.0  # of a weight of about 4 bits, beside the flag and the sign
+STEPS = 6  # obd removes weights in so many steps, and computes the prices anew before each
+MAGNITUDE_BITS = 2.0  # of the magnitude of a weight of 4 bits; flag and sign have their own
 
 
 @torch.no_grad()
@@ -58,9 +58,9 @@ def _keep(weights: list[Tensor], scores: list[Tensor], keep: int) -> None:
 
 
 def _bits(weight: Tensor) -> Tensor:
-    """Return the bits that a weight takes more than a zero, at each place of a layer.
+    """Return how many more bits a weight takes than a zero, at each place of a layer, at least 1.
 
-    They depend on which weights there are: prices are updated STEPS times on the way.
+    They depend on which other weights there are.
     """
     zero, nonzero, _ = rate.prices((weight != 0).flatten(1).float(), 1)
     return (nonzero - zero + MAGNITUDE_BITS).clamp(min=1).view_as(weight)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lib.config import UserError, reason
+
 # Steps before the recording: in these, libraries choose and load their kernels.
 WARM_UP = 3
 
@@ -19,25 +21,29 @@ class Replayed:
     step: a function of tensors on the GPU that returns nothing. Its results stay in tensors that
         exist already, such as weights. A replay repeats the kernels alone: numbers of the host that
         change from step to step must be given as tensors, and nothing may wait for the GPU.
-    say: called with a line for people if the step cannot be recorded; it then runs as it is.
     """
 
-    def __init__(self, step: Callable[..., None], say: Callable[[str], None]):
-        self.step, self.say = step, say
+    def __init__(self, step: Callable[..., None]):
+        self.step = step
         self.calls, self.inputs, self.replay = 0, (), None
 
     def __call__(self, *inputs: Tensor) -> None:
-        """Do the step. inputs: tensors of the same shapes and strides in every call."""
-        if self.calls == WARM_UP:
+        """Do the step. inputs: tensors of the same shapes and strides in every call.
+
+        Raises UserError if the step cannot be recorded.
+        """
+        self.calls += 1
+        if self.calls <= WARM_UP:
+            self.step(*inputs)
+            return
+        if self.replay is None:
             self.inputs = [x.clone() for x in inputs]
             try:
                 self.replay = record(self.step, self.inputs)
             except RuntimeError as error:
-                self.say(f"no CUDA graph, so steps take longer: {error}")
-        self.calls += 1
-        if self.replay is None:
-            self.step(*inputs)
-            return
+                raise UserError(
+                    f"the step cannot be recorded ({reason(error)}): give --no-cuda-graph"
+                ) from error
         for kept, given in zip(self.inputs, inputs, strict=True):
             kept.copy_(given)
         self.replay()

@@ -24,7 +24,7 @@ run() {
 }
 
 run "$C/baseline.pth" train.py --epochs 50 --downsample 8 --dropout 0 --lr 0.1 --schedule linear \
-  --warmup-epochs 2 --no-decay-norm --label-smoothing 0 --augment cutout --start-side 16
+  --warmup-epochs 2 --weight-decay 5e-4 --augment cutout
 run "$C/pruned95.pth" prune.py --rounds 5 --target 0.95 --epochs 1 --last-epochs 30 \
   --max-drop 10 --weight-decay 2e-4 --label-smoothing 0 --out "$C/pruned95.pth"
 run "$C/pruned.pth" prune.py --parent "$C/pruned95.pth" --teacher "$C/baseline.pth" --rounds 1 \

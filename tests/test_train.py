@@ -158,6 +158,8 @@ def test_learning_rate_reaches_its_peak_and_zero():
     assert max(rates) == 1.0 and rates.index(1.0) == 9
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert recipe.learning_rate(40, 10) == 0
+    short = engine.Recipe(epochs=1, lr=1.0, warmup_epochs=0.25)  # 2.25 of 9 steps
+    assert max(short.learning_rate(step, 9) for step in range(9)) == 1.0
     cosine = engine.Recipe(epochs=4, lr=1.0)
     assert cosine.learning_rate(20, 10) == pytest.approx(0.5)
 
