@@ -2,6 +2,9 @@
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from lib.config import UserError
 from lib.metrics import weight_layers
 from models.mobilenetv2 import MobileNetV2, standard
 
+ROOT = Path(__file__).parent.parent
 FLAGS = ["--epochs=2", "--batch-size=32", "--max-drop=100", "--rounds=3", "--target=0.8"]
 
 
@@ -256,6 +260,35 @@ def test_an_interrupted_round_goes_on_from_the_network_that_it_pruned(
     resumed, _ = run(tiny, baseline, tmp_path)
     assert prunings == [round((1 - pruning.cubic(0, 0.8, 3, 3)) * resumed.original_weights)]
     assert all(torch.equal(whole[0].state[k], resumed.state[k]) for k in resumed.state)
+
+
+def test_two_processes_fine_tune_one_network(tiny, baseline, tmp_path):
+    """Each process computes the scores of obd, perhaps rounded otherwise: the first one's count."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist
+import prune
+from lib import pruning
+errors = pruning._errors
+def disturbed(*args):
+    factor = 1 + dist.get_rank()  # the second process would choose other weights
+    return {{n: e ** factor for n, e in errors(*args).items()}}
+pruning._errors = disturbed
+prune.main(sys.argv[1:])
+"""
+    script = tmp_path / "disturbed.py"
+    script.write_text(code)
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+         "--rdzv-endpoint=localhost:0", script, "--score=obd", "--rounds=2", "--epochs=1",
+         "--batch-size=32", "--target=0.8", "--max-drop=100", "--device=cpu", f"--data={tiny}",
+         f"--parent={baseline}", f"--run-dir={tmp_path}"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    lines = [json.loads(x) for x in (tmp_path / "logs/prune.jsonl").read_text().splitlines()]
+    assert [x["round"] for x in lines] == [0, 1, 2] and lines[-1]["sparsity"] >= 0.8
 
 
 def test_a_state_of_an_earlier_version_is_refused(tiny, baseline, tmp_path, monkeypatch):
