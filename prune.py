@@ -129,7 +129,8 @@ def main(argv=None):
         engine.say(f"parent: {_describe(rounds[0])}")
     kept = copy.deepcopy(model)  # the last good network
     floor = rounds[0]["val_accuracy"] - cfg.max_drop / 100
-    sample = ptq.calibration_images(images.train, SAMPLE, cfg.seed)
+    needs_images = cfg.score == "obd"
+    sample = ptq.calibration_images(images.train, SAMPLE, cfg.seed) if needs_images else None
     log.begin(rounds)
 
     for number in range(len(rounds), cfg.rounds + 1):
@@ -208,7 +209,7 @@ def _prune(model, velocity, cfg, number: int, start: float, total: int, sample) 
 
     velocity: the optimizer's momentum by parameter name, or None. start: the parent's sparsity.
     total: weights of the network that the chain began with, of which sparsity is a share.
-    sample: normalized training images, for the score obd.
+    sample: normalized training images, for the score obd; else None.
     Returns the model and the velocity, whose buffers shrink with their weights.
     """
     if cfg.schedule == "cubic":

@@ -52,10 +52,10 @@ def main(argv=None):
     if FINAL not in files or not final.is_file() or not files[FINAL].file.samefile(final):
         raise UserError(f"{final} is not among the evaluated files")
     chain = ancestry(rows)
-    if GRAPH in rows and rows[GRAPH]["parent"] not in {row["sha256"] for row in chain}:
+    hashes = {row["sha256"] for row in chain}
+    if GRAPH in rows and rows[GRAPH]["parent"] not in hashes:
         raise UserError(f"{files[GRAPH].file} is not the network of {final}")
-    dense = rows.get(DENSE)
-    if dense and dense["sha256"] not in {row["sha256"] for row in chain}:
+    if DENSE in rows and rows[DENSE]["sha256"] not in hashes:
         raise UserError(f"{files[DENSE].file} is not in the chain of {final}")
     cells = sweep(cfg.path("logs/sweep.csv"), rows)
     logs = {file.stem: metrics.read_log(file) for stage in ("train", "prune", "quantize")
