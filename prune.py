@@ -15,7 +15,6 @@ out: checkpoints/pruned.pth (the last round within --max-drop of the parent), lo
 import copy
 import dataclasses
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -84,6 +83,8 @@ class Settings(config.Common):
             raise ValueError("--lr must be over 0, --weight-decay at least 0")
         if not 0 <= self.label_smoothing <= 1 or not 0 <= self.distill <= 1:
             raise ValueError("--label-smoothing and --distill must be in [0, 1]")
+        if self.teacher and not self.distill:
+            raise ValueError("--teacher needs a --distill over 0")
         if not self.temperature > 0:
             raise ValueError("--temperature must be over 0")
 
@@ -101,7 +102,7 @@ def main(argv=None):
     out = cfg.path(cfg.out, "checkpoints/pruned.pth")
     model = parent.build(device)
     parent_layers = metrics.layer_counts(model)  # for the chart
-    teacher_file = _teacher_file(cfg, parent, images)
+    teacher_file = parent.teacher(cfg.teacher, cfg.assume_downsample, images.classes)
     teacher = teacher_file.build(device)
     total = parent.original_weights  # what sparsity is a share of
     start = sparsity_of(model, total)
@@ -186,16 +187,6 @@ def main(argv=None):
         for file in (round_file, state_file):  # last: until here, the run could be continued
             file.unlink(missing_ok=True)
     processes.stop()
-
-
-def _teacher_file(cfg, parent, images) -> checkpoint.Checkpoint:
-    """Return the network whose soft labels fine-tuning learns from: --teacher's, or the parent."""
-    source = parent
-    if cfg.teacher:
-        source = checkpoint.load(Path(cfg.teacher), cfg.assume_downsample)
-        source.refuse_quantized("give an fp32 network as --teacher")
-    source.check_classes(images.classes)
-    return source
 
 
 def _recipe(cfg, number: int) -> engine.Recipe:

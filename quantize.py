@@ -14,9 +14,10 @@ out: checkpoints/quantized.pth: batch norm folded, weights on their grid, static
      (--max-drop, --max-bytes); during training, quantized.pth.resume beside it
 
 ptq: equalization, layer reconstruction, bias correction, calibration by mean squared error
-(lib/ptq.py). qat: scales are learned from there on, pruned weights stay zero, the fp32 parent is
-the teacher (lib/qat.py). reference: one scale per tensor, weights static, activations dynamic (the
-largest magnitude of each batch of 128), simulated in fp32.
+(lib/ptq.py). qat: scales are learned from there on, and pruned weights stay zero; the fp32 parent
+is the teacher, unless --teacher names a better network (lib/qat.py). reference: one scale per
+tensor, weights static, activations dynamic (the largest magnitude of each batch of 128), simulated
+in fp32.
 
 --rd-lambda, --max-bytes and --max-drop make the file small: levels and scales are chosen by what
 they cost in the coder of sparse_compress.py. --weight-bits is then the most that a layer may have;
@@ -105,7 +106,10 @@ class Settings(config.Common):
     lr: float = flag(1e-4, "peak learning rate of qat (Adam), linear to zero")
     batch_size: int = flag(128, "images per step, over all processes")
     weight_decay: float = flag(0.0, "L2 penalty of qat")
-    distill: float = flag(0.5, "weight of the fp32 parent's soft labels in qat; 0: none")
+    distill: float = flag(
+        0.5, "weight of the teacher's soft labels against the true ones; 0: none"
+    )
+    teacher: str | None = flag(None, "fp32 network that qat learns from; default: the parent")
     temperature: float = flag(2.0, "temperature of the soft labels")
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
     augment: str = flag("light", "see train.py", choices=("none", "light", "cutout", "auto"))
@@ -145,6 +149,8 @@ class Settings(config.Common):
             raise ValueError("--epochs and --batch-size must be at least 1")
         if not 0 <= self.distill <= 1 or not 0 <= self.ema < 1:
             raise ValueError("--distill must be in [0, 1], --ema in [0, 1)")
+        if self.teacher and (self.method != "qat" or not self.distill):
+            raise ValueError("--teacher is for --method qat with a --distill over 0")
         if not self.temperature > 0 or not self.lr > 0 or self.weight_decay < 0:
             raise ValueError("--lr and --temperature must be over 0, --weight-decay at least 0")
 
@@ -177,6 +183,7 @@ def main(argv=None):
         images = parent.images(cfg.data, cfg.val_size, device)
     if cfg.max_drop is not None or (cfg.has_budget and cfg.method == "qat"):
         images.split("val")  # it decides
+    teacher_file = parent.teacher(cfg.teacher, cfg.assume_downsample, images.classes)
     engine.say_device(device)
     validate = len(images.val) > 0
     before = engine.evaluate(model, images.val) if validate else None
@@ -192,7 +199,8 @@ def main(argv=None):
     if cfg.method == "qat":
         if validate:
             engine.say(f"ptq: val {start.result}")
-        model = train(cfg, start, spare, fp32, scheme, images, before, out, parent)
+        teacher = teacher_file.build(device) if cfg.teacher else fp32
+        model = train(cfg, start, spare, teacher, scheme, images, before, out, parent, teacher_file)
     if validate and cfg.method != "ptq":
         after = engine.evaluate(model, images.val)
 
@@ -332,9 +340,10 @@ def scheme_of(cfg, model) -> dict:
     return ptq.make_scheme(cfg.weight_bits, cfg.act_bits, **others)
 
 
-def train(cfg, start, spare, teacher, scheme, images, before, out, parent):
+def train(cfg, start, spare, teacher, scheme, images, before, out, parent, teacher_file):
     """Return the quantized network, trained; leave the state of the training beside `out`.
 
+    teacher: the network that `teacher_file` describes; if that is the parent, compacted.
     start, spare: see `post_training`. If bits have a price, epochs are compared by what is asked
     for, as files; see lib.budget.Budget.score.
     """
@@ -354,7 +363,8 @@ def train(cfg, start, spare, teacher, scheme, images, before, out, parent):
         return result, {"bytes": size}, asked.score(size, result, loss_per_bit)
 
     identity = config.identity(cfg) | {
-        "scheme": scheme, "parent": parent.sha256, "data": images.provenance()
+        "scheme": scheme, "parent": parent.sha256, "teacher": teacher_file.sha256,
+        "data": images.provenance(),
     }  # fmt: skip
     log = metrics.Log(cfg.path(None, "logs/quantize.jsonl"), identity, cfg.wandb)
     # Adam: without batch norm, rows of all magnitudes share one learning rate, and SGD diverges.

@@ -128,6 +128,19 @@ class Checkpoint:
         self.check_classes(images.classes)
         return images
 
+    def teacher(self, file: str | None, downsample: int | None, names: tuple[str, ...]):
+        """Return the Checkpoint whose soft labels this one's child learns from.
+
+        file, downsample: --teacher and --assume-downsample; without a file it is this one.
+        names: of the images' classes. Raises UserError if it is quantized or has other classes.
+        """
+        source = self
+        if file:
+            source = load(file, downsample)
+            source.refuse_quantized("give an fp32 network as --teacher")
+        source.check_classes(names)
+        return source
+
     def check_classes(self, names: tuple[str, ...]) -> None:
         """Raise UserError if the network has not as many classes as there are names, or others than
         these, for sets whose names are all that tells them apart."""

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import quantize
+import train
 from lib import checkpoint, pruning, ptq, qat, quantizers
+from lib.config import UserError
 from lib.metrics import Log, weight_layers
 from lib.nnz import coder
 from lib.quantizers import Quantizer, per_row
@@ -216,6 +218,24 @@ def test_stage_trains_and_saves_a_network_on_its_grid(whole, parent):
     folder = saved.file.parent.parent
     assert (folder / "plots/quantize.png").is_file()
     assert [p.name for p in saved.file.parent.iterdir()] == ["quantized.pth"]
+
+
+def test_another_network_may_be_the_teacher(tiny, parent, whole, tmp_path):
+    start = checkpoint.load(parent)
+    other = start.build()
+    with torch.no_grad():
+        other.classifier[1].weight.neg_()  # it teaches something else
+    file = tmp_path / "other.pth"
+    checkpoint.save(file, "pruned", other, train.Settings(), None, metrics={}, data=start.data)
+    taught, lines = run(tiny, parent, tmp_path, f"--teacher={file}")
+    assert "--teacher other.pth" in taught.command
+    assert [a["sha256"] for a in taught.ancestors][-1] == start.sha256  # not the teacher's
+    assert lines[1]["train_loss"] > whole[1][1]["train_loss"]
+    for flags in (["--distill=0"], ["--method=ptq"]):
+        with pytest.raises(SystemExit):
+            run(tiny, parent, tmp_path / "bad", f"--teacher={file}", *flags)
+    with pytest.raises(UserError, match="quantized.pth is quantized: give an fp32 network"):
+        run(tiny, parent, tmp_path / "bad", f"--teacher={whole[0].file}")
 
 
 @pytest.mark.parametrize("dies_in", ["the second epoch", "the end"])
