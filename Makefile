@@ -3,6 +3,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := help
 
 DATA ?=
 WANDB ?=
@@ -156,7 +157,8 @@ help:  ## this list
 	@awk -F':.*## *' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' \
 		$(HERE)Makefile
 	@echo
-	@echo '  A file that exists is not made again, even with other flags: delete it first, or make -B.'
+	@echo '  A target first runs every earlier stage whose file is missing: make -n TARGET shows which.'
+	@echo '  A file that exists is not made again, even with other flags: delete it to make it again.'
 	@echo '  DATA=DIR (default: download)  WANDB=1  RUN=DIR (default .)  SPLIT=val|test  PYTHON=...'
 	@echo "  One file with spaces: IMAGES='a b.png'; several: IMAGES=\"'a b.png' c.png\"; FILES= alike."
 	@echo '  Paths are as seen from where make is called, also with make -f elsewhere/Makefile.'

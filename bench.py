@@ -50,7 +50,7 @@ COMPACTED = "compacted fp32, onnxruntime"  # what ratios refer to, beside the fi
 
 
 @dataclasses.dataclass
-class Settings(config.Common):
+class Settings(config.AfterTraining):
     dense: str | None = flag(None, "dense fp32 network; default: checkpoints/baseline.pth")
     pruned: str | None = flag(None, "pruned fp32 network; default: checkpoints/pruned.pth")
     int8: str | None = flag(None, "ours; default: checkpoints/int8.onnx")

@@ -23,7 +23,7 @@ from lib.config import UserError, flag
 
 
 @dataclasses.dataclass
-class Settings(config.Common):
+class Settings(config.AfterTraining):
     files: list[str] = config.files("files to evaluate")
     split: str = flag(
         "test", "images to evaluate on", choices=("val", "test", "train"), heading="evaluation"

@@ -29,7 +29,7 @@ SAMPLE = 512  # training images that the score obd is computed on
 
 
 @dataclasses.dataclass
-class Settings(config.Common):
+class Settings(config.AfterTraining):
     parent: str | None = flag(
         None, "network to prune; default: checkpoints/baseline.pth", heading="files and data"
     )
@@ -41,9 +41,9 @@ class Settings(config.Common):
         choices=("cubic", "geometric"),
     )  # fmt: skip
     score: str = flag(
-        "lamp", "which weights stay: the largest (magnitude, the report's); those of the largest "
-        "LAMP score, which never removes a whole layer; or those without which the logits would "
-        "change most, per bit in the file (obd)", choices=("lamp", "magnitude", "obd"),
+        "lamp", "which weights go: the smallest (magnitude, the report's); those of the smallest "
+        "LAMP score, which never removes a whole layer; or those without which the logits change "
+        "least per bit that is saved in the file (obd)", choices=("lamp", "magnitude", "obd"),
     )  # fmt: skip
     target: float = flag(0.95, "sparsity after the last round (cubic)")
     prune_fraction: float = flag(
@@ -59,7 +59,7 @@ class Settings(config.Common):
         choices=("linear", "cosine", "constant"),
     )  # fmt: skip
     batch_size: int = flag(128, "images per step, over all processes")
-    weight_decay: float = flag(5e-4, "L2 penalty")
+    weight_decay: float = flag(5e-4, "L2 penalty, on batch norms and biases too")
     label_smoothing: float = flag(0.1, "share of each label spread over all classes")
     distill: float = flag(0.5, "weight of the teacher's soft labels against the true ones; 0: none")
     teacher: str | None = flag(
@@ -207,7 +207,7 @@ def _prune(model, velocity, cfg, number: int, start: float, total: int, sample) 
         sparsity = pruning.cubic(start, cfg.target, number, cfg.rounds)
     else:
         sparsity = pruning.geometric(start, cfg.prune_fraction, number)
-    pruning.keep_largest(model, round((1 - sparsity) * total), cfg.score, sample)
+    pruning.keep_best(model, round((1 - sparsity) * total), cfg.score, sample)
     if cfg.compact:
         model, live = compact(model)
         velocity = velocity and {n: take(v, live[n]) for n, v in velocity.items()}

@@ -9,20 +9,22 @@
     python quantize.py --method reference                      the reference report's quantizer
 
 in:  checkpoints/pruned.pth, or any fp32 network (dead channels are removed first, exactly)
-out: checkpoints/quantized.pth: batch norm folded, weights on their grid, static activation scales;
+out: checkpoints/quantized.pth: batch norm folded, weights on their grid, static activation scales
+     (reference: batch norm as it was, dynamic activation scales);
      logs/quantize.jsonl (qat: one line per epoch), plots/quantize.png (qat), plots/budget.png
      (--max-drop, --max-bytes); during training, quantized.pth.resume beside it
 
 ptq: equalization, layer reconstruction, bias correction, calibration by mean squared error
-(lib/ptq.py). qat: scales are learned from there on, and pruned weights stay zero; the fp32 parent
-is the teacher, unless --teacher names a better network (lib/qat.py). reference: one scale per
-tensor, weights static, activations dynamic (the largest magnitude of each batch of 128), simulated
-in fp32.
+(lib/ptq.py). qat: from there on, weights and their scales are trained, and below 8 bits the scales
+of activations too; pruned weights stay zero; the fp32 parent is the teacher, unless --teacher names
+a better network (lib/qat.py). reference: one scale per tensor, weights static, activations dynamic
+(the largest magnitude of each batch of 128), simulated in fp32.
 
---rd-lambda, --max-bytes and --max-drop make the file small: levels and scales are chosen by what
-they cost in the coder of sparse_compress.py. --weight-bits is then the most that a layer may have;
-how many it takes follows from the price. The budgets search for the price by ptq, at which bytes
-are those of the file and accuracy that of the validation split.
+With --rd-lambda X, a bit has a price: levels and scales are chosen by their error and by the bits
+that they take in the coder of sparse_compress.py. --weight-bits is then the most that a layer may
+have; how many it takes follows from the price. --max-bytes and --max-drop search for the X: of each
+network that they try by ptq, they measure the bytes of the .nnz and the accuracy on the validation
+split.
 
 --layer-bits takes NAME=BITS, separated by commas; a NAME is a layer, or `first` (the stem), `last`
 (the classifier and its input), or `last_act` (only the classifier's input). An item without `=` is
@@ -60,7 +62,7 @@ DROP_BEFORE_QAT = 2.0
 
 
 @dataclasses.dataclass
-class Settings(config.Common):
+class Settings(config.AfterTraining):
     parent: str | None = flag(
         None, "fp32 network; default: checkpoints/pruned.pth", heading="files and data"
     )
@@ -81,11 +83,11 @@ class Settings(config.Common):
     )  # fmt: skip
     scale_bits: int | None = flag(
         None, "mantissa bits of the weight scales; 23: float32; default: 3; 2 if bits have a "
-        "price; 5 with one scale per tensor"
+        "price (--rd-lambda, --max-bytes, --max-drop); 5 with one scale per tensor"
     )  # fmt: skip
     bias_bits: int | None = flag(
-        None, "biases are multiples of a power of two, about 2^-N of the scale of the layer's "
-        "output; 32: float32; default: 2; 1 if bits have a price"
+        None, "biases are rounded to multiples of a power of two, about 2^-N times the scale of "
+        "the layer's output; 32: float32; default: 2; 1 if bits have a price"
     )  # fmt: skip
     rd_lambda: float = flag(
         0.0, "rate-distortion: the squared error of an image's logits that saving 1,000 bytes of "
@@ -103,9 +105,11 @@ class Settings(config.Common):
         1024, "training images for ptq, used without their labels", heading="ptq"
     )
     epochs: int = flag(3, "epochs of qat", heading="qat")
-    lr: float = flag(1e-4, "peak learning rate of qat (Adam), linear to zero")
+    lr: float = flag(
+        1e-4, "peak learning rate of qat (AdamW): 0.2 epochs of warm-up, then linear to zero"
+    )
     batch_size: int = flag(128, "images per step, over all processes")
-    weight_decay: float = flag(0.0, "L2 penalty of qat")
+    weight_decay: float = flag(0.0, "decoupled weight decay of qat (AdamW)")
     distill: float = flag(
         0.5, "weight of the teacher's soft labels against the true ones; 0: none"
     )

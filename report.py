@@ -21,7 +21,7 @@ from lib.files import sha256_of
 
 
 @dataclasses.dataclass
-class Settings(config.Common):
+class Settings(config.AfterTraining):
     split: str = flag(
         "test", "images to evaluate on", choices=("val", "test", "train"), heading="evaluation"
     )

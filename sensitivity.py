@@ -27,7 +27,7 @@ COLUMNS = ("layer", "weight_bits", "weights", "nonzeros", "split", "correct", "t
 
 
 @dataclasses.dataclass
-class Settings(config.Common):
+class Settings(config.AfterTraining):
     parent: str | None = flag(
         None, "fp32 network; default: checkpoints/pruned.pth", heading="files and data"
     )

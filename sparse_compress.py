@@ -19,7 +19,7 @@ from lib.files import sha256_of, write_bytes
 
 
 @dataclasses.dataclass
-class Settings(config.Common):
+class Settings(config.AfterTraining):
     parent: str | None = flag(
         None, "network to compress; default: checkpoints/int8.pth", heading="files and data"
     )

@@ -48,7 +48,7 @@ COLUMNS = (
 
 
 @dataclasses.dataclass
-class Settings(config.Common):
+class Settings(config.AfterTraining):
     parent: str | None = flag(None, "fp32 network; default: checkpoints/pruned.pth")
     out: str | None = flag(None, "CSV; default: logs/sweep.csv")
     method: str = flag("ptq", "as in quantize.py", choices=("ptq", "reference"))

@@ -26,7 +26,7 @@ from lib.config import UserError, flag
 
 
 @dataclasses.dataclass
-class Settings(config.Common):
+class Settings(config.AfterTraining):
     parent: str | None = flag(None, "quantized network; default: checkpoints/quantized.pth")
     out: str | None = flag(None, "output file; default: checkpoints/int8.pth")
     target: str = flag("any", "processors that the .onnx is for", choices=graph.TARGETS)

@@ -1,9 +1,9 @@
 """Find the price of a bit that a budget asks for: a largest file, or a largest loss of accuracy.
 
-    found, attempts = search(attempt, Budget(max_bytes=64_000))
+    best, attempts = search(attempt, Budget(max_bytes=64_000))
 
-A higher price makes a smaller file that is less accurate. So of the prices that meet a budget of
-bytes the lowest is wanted, and of those that meet one of accuracy the highest.
+A higher price makes a smaller file that is less accurate. So a budget of bytes wants the lowest
+price whose file fits, and a budget of accuracy the highest price whose file is accurate enough.
 """
 
 import dataclasses

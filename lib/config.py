@@ -63,7 +63,7 @@ def files(help: str):
 
 @dataclasses.dataclass
 class Common:
-    """The settings of every stage."""
+    """The settings of all stages."""
 
     data: str | None = flag(
         None, "file or folder: cifar10.npz, cifar-10-batches-py, its .tar.gz, parquet files, "
@@ -74,11 +74,6 @@ class Common:
         None, "validation images held out of training; default: the parent's, else a tenth"
     )
     run_dir: str = flag(".", "folder that holds checkpoints/, logs/ and plots/")
-    assume_downsample: int | None = flag(
-        None, "strides of a plain state dict, which does not say them: 32x32 down to 8x8 (4), "
-        "4x4 (8), 2x2 (16) or 1x1 (32, torchvision's own); default: 4, and a line says so",
-        choices=(4, 8, 16, 32),
-    )  # fmt: skip
     seed: int = flag(
         47, "of weights, order and augmentation (47 is the report's)", heading="run and machine"
     )
@@ -88,6 +83,17 @@ class Common:
     def path(self, given: str | None, default: str) -> Path:
         """Return the file that a flag names, or else its default place in the run's folder."""
         return Path(given) if given else Path(self.run_dir) / default
+
+
+@dataclasses.dataclass
+class AfterTraining(Common):
+    """The settings of the stages that read a network from a file."""
+
+    assume_downsample: int | None = flag(
+        None, "strides of a plain state dict, which does not say them: 32x32 down to 8x8 (4), "
+        "4x4 (8), 2x2 (16) or 1x1 (32, torchvision's own); default: 4, and a line says so",
+        choices=(4, 8, 16, 32), heading="files and data",
+    )  # fmt: skip
 
 
 def parse(settings, doc: str, argv: list[str] | None = None):
@@ -111,9 +117,9 @@ def parse(settings, doc: str, argv: list[str] | None = None):
 
 
 def _with_headings(settings) -> list[tuple[dataclasses.Field, str | None]]:
-    """Return the fields of a stage with their headings: its own first, then those of Common."""
+    """Return the fields of a stage with their headings: its own first, then the shared ones."""
     shared, heading = {}, None
-    for field in dataclasses.fields(Common):
+    for field in dataclasses.fields(AfterTraining):
         heading = shared[field.name] = field.metadata["heading"] or heading
     first, last, heading = [], [], None
     for field in dataclasses.fields(settings):

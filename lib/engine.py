@@ -172,6 +172,8 @@ def fit(
         and Dean 2015).
     after_step: called after each optimizer step; to hold masks, for example.
     penalty: a function whose result is added to the loss at each step; logged losses are without.
+        With a CUDA graph (lib/replay.py), penalty and after_step are part of the recorded step:
+        their kernels run in every step, their Python code only in the first few of an epoch.
     velocity: momentum buffers for SGD to begin with, by parameter name: see `velocity_of`.
     judge: what decides which epoch is best, where it is not validation accuracy alone. A function
         of the network in training to (its Evaluation on images.val, further figures for the log,
@@ -349,8 +351,8 @@ def build_optimizer(
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """Weights with decay, BN and biases with or without; a parameter's `lr_factor` multiplies its
-    learning rate."""
+    """Return the optimizer's groups. Weights are decayed, batch norms and biases only with
+    recipe.decay_norm; a parameter's attribute `lr_factor` multiplies its learning rate."""
     groups = {}
     for p in model.parameters():
         if p.requires_grad:
@@ -388,8 +390,8 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
 
     forward: the model, or DistributedDataParallel around it. average: the model of averaged
     weights, or None. steps: batches in the epoch. The rest is as in `fit`.
-    No step waits for the device but the one that is recorded (lib/replay.py): the totals stay on
-    it, and the caller reads them once. The images of an epoch have one size.
+    The host never waits for the device, except to record a step (lib/replay.py): the totals stay
+    on the device, and the caller reads them once. The images of an epoch have one size.
     """
     world, rank = processes.world_and_rank()
     device = split.images.device

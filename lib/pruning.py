@@ -7,11 +7,12 @@ from lib import ptq, quantizers, rate
 from lib.metrics import weight_layers
 
 STEPS = 6  # obd removes weights in so many steps, and computes the prices anew before each
-MAGNITUDE_BITS = 2.0  # of the magnitude of a weight of 4 bits; flag and sign have their own
+# Estimated bits for the magnitude of a 4-bit weight; its non-zero flag and its sign come on top.
+MAGNITUDE_BITS = 2.0
 
 
 @torch.no_grad()
-def keep_largest(
+def keep_best(
     model: nn.Module, keep: int, score: str = "magnitude", images: Tensor | None = None
 ) -> None:
     """Zero all weights of Conv2d and Linear layers but the `keep` with the highest scores.
@@ -96,7 +97,7 @@ def _errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def _lamp(weight: Tensor) -> Tensor:
-    """Return the score of each weight of a layer, float64: see `keep_largest`."""
+    """Return the score of each weight of a layer, float64: see `keep_best`."""
     squares = weight.double().square()
     ranked, order = torch.sort(squares, descending=True, stable=True)
     scores = torch.empty_like(squares)

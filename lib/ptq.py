@@ -18,8 +18,9 @@ that on its *quantized* inputs it gives the outputs of the fp32 layer.
 
 Three more make the file small:
 
-- **Short side values.** The scales of rows keep a few mantissa bits, and biases lie on a grid. Both
-  are rounded before what can make up for it: the last descent of the levels, and the layers behind.
+- **Short scales and biases.** The scales of rows keep a few mantissa bits, and biases lie on a
+  grid. They are rounded early, so that what comes later can compensate: the last descent of the
+  levels, and the fits of the layers behind.
 - **Rate-distortion optimized quantization** (as in DeepCABAC, Wiedemann et al. 2020, section 3.2).
   The levels minimize distortion + lambda * bits, with the bits of the file's coder (lib/rate.py).
   So that a bit is worth the same in every layer, distortion is what it does to the logits: a row's
@@ -192,8 +193,8 @@ def _without_smallest_weights(model, layer: nn.Module, images: Tensor) -> tuple[
 
 @torch.enable_grad()
 def _mean_squared_gradients(model, layers: dict, images: Tensor) -> dict[str, Tensor]:
-    """Return squared gradients at each layer's outputs, {layer: (rows,)}: of a random direction of
-    the logits, summed over positions, the mean of the images."""
+    """Return, by layer, the squared gradient of a random combination of the logits with respect to
+    each output channel, (rows,): summed over positions, averaged over images."""
     totals, hooks = dict.fromkeys(layers, 0.0), []
 
     def add(grad: Tensor, name: str) -> None:

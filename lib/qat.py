@@ -1,12 +1,14 @@
 """Quantization-aware training (QAT): train the weights behind the levels, then return to the grid.
 
-    begin(model, scheme, latent)    # both from lib.ptq.quantize
+    model, latent = lib.ptq.quantize(..., scheme)
+    begin(model, scheme, latent)
     ...                             # any training loop
     finish(model)
 
-The scales of weight rows and of activations are learned together with the weights (LSQ, Esser et
-al. 2020). The optimizer sees their logarithms (Jain et al. 2020, "Trained Quantization Thresholds",
-section 3.2), so that one learning rate suits small and large scales and none becomes negative.
+The scales of weight rows, and those of activations of less than UNROUNDED bits, are learned
+together with the weights (LSQ, Esser et al. 2020). The optimizer sees their logarithms (Jain et al.
+2020, "Trained Quantization Thresholds", section 3.2), so that one learning rate suits small and
+large scales and none becomes negative.
 
 Activations of UNROUNDED bits and more are not rounded during training, and their scales stay as
 they are: these errors are small beside those of the weights, and a step takes little more than half
@@ -23,21 +25,21 @@ from lib.metrics import weight_layers
 from lib.quantizers import FakeQuantize, Quantizer, max_level, per_row
 
 
-class _Conv2d(nn.Conv2d):
+class _TrainedConv2d(nn.Conv2d):
     weight_scale = property(lambda self: _row_scale(self))
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, *_on_grid(self))
 
 
-class _Linear(nn.Linear):
+class _TrainedLinear(nn.Linear):
     weight_scale = property(lambda self: _row_scale(self))
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, *_on_grid(self))
 
 
-class _Quantizer(Quantizer):
+class _TrainedQuantizer(Quantizer):
     # `log_step`: the logarithm of a scale. States of interrupted runs have it under this name.
     step = property(lambda self: self.log_step.exp())
 
@@ -46,7 +48,8 @@ class _Quantizer(Quantizer):
 
 
 class _Unrounded(Quantizer):
-    """Clips as a ReLU6 would; a signed quantizer, which clips hardly anything, does nothing."""
+    """Clips to the quantizer's range without rounding; a signed one, which clips hardly anything,
+    does nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.signed else nn.functional.hardtanh(x, 0.0, self.clip)
@@ -58,10 +61,10 @@ LOSS_PER_SQUARED_ERROR = 0.01
 # Scales learn this many times faster than weights: a step changes a logarithm, so a scale moves by
 # a share of itself.
 SCALE_LR_FACTOR = 5.0
-UNROUNDED = 8
+UNROUNDED = 8  # bits of activations from which on they are not rounded in training
 TRAINED = {
-    nn.Conv2d: _Conv2d, quantizers.QuantConv2d: _Conv2d,
-    nn.Linear: _Linear, quantizers.QuantLinear: _Linear, Quantizer: _Quantizer,
+    nn.Conv2d: _TrainedConv2d, quantizers.QuantConv2d: _TrainedConv2d,
+    nn.Linear: _TrainedLinear, quantizers.QuantLinear: _TrainedLinear, Quantizer: _TrainedQuantizer,
 }  # fmt: skip
 
 
@@ -120,7 +123,7 @@ def _learn(module: nn.Module, buffer: str) -> None:
 
 
 def bits(model: nn.Module) -> Tensor:
-    """Estimate the bits that the file's coder will take for the weights: (), with gradients."""
+    """Estimate the bits of the non-zero weights in the file, (), with gradients."""
     return sum(
         rate.bits(layer.weight.flatten(1), _row_scale(layer)[:, None], max_level(layer.weight_bits))
         for layer in weight_layers(model).values() if hasattr(layer, "log_step")

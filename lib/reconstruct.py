@@ -1,6 +1,6 @@
 """Layer reconstruction: integer weights for one layer, from its inputs and wanted outputs.
 
-    reconstruct(layer, inputs, outputs, bits)       # changes layer.weight and layer.weight_scale
+    reconstruct(layer, inputs, outputs, bits, scale_bits=3)  # changes its weight and weight_scale
 
 A layer is linear in its inputs, so the mean squared error of its output is a quadratic form with
 the Gram matrix of the inputs (Nagel et al. 2020, "Up or Down?", equation 20; Frantar et al. 2022,
@@ -182,7 +182,7 @@ class IntegerLeastSquares:
         return (weight / scale).round_().clamp_(-self.max_level, self.max_level) * scale
 
     def set_prices(self, row_lambda: Tensor) -> None:
-        """Let bits cost from now on, at the prices that the present levels make.
+        """From now on, add the price of bits to the error; prices are those of the present levels.
 
         row_lambda: (groups, rows), the squared error of that row that one bit is worth.
         """

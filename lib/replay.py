@@ -19,8 +19,8 @@ class Replayed:
     """Calls a step, records it on call number WARM_UP + 1, and replays the recording from then on.
 
     step: a function of tensors on the GPU that returns nothing. Its results stay in tensors that
-        exist already, such as weights. A replay repeats the kernels alone: numbers of the host that
-        change from step to step must be given as tensors, and nothing may wait for the GPU.
+        exist already, such as weights. A replay repeats the kernels alone, not the Python code:
+        what changes from step to step must be given as tensors, and nothing may wait for the GPU.
     """
 
     def __init__(self, step: Callable[..., None]):

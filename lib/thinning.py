@@ -4,7 +4,7 @@
 
 A hidden channel of a block is a row of the expansion, a filter and a column of the projection, with
 two scales and two biases; a channel of the head is a row, a column of the classifier, a scale and a
-bias. All of it goes, exactly (lib/compaction.py), if that disturbs the logits less than its bits
+bias. All of it goes if its error at the logits costs less than a share (CAUTION) of what its bits
 are worth. The layer that reads the channel is then fitted anew by least squares, so that its
 outputs stay what they were as nearly as the other channels allow (He et al. 2017, "Channel pruning
 for accelerating very deep neural networks", section 3.1).

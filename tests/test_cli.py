@@ -89,7 +89,7 @@ def test_help_and_wrong_usage(run, tmp_path, monkeypatch, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_shared_flags_have_the_same_names_everywhere(stage):
     fields = vars(importlib.import_module(stage).Settings)["__dataclass_fields__"]
-    for name, field in config.Common.__dataclass_fields__.items():
+    for name, field in config.AfterTraining.__dataclass_fields__.items():
         if name in fields:
             assert fields[name].type == field.type and fields[name].default == field.default
     assert all(field.metadata.get("help") for field in fields.values())

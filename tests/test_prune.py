@@ -52,7 +52,7 @@ def test_lamp_is_its_definition_and_loses_no_layer():
         squares = weight.double().square().flatten()
         scores += [float(s / squares[squares >= s].sum()) for s in squares]
     total, keep = len(scores), 300
-    pruning.keep_largest(model, keep, "lamp")
+    pruning.keep_best(model, keep, "lamp")
     after = torch.cat([x.weight.flatten() for x in weight_layers(model).values()])
     expected = torch.tensor(scores).argsort(descending=True)[:keep]
     assert set(after.nonzero().flatten().tolist()) == set(expected.tolist())
@@ -153,7 +153,7 @@ def test_exactly_the_largest_weights_of_all_layers_stay(share):
     model = MobileNetV2(standard(0.1))
     before = torch.cat([x.weight.detach().flatten() for x in weight_layers(model).values()])
     keep = round(share * len(before))
-    pruning.keep_largest(model, keep)
+    pruning.keep_best(model, keep)
     after = torch.cat([x.weight.detach().flatten() for x in weight_layers(model).values()])
     stay = after != 0
     assert int(stay.sum()) == keep and torch.equal(after[stay], before[stay])
@@ -169,7 +169,7 @@ def test_equal_magnitudes_are_still_counted_exactly_and_pruning_only_removes():
     total = sum(layer.weight.numel() for layer in weight_layers(model).values())
     supports = []
     for keep in (total * 6 // 10, total * 3 // 10):
-        pruning.keep_largest(model, keep)
+        pruning.keep_best(model, keep)
         supports.append(torch.cat([x.weight.flatten() != 0 for x in weight_layers(model).values()]))
         assert int(supports[-1].sum()) == keep
     assert (supports[1] <= supports[0]).all()
@@ -243,7 +243,7 @@ def test_an_interrupted_round_goes_on_from_the_network_that_it_pruned(
     tiny, baseline, whole, tmp_path, monkeypatch
 ):
     """Scores that are computed again may be rounded otherwise, on another device for example."""
-    fit, keep_largest, fits, prunings = engine.fit, pruning.keep_largest, [], []
+    fit, keep_best, fits, prunings = engine.fit, pruning.keep_best, [], []
 
     def interrupted(*args, **kwargs):
         fits.append(0)
@@ -255,8 +255,8 @@ def test_an_interrupted_round_goes_on_from_the_network_that_it_pruned(
         patch.setattr(engine, "fit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tiny, baseline, tmp_path)
-    monkeypatch.setattr(pruning, "keep_largest",
-                        lambda *args: prunings.append(args[1]) or keep_largest(*args))  # fmt: skip
+    monkeypatch.setattr(pruning, "keep_best",
+                        lambda *args: prunings.append(args[1]) or keep_best(*args))  # fmt: skip
     resumed, _ = run(tiny, baseline, tmp_path)
     assert prunings == [round((1 - pruning.cubic(0, 0.8, 3, 3)) * resumed.original_weights)]
     assert all(torch.equal(whole[0].state[k], resumed.state[k]) for k in resumed.state)
