@@ -96,6 +96,8 @@ def main(argv=None):
     ours.refuse_saturation()
     images = pruned.images(cfg.data, cfg.val_size, "cpu")
     split = images.split(cfg.split)
+    if max(cfg.batches) > len(split):
+        raise UserError(f"--batches {max(cfg.batches)}: there are {len(split):,} images")
 
     engine.say_device(device)
     sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)

@@ -14,6 +14,7 @@ out: a table (or a JSON line per file) on the standard output; logs/eval-<split>
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -52,7 +53,11 @@ def main(argv=None):
     sources = [runtime.load(file, cfg.assume_downsample) for file in files]
     log = metrics.Log(cfg.path(None, f"logs/eval-{cfg.split}.jsonl"), vars(cfg), cfg.wandb)
     test_only = cfg.split == "test"  # then a set without training images will do
-    images, correct_by_file, rows = None, {}, []
+    sizes = {source.val_size(cfg.val_size) for source in sources}
+    if cfg.results and not test_only and len(sizes) > 1:
+        raise UserError("--results compares the files, and they have different validation splits: "
+                        "give --val-size, or --split test")  # fmt: skip
+    images, correct_by_file, rows, names = None, {}, [], chart_names(sources)
     for source in sources:
         val_size = source.val_size(cfg.val_size)
         if images is None or not (test_only or val_size in (None, len(images.val))):
@@ -65,9 +70,7 @@ def main(argv=None):
         figures, matrix = measure.figures_of_file(source, split, cfg.split, correct_by_file)
         print(json.dumps(figures) if cfg.json else table(figures, cfg.layers), flush=True)
         rows.append(figures)
-        stem = source.file.name if source.file.suffix == ".onnx" else source.file.stem
-        name = f"{stem}-{cfg.split}"
-        path = cfg.path(None, f"plots/confusion-{name}.png")
+        path = cfg.path(None, f"plots/confusion-{next(names)}-{cfg.split}.png")
         title = f"{source.file.name} on {cfg.split} (n={len(split)})"
         plots.confusion(matrix.numpy(), images.classes, path, title)
     log.begin(rows)  # only now: a run that fails keeps the last one's figures for publish.py
@@ -75,6 +78,14 @@ def main(argv=None):
     if cfg.results:
         correct = [correct_by_file[row["sha256"]] for row in rows]
         tables.write(Path(cfg.results), results_table(rows, correct, cfg, images))
+
+
+def chart_names(sources: list) -> Iterator[str]:
+    """Yield a name per file for its chart: the stem, and a number where files have the same."""
+    stems = [s.file.name if s.file.suffix == ".onnx" else s.file.stem for s in sources]
+    for i, stem in enumerate(stems):
+        number = stems[: i + 1].count(stem)
+        yield stem if number == 1 else f"{stem}-{number}"
 
 
 def results_table(rows: list[dict], correct: list[Tensor], cfg, images: data.Data) -> dict:
@@ -96,7 +107,9 @@ def results_table(rows: list[dict], correct: list[Tensor], cfg, images: data.Dat
             f"+{moved['gained']} -{moved['lost']}" if lines else "", row["nonzeros"],
         ])  # fmt: skip
     about = f"{images.source}, {cfg.split} split, n={rows[0]['total']:,}"
-    return tables.table(cfg.title, columns, lines, data=about)
+    return tables.table(
+        cfg.title, columns, lines, data=about, device=images.test.images.device
+    )
 
 
 def change(f: dict) -> list[str]:

@@ -130,6 +130,7 @@ def main(argv=None):
         engine.say(f"parent: {_describe(rounds[0])}")
     kept = copy.deepcopy(model)  # the last good network
     floor = rounds[0]["val_accuracy"] - cfg.max_drop / 100
+    floor = processes.from_main_process(floor, device)
     needs_images = cfg.score == "obd"
     sample = ptq.calibration_images(images.train, SAMPLE, cfg.seed) if needs_images else None
     log.begin(rounds)

@@ -87,7 +87,7 @@ class Settings(config.AfterTraining):
     )  # fmt: skip
     bias_bits: int | None = flag(
         None, "biases are rounded to multiples of a power of two, about 2^-N times the scale of "
-        "the layer's output; 32: float32; default: 2; 1 if bits have a price"
+        "the layer's output; 32: float32; default: 2, or what pays best if bits have a price"
     )  # fmt: skip
     rd_lambda: float = flag(
         0.0, "rate-distortion: the squared error of an image's logits that saving 1,000 bytes of "
@@ -205,11 +205,15 @@ def main(argv=None):
             engine.say(f"ptq: val {start.result}")
         teacher = teacher_file.build(device) if cfg.teacher else fp32
         model = train(cfg, start, spare, teacher, scheme, images, before, out, parent, teacher_file)
+        if spare and model is spare.network:
+            start, scheme["method"] = spare, "ptq"  # what is recorded
+            if cfg.has_budget and processes.is_main():
+                draw_budget(cfg, attempts, start, before, parent)
     if validate and cfg.method != "ptq":
         after = engine.evaluate(model, images.val)
 
     if processes.is_main():
-        figures, text = {}, f"{cfg.method} W{cfg.weight_bits}A{cfg.act_bits}"
+        figures, text = {}, f"{scheme['method']} W{cfg.weight_bits}A{cfg.act_bits}"
         if validate:
             figures, words = accuracy_figures(before, after, images.val.labels.cpu())
             text += words
@@ -357,6 +361,7 @@ def train(cfg, start, spare, teacher, scheme, images, before, out, parent, teach
             latent[name][layer.weight == 0] = 0
     qat.begin(model, scheme, latent)
     mask, asked = pruning.Mask(model), budget_of(cfg, before)
+    refuse_different_starts(beginning := qat.fingerprint(model), out, images.val.images.device)
     loss_per_bit = start.rd_lambda / BITS_PER_KILOBYTE * qat.LOSS_PER_SQUARED_ERROR
 
     def judge(network) -> tuple[engine.Evaluation, dict, float]:
@@ -368,7 +373,7 @@ def train(cfg, start, spare, teacher, scheme, images, before, out, parent, teach
 
     identity = config.identity(cfg) | {
         "scheme": scheme, "parent": parent.sha256, "teacher": teacher_file.sha256,
-        "data": images.provenance(),
+        "data": images.provenance(), "beginning": beginning,
     }  # fmt: skip
     log = metrics.Log(cfg.path(None, "logs/quantize.jsonl"), identity, cfg.wandb)
     # Adam: without batch norm, rows of all magnitudes share one learning rate, and SGD diverges.
@@ -389,12 +394,19 @@ def train(cfg, start, spare, teacher, scheme, images, before, out, parent, teach
     if spare and asked.score(spare.bytes, spare.result, loss_per_bit) >= history[best]["score"]:
         engine.say(f"no epoch is better than ptq's network of {spare.bytes:,} bytes, val "
                    f"{spare.result}: that is kept")  # fmt: skip
-        scheme["method"] = "ptq"  # what the file says
         return spare.network
     if cfg.has_budget and history[best]["score"] < 0:
         raise UserError(f"no epoch has {cfg.asked}: the best one, {best + 1}, has "
                         f"{history[best]['val_accuracy']:.2%} and {history[best]['bytes']:,} bytes")
     return model
+
+
+def refuse_different_starts(beginning: str, out: Path, device) -> None:
+    """Raise UserError in a process whose ptq made another network than the main process's."""
+    number = float(int(beginning, 16))  # of 48 bits: exact
+    if processes.from_main_process(number, device) != number:
+        raise UserError(f"{out}: the processes did not quantize alike, so they cannot train "
+                        "together: run it in one process")  # fmt: skip
 
 
 def state_file(out: Path) -> Path:

@@ -21,6 +21,7 @@ ORDER = {
     "Our own network": ["baseline", "release"],
     "Training recipe": ["recipe_pilot"],
     "Speed": ["train_step", "cuda_graph", "qat_step", "compaction", "augment"],
+    "Quantization at a price": ["price"],
 }
 # Tables of files, written by eval.py, that results/files.png shows, and whose network is in them.
 FILES = {"reference": "the report's network:", "release": "our own network:"}
@@ -119,6 +120,8 @@ def filled(text: str, measured: dict[str, dict]) -> str:
                 raise UserError(f"README.md shows the table {name}, and results/ has none")
             lines += tables.markdown(measured[name])
             inside = True
+    if inside:
+        raise UserError(f"README.md: no line `<!-- end -->` follows the table {name}")
     return "\n".join(lines) + "\n"
 
 

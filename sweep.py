@@ -118,7 +118,7 @@ def main(argv=None):
         if number % world != rank_of_process:
             continue
         path = folder / name_of(weight_bits, act_bits, rd_lambda)
-        row = finished(path, cfg, parent, split)
+        row = finished(path, cfg, parent, images)
         old = " (measured before)" if row else ""
         if not row:
             if not known:
@@ -132,7 +132,7 @@ def main(argv=None):
         )
     processes.wait()
     if processes.is_main():
-        rows = [finished(folder / name_of(*bits), cfg, parent, split) for bits in grid]
+        rows = [finished(folder / name_of(*bits), cfg, parent, images) for bits in grid]
         charts = []
         if not agent:
             write_table(cfg, rows)
@@ -161,7 +161,7 @@ def draw(cfg, rows: list[dict], parent) -> list[Path]:
 
 def name_of(weight_bits: int, act_bits: int, rd_lambda: float) -> str:
     """Return the name of a cell's file, such as w4a8.nnz or, with a lambda of 0.3, w4a8r0.3.nnz."""
-    return f"w{weight_bits}a{act_bits}" + (f"r{rd_lambda:g}" if rd_lambda else "") + ".nnz"
+    return f"w{weight_bits}a{act_bits}" + (f"r{rd_lambda:.12g}" if rd_lambda else "") + ".nnz"
 
 
 def cell(
@@ -199,6 +199,7 @@ def cell(
         "weight_bits": weight_bits, "act_bits": act_bits, "rd_lambda": rd_lambda,
         "method": cfg.method, "calibration": cfg.calibration, "seed": cfg.seed,
         "seconds": round(time.monotonic() - began, 1), "parent_sha256": parent.sha256,
+        "training_images": len(images.train),  # that the calibration images were drawn from
         **{key: figures[key] for key in COLUMNS if key in figures},
         **{key: figures["change"][key] for key in ("gained", "lost")},
     }  # fmt: skip
@@ -206,7 +207,7 @@ def cell(
     return row
 
 
-def finished(path: Path, cfg, parent, split) -> dict | None:
+def finished(path: Path, cfg, parent, images) -> dict | None:
     """Return the row of a cell that was measured before in the same way; None if there is none."""
     record = path.with_suffix(".json")
     if not record.is_file() or not path.is_file():
@@ -214,7 +215,8 @@ def finished(path: Path, cfg, parent, split) -> dict | None:
     wanted = {
         "parent_sha256": parent.sha256, "method": cfg.method, "split": cfg.split,
         "calibration": cfg.calibration, "seed": cfg.seed,
-        "total": len(split), "sha256": sha256_of(path),
+        "total": len(images.split(cfg.split)), "training_images": len(images.train),
+        "sha256": sha256_of(path),
     }  # fmt: skip
     try:
         row = json.loads(record.read_text())
@@ -227,6 +229,7 @@ def finished(path: Path, cfg, parent, split) -> dict | None:
 
 def write_table(cfg, rows: list[dict]) -> None:
     """The CSV, once all cells are there: make takes it for done."""
+    rows = [{column: row[column] for column in COLUMNS} for row in rows]
     write_csv(cfg.path(cfg.out, "logs/sweep.csv"), COLUMNS, rows)
 
 

@@ -103,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
                       f"{middle / baseline:.1f}x"])  # fmt: skip
     table = tables.table(
         "The input pipeline", ["", "images per second", "round by round", "ratio"], lines,
+        device=torch.device("cpu"),
         text=f"Crop, flip, AutoAugment, Cutout; medians of {cfg.rounds} alternating rounds.",
     )
     tables.show(table, cfg.results)

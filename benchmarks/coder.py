@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
             parts = coder.account(raw, [x.shape for x in layers], of_kind, of_group)
             print("    " + ", ".join(f"{part} {n:,}" for part, n in parts.items()))
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(cfg.environment or temporary)
+        folder = Path(cfg.environment or temporary).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         times(cfg, folder, levels, kinds, groups)
     return None

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     kind = "test" if cfg.data else "random"
     table = tables.table(
         f"Compaction of {source.file.name}",
-        ["", "dense", "compacted", "ratio", "turn by turn"], rows,
+        ["", "dense", "compacted", "ratio", "turn by turn"], rows, device=device,
         text=f"Logits within {difference:.1e} of the largest; the same prediction for {same} of "
         f"{len(x)} {kind} images. fp32, medians of {cfg.steps} alternating turns, {device}.",
     )  # fmt: skip

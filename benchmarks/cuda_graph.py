@@ -34,6 +34,10 @@ class Settings:
     device: str = flag("cuda", "cuda, cuda:1 ...")
     results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
 
+    def __post_init__(self):
+        if self.steps <= replay.WARM_UP or self.turns < 1:
+            raise ValueError(f"--steps must be over {replay.WARM_UP}, --turns at least 1")
+
 
 class Training:
     """A network in training; warm_up: steps before the recording of each turn."""
@@ -84,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     table = tables.table(
         "Training on a GPU, its steps launched one by one and as CUDA graphs",
         ["images", "images per second", "with graphs", "ratio", "largest difference of the loss"],
-        rows,
+        rows, device=device,
         text=f"Batch {BATCH}, bf16, AutoAugment; medians of {cfg.turns} alternating turns of "
         f"{cfg.steps} steps.",
     )  # fmt: skip

@@ -104,10 +104,10 @@ def main(argv: list[str] | None = None) -> None:
     table = tables.table(
         "Priced quantization without its parts",
         ["part that is left out", "bytes", f"correct of {len(images.val):,}", "loss",
-         "channels of all layers"], rows,
+         "channels of all layers"], rows, device=device,
         text=f"PTQ, 8-bit activations, --rd-lambda {cfg.rd_lambda:g}; the parent has "
         f"{engine.evaluate(small, images.val)} and {channels(small):,} channels.",
-        data=f"CIFAR-10, validation split, n={len(images.val):,}",
+        data=f"{images.source}, validation split, n={len(images.val):,}",
     )  # fmt: skip
     tables.show(table, cfg.results)
 

@@ -111,10 +111,11 @@ def main(argv: list[str] | None = None) -> None:
     for name, rows in seconds.items():
         a, b = (statistics.median(side) for side in zip(*rows, strict=True))
         ratios = sorted(quantized / plain for plain, quantized in rows)
-        lines.append([name, a, b, f"{b / a:.2f}x", f"{ratios[0]:.2f} to {ratios[-1]:.2f}"])
+        lines.append([name, f"{1000 * a:.1f}", f"{1000 * b:.1f}", f"{b / a:.2f}x",
+                      f"{ratios[0]:.2f} to {ratios[-1]:.2f}"])  # fmt: skip
     table = tables.table(
         "A step of quantization-aware training against a plain one",
-        ["seconds per step", "plain", "QAT", "ratio", "turn by turn"], lines,
+        ["milliseconds per step", "plain", "QAT", "ratio", "turn by turn"], lines, device=device,
         text=f"W{cfg.weight_bits}A{cfg.act_bits}, batch {BATCH}, {'amp' if cfg.amp else 'fp32'}; "
         f"medians of {cfg.steps} alternating turns of {cfg.turn} steps, {device}.",
     )  # fmt: skip

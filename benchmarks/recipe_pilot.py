@@ -90,8 +90,9 @@ def run(source: str, epochs: int, seed: int, settings: dict) -> dict:
         )  # fmt: skip
     result = engine.evaluate(model, images.val)
     return {
-        "seed": seed, "epochs": epochs, "settings": settings, "correct": result.correct,
-        "total": result.total, "train_accuracy": history[-1]["train_accuracy"],
+        "seed": seed, "epochs": epochs, "settings": settings, "source": images.source,
+        "correct": result.correct, "total": result.total,
+        "train_accuracy": history[-1]["train_accuracy"],
     }  # fmt: skip
 
 
@@ -125,7 +126,8 @@ def table_of(runs: list[dict]) -> dict:
         ["change", *(f"correct, seed {seed}" for seed in seeds), "mean", "against base"], rows,
         text=f"Each run: {runs[0]['epochs']} epochs at width {WIDTH} on images of {SIDE}x{SIDE} "
         f"pixels. Base: {base}. The spread between the seeds of a row is the noise.",
-        data=f"CIFAR-10, validation split, n={runs[0]['total']:,}",
+        data=f"{runs[0]['source']}, validation split, n={runs[0]['total']:,}",
+        device=torch.device("cpu"),
     )  # fmt: skip
 
 

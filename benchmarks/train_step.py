@@ -9,7 +9,7 @@ Ours is lib.engine.train_epoch over the images of one turn: images on the device
 channels last, fused SGD, totals read once at the end. It augments the images of one turn at once;
 training augments 32 steps at once, so the data part is a little slower here than there. On a GPU a
 step is recorded in each turn and then replayed (lib/replay.py): give it turns of 50 steps or more;
-its optimizer cannot be told from the rest.
+there the step is shown as a whole, since its parts cannot be told apart.
 The report's: PIL images through a DataLoader of 2 workers, fp32, NCHW, torch's SGD with its default
 options, `.item()` of loss and accuracy after every step.
 
@@ -20,6 +20,7 @@ that other work on the machine slows both down alike; medians are compared. With
 are random.
 """
 
+import contextlib
 import multiprocessing
 import statistics
 import sys
@@ -36,7 +37,7 @@ from torch.utils.data import DataLoader
 import autoaugment
 from benchmarks.augment import Pictures
 from lib import config, data, engine, tables
-from lib.config import flag
+from lib.config import UserError, flag
 from models.mobilenetv2 import MobileNetV2, standard
 
 BATCH = 128
@@ -52,9 +53,13 @@ class Settings:
     device: str = flag("auto", "auto, cpu, cuda ...")
     results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
 
+    def __post_init__(self):
+        if self.steps < 1 or self.turn < 1:
+            raise ValueError("--steps and --turn must be at least 1")
+
 
 class Clock:
-    """Seconds spent in each part: `with clock("data"):`. It waits for the device on CUDA."""
+    """Seconds spent in each part, on a CPU: `with clock("data"):`."""
 
     def __init__(self):
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -67,8 +72,6 @@ class Clock:
         self.start = time.perf_counter()
 
     def __exit__(self, *_):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         self.seconds[self.part] += time.perf_counter() - self.start
 
     def per_step(self, total: float, steps: int) -> dict[str, float]:
@@ -99,8 +102,7 @@ class Ours:
         self.split = images(cfg, self.device)
         self.model = network().to(self.device, memory_format=torch.channels_last)
         self.optimizer = engine.build_optimizer(self.model, RECIPE)
-        if self.device.type != "cuda":  # there a step is one graph, without parts
-            watch_optimizer(self.optimizer, self.clock)
+        watch_optimizer(self.optimizer, self.clock)
         self.recipe = autoaugment.augmentation("auto")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
 
@@ -174,11 +176,16 @@ def network() -> MobileNetV2:
 
 
 def images(cfg: Settings, device) -> data.Split:
+    """Return the images of --data, or random ones: enough for a turn."""
+    needed = cfg.turn * BATCH
     if cfg.data:
-        return data.load(cfg.data, device=device).train
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (4096, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(10, (4096,), generator=generator)
+        split = data.load(cfg.data, device=device).train
+        if len(split) < needed:
+            raise UserError(f"a turn takes {needed:,} images, and there are {len(split):,}")
+        return split
+    generator, count = torch.Generator().manual_seed(0), max(4096, needed)
+    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (count,), generator=generator)
     return data.Split(pixels.to(device), labels.to(device))
 
 
@@ -186,8 +193,9 @@ def serve(pipe, cfg: Settings) -> None:
     """Run the report's side in its process: a turn for each message."""
     side = Theirs(cfg)
     pipe.send(torch.get_num_threads())
-    while pipe.recv():
-        pipe.send(side.turn())
+    with contextlib.suppress(EOFError):  # the other side failed
+        while pipe.recv():
+            pipe.send(side.turn())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -204,24 +212,23 @@ def main(argv: list[str] | None = None) -> None:
         pipe.send(True)
         return pipe.recv()
 
-    ours.turn(), theirs()
-    turns = []
-    for _ in range(cfg.steps):
-        turns.append((ours.turn(), theirs()))
-    pipe.send(False)
+    try:
+        turns = [(ours.turn(), theirs()) for _ in range(cfg.steps + 1)][1:]
+        pipe.send(False)
+    finally:
+        pipe.close()  # the other process ends, also where this one failed
     process.join()
 
     middle = [{part: statistics.median(row[side][part] for row in turns) for part in PARTS}
               for side in (0, 1)]  # fmt: skip
     rows = []
-    for part in PARTS:
+    for part in PARTS if ours.device.type == "cpu" else ["step"]:
         a, b = (m[part] for m in middle)
-        if a:  # the optimizer's part is unknown on a GPU
-            rows.append([part, a, b, f"{b / a:.1f}x"])
+        rows.append([part, f"{1000 * a:.1f}", f"{1000 * b:.1f}", f"{b / a:.1f}x"])
     ratios = sorted(b["step"] / a["step"] for a, b in turns)
     table = tables.table(
         "A training step against one as the report writes it",
-        ["seconds per step", "ours", "report", "ratio"], rows,
+        ["milliseconds per step", "ours", "report", "ratio"], rows, device=ours.device,
         text=f"Batch {BATCH}, the report's recipe; medians of {cfg.steps} alternating turns of "
         f"{cfg.turn} step{'s'[: cfg.turn > 1]}, {ours.device}; turn by turn {ratios[0]:.1f} to "
         f"{ratios[-1]:.1f}. The report's side has {threads} threads and 2 loading processes.",

@@ -431,6 +431,8 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
         run_step = replay.Replayed(step)
         learning_rates = data.move(torch.tensor(learning_rates), device)
         _set_options(groups, capturable=[True] * len(groups))
+        # The steps before the recording are meant: torch need not warn of them (Adam).
+        optimizer._warned_capturable_if_run_uncaptured = True
     shown = tqdm(batches, total=steps, desc=note, leave=False, disable=_quiet() or rank > 0)
     numbered = enumerate(zip(shown, learning_rates, strict=True), epoch * steps)
     for i, ((x, labels), group_rates) in numbered:

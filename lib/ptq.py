@@ -70,9 +70,9 @@ def quantize(
         reconstruction, so that weights which lie on a grid keep their integers.
     scale_bits: mantissa bits of the rows' scales. None: 3, which the levels make up for, or 2 if
         bits cost something; 5 for `tensor`, where levels cannot make up for it.
-    bias_bits: biases are multiples of a power of two, about 2^-bias_bits of the scale of the
-        layer's output; 32: float32, as where the output is not quantized. None: 2, or 1 if bits
-        cost something.
+    bias_bits: biases are multiples of a power of two, about 2^-bias_bits times the scale of the
+        layer's output; 32: float32, as where the output is not quantized. None: 2, or if bits cost
+        something the grid that is best at that price, per layer (see `_Walk.bias_exponent`).
     lambda_per_bit: the squared error of an image's logits that saving one bit may cost; 0: bits
         cost nothing. Not for `tensor`. The network returned may have fewer channels.
     importance: what `row_importance` returns for the folded model and these images, if it is there
@@ -88,10 +88,14 @@ def quantize(
     per_channel = scheme["weight_scale"] == "channel"
     if scale_bits is None:
         scale_bits = (2 if lambda_per_bit else 3) if per_channel else 5
-    if bias_bits is None:
-        bias_bits = 1 if lambda_per_bit else 2
+    bias_importance = {}
+    if bias_bits is None and lambda_per_bit:
+        bias_importance = _mean_squared_gradients(
+            target, weight_layers(target), images[:GRADIENT_IMAGES], of_biases=True
+        )
     walk = _Walk(
-        target, quantized, scheme, model, scale_bits=scale_bits, bias_bits=bias_bits,
+        target, quantized, scheme, model, scale_bits=scale_bits,
+        bias_bits=2 if bias_bits is None else bias_bits, bias_importance=bias_importance,
         lambda_per_bit=lambda_per_bit, importance=importance if lambda_per_bit else {},
     )  # fmt: skip
     if scheme["act_bits"] < 32 and per_channel:
@@ -114,8 +118,8 @@ def layers_alone(
     scheme = make_scheme(weight_bits, 32)
     quantizers.attach(quantized, scheme)
     walk = _Walk(
-        target, quantized, scheme, model, scale_bits=23, bias_bits=32, lambda_per_bit=0.0,
-        importance={}, alone=True,
+        target, quantized, scheme, model, scale_bits=23, bias_bits=32, bias_importance={},
+        lambda_per_bit=0.0, importance={}, alone=True,
     )  # fmt: skip
     walk.run(images, progress)
     return {
@@ -192,13 +196,21 @@ def _without_smallest_weights(model, layer: nn.Module, images: Tensor) -> tuple[
 
 
 @torch.enable_grad()
-def _mean_squared_gradients(model, layers: dict, images: Tensor) -> dict[str, Tensor]:
+def _mean_squared_gradients(
+    model, layers: dict, images: Tensor, of_biases: bool = False
+) -> dict[str, Tensor]:
     """Return, by layer, the squared gradient of a random combination of the logits with respect to
-    each output channel, (rows,): summed over positions, averaged over images."""
+    each output channel, (rows,): summed over positions, averaged over images.
+
+    of_biases: with respect to the channel's bias, which shifts all positions alike: the gradients
+        are summed before they are squared.
+    """
     totals, hooks = dict.fromkeys(layers, 0.0), []
 
     def add(grad: Tensor, name: str) -> None:
-        totals[name] += grad.square().sum([d for d in range(grad.ndim) if d != 1])
+        grad = grad.reshape(*grad.shape[:2], -1)  # (images, rows, positions)
+        grad = grad.sum(2, keepdim=True) if of_biases else grad
+        totals[name] += grad.square().sum((0, 2))
 
     for name, layer in layers.items():
         hooks.append(layer.register_forward_hook(
@@ -228,21 +240,25 @@ class _Walk:
 
     def __init__(
         self, target: MobileNetV2, quantized: MobileNetV2, scheme: dict, unfolded: MobileNetV2, *,
-        scale_bits: int, bias_bits: int, lambda_per_bit: float, importance: dict[str, Tensor],
-        alone: bool = False,
+        scale_bits: int, bias_bits: int, bias_importance: dict[str, Tensor], lambda_per_bit: float,
+        importance: dict[str, Tensor], alone: bool = False,
     ):  # fmt: skip
         """Prepare a walk over two folded networks.
 
         unfolded: the network before folding, whose weights may lie on a grid per tensor.
         scale_bits, bias_bits, lambda_per_bit: see `quantize`.
         importance: what `row_importance` returns; empty if lambda_per_bit is 0.
+        bias_importance: the squared error of an image's logits per squared error of each bias, by
+            layer; empty if bias_bits decides.
         alone: quantize each layer as if all others were fp32.
         """
         self.target, self.quantized, self.scheme, self.unfolded = (
             target, quantized, scheme, unfolded
         )  # fmt: skip
         self.scale_bits, self.bias_bits, self.lambda_per_bit = scale_bits, bias_bits, lambda_per_bit
-        self.importance, self.alone = importance, alone
+        self.importance, self.bias_importance, self.alone = importance, bias_importance, alone
+        # As bias_importance: the mean of the rows, in the units of the quantized layer's outputs.
+        self.bias_costs: dict[nn.Module, float] = {}
         self.per_tensor = scheme["weight_scale"] == "tensor"
         self.names = {layer: name for name, layer in weight_layers(target).items()}
         self.layers = weight_layers(quantized)
@@ -357,9 +373,20 @@ class _Walk:
         if not hasattr(layer, "weight_scale"):  # 32 bits: no file will hold it as integers
             return outputs
         # On the host, by an exact ldexp: exp2 of a device may be a few units in the last place off.
-        exponent = round(math.log2(float(quantizer.step)))
-        layer.bias_scale = math.ldexp(1.0, exponent - self.bias_bits)
+        layer.bias_scale = math.ldexp(1.0, self.bias_exponent(layer, quantizer))
         return _add_to_bias(layer, quantizers.bias_on_grid(layer) - layer.bias, outputs)
+
+    def bias_exponent(self, layer: nn.Module, quantizer: nn.Module) -> int:
+        """Return of which power of two the biases in front of that quantizer are multiples.
+
+        On a grid of g, the squared error of a bias is g^2 / 12 in the mean, and twice the grid
+        saves a bit. So where a bit has a price, cost * g^2 / 12 - lambda_per_bit * log2(g) is to be
+        least.
+        """
+        if layer not in self.bias_costs:
+            return round(math.log2(float(quantizer.step))) - self.bias_bits
+        squared = 6 * self.lambda_per_bit / (math.log(2) * self.bias_costs[layer])
+        return round(math.log2(squared) / 2)
 
     def layer(
         self, target_layer: nn.Module, target_x: Tensor, quantized_x: Tensor,
@@ -369,6 +396,10 @@ class _Walk:
         name = self.names[target_layer]
         layer, bits = self.layers[name], quantizers.bits_of(name, self.scheme)
         _multiply_ranges_in(layer, input_ranges, output_ranges)
+        if name in self.bias_importance:
+            squared_unit = 1.0 if output_ranges is None else output_ranges**2
+            cost = (self.bias_importance[name] * squared_unit).mean()
+            self.bias_costs[layer] = max(float(cost), 1e-12)
         self.latent[name] = layer.weight.clone()
         target_y = target_layer(target_x)
         wanted = target_y if output_ranges is None else target_y / output_ranges.view(-1, 1, 1)

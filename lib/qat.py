@@ -16,6 +16,7 @@ the time. `finish` brings the rounding back, and `finished` shows the network wi
 """
 
 import copy
+import hashlib
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,20 @@ def begin(model: nn.Module, scheme: dict, latent: dict[str, Tensor]) -> None:
                 module.plain, module.__class__ = type(module), _Unrounded
             else:
                 _learn(module, "step")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of a network that `begin` has made: its tensors, grids of biases and clips.
+
+    When training is continued, ptq runs again, and on another processor its sums may be rounded
+    otherwise: then other weights may be zero, and biases lie on other grids.
+    """
+    sha = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        sha.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    for module in model.modules():
+        sha.update(repr([getattr(module, name, None) for name in ("bias_scale", "clip")]).encode())
+    return sha.hexdigest()[:12]
 
 
 def _learn(module: nn.Module, buffer: str) -> None:

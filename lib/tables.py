@@ -1,6 +1,6 @@
 """Tables of measurements: one JSON file per table, which `results.py` turns into RESULTS.md.
 
-    table = tables.table("Speed of a training step", ["image side", "ratio"], rows, data=...)
+    table = tables.table("Speed of a step", ["image side", "ratio"], rows, device=device, data=...)
     tables.write(Path("results/train_step.json"), table)
 
 A table says how it was measured: command, data and number of images, hardware, date, version of the
@@ -28,20 +28,21 @@ INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "av
 
 
 def table(
-    title: str, columns: list[str], rows: list[list], *, text: str = "", data: str = "",
-    command: str | None = None,
+    title: str, columns: list[str], rows: list[list], *, device: torch.device, text: str = "",
+    data: str = "", command: str | None = None,
 ) -> dict:  # fmt: skip
     """Return a table with what is known of this run.
 
-    text: what the table shows, in a sentence or two. data: the images and how many there are, such
-    as "CIFAR-10, validation split, n=5,000". command: by default, the command line of this process.
+    device: where it was measured. text: what the table shows, in a sentence or two. data: the
+    images and how many there are, such as "CIFAR-10, validation split, n=5,000". command: by
+    default, the command line of this process.
     Raises ValueError if a row has another length than `columns`.
     """
     if any(len(row) != len(columns) for row in rows):
         raise ValueError(f"every row must have {len(columns)} values")
     return {
         "format": FORMAT, "title": title, "text": text, "columns": columns, "rows": rows,
-        "command": command or command_line(), "data": data, "hardware": hardware(),
+        "command": command or command_line(), "data": data, "hardware": hardware(device),
         "date": date.today().isoformat(), "code": checkpoint.code_version(),
     }  # fmt: skip
 
@@ -58,12 +59,9 @@ def _without_folders(word: str) -> str:
     return f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else word
 
 
-def hardware(device: torch.device | None = None) -> str:
-    """Return a device and what matters of it: "AMD EPYC, 2 threads (AVX2, AVX-512, bf16, VNNI)".
-
-    device: None is the GPU if there is one, else the CPU.
-    """
-    if device.type == "cuda" if device else torch.cuda.is_available():
+def hardware(device: torch.device) -> str:
+    """Return a device and what matters of it: "AMD EPYC, 2 threads (AVX2, AVX-512, bf16, VNNI)"."""
+    if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     fields = {}
     cpuinfo = Path("/proc/cpuinfo")

@@ -158,7 +158,12 @@ def _check(func, name: str, args: tuple, on_cpu: list[Tensor]) -> None:
         if isinstance(args[0], DeviceTensor):
             for _ in range(sum(not isinstance(x, DeviceTensor) for x in indices)):
                 _wait(TO_DEVICE)
-            on_cpu = [x for x in args[2:3] if x.ndim and not isinstance(x, DeviceTensor)]
+            values = [x for x in args[2:3] if not isinstance(x, DeviceTensor)]
+            on_cpu, numbers = [x for x in values if x.ndim], [x for x in values if not x.ndim]
+            if numbers and all(x.dtype == torch.bool for x in indices):
+                return  # CUDA fills by the mask, with the number as it is
+            for _ in numbers:
+                _wait(TO_DEVICE)
         if any(x.dtype in (torch.bool, torch.uint8) for x in indices):
             _wait("mask as an index")
     if any(x.ndim or not (name in INDEXING or torch.Tag.pointwise in func.tags) for x in on_cpu):

@@ -163,8 +163,14 @@ def test_training_that_ruins_the_network_leaves_what_it_started_from(
 ):
     _, untrained = chain(answered, parent, tmp_path / "ptq", asked)
     _, size = chain(answered, parent, tmp_path / "qat", asked, *QAT, "--lr=1")
-    assert "no epoch is better than ptq's" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "no epoch is better than ptq's" in out and "bytes, ptq W8A8" in out
     assert abs(size - untrained) <= 0.02 * untrained  # a search may end at another price
+    saved = checkpoint.load(tmp_path / "qat/checkpoints/quantized.pth")
+    assert saved.quantization["method"] == "ptq" and saved.metrics["nnz_bytes"] == size
+    # What is recorded is the lambda of the file, not the one that training began with.
+    tried = saved.metrics.get("tried", [])
+    assert all(t["rd_lambda"] == saved.metrics["rd_lambda"] for t in tried if t["bytes"] == size)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 There is no GPU in CI: torch.cuda's functions are replaced where they are asked.
 """
 
+import functools
 import math
 import types
 
@@ -206,7 +207,8 @@ def test_the_grid_of_biases_is_a_power_of_two_also_where_exp2_is_not(monkeypatch
     """A GPU's exp2 may be off by a few units in the last place."""
     inexact = lambda x: torch.full_like(x, 2 ** x.item() * (1 + 2e-7))  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "exp2", inexact)
-    walk = types.SimpleNamespace(bias_bits=2)
+    walk = types.SimpleNamespace(bias_bits=2, bias_costs={})
+    walk.bias_exponent = functools.partial(ptq._Walk.bias_exponent, walk)
     layer = nn.Conv2d(2, 2, 1).requires_grad_(False)
     layer.weight_scale = torch.ones(2)
     quantizer = quantizers.Quantizer(8, True)

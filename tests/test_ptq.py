@@ -279,6 +279,31 @@ def test_a_coarser_grid_costs_more_and_takes_less(small, pixels):
 
 
 @torch.no_grad()
+def test_where_bits_have_a_price_it_decides_the_grid_of_the_biases(small, pixels):
+    model, grids = small(0), []
+    for lambda_per_bit in (1e-6, 1e-6 * 4**3):
+        found, _ = ptq.quantize(model, pixels, ptq.make_scheme(8, 8), lambda_per_bit=lambda_per_bit)
+        layers = list(weight_layers(found).values())[:-1]
+        assert all(torch.equal(quantizers.bias_on_grid(m), m.bias) for m in layers)
+        grids.append(torch.tensor([m.bias_scale for m in layers]).log2())
+    # Error grows with the square of the grid, so it is three powers of two apart, but for thinning.
+    assert (grids[1] - grids[0]).median() == 3
+    # An error of the biases does what the importance says, which is theirs and not the outputs'.
+    folded = quantizers.fold(model)
+    layers = weight_layers(folded)
+    found = ptq._mean_squared_gradients(folded, layers, pixels, of_biases=True)
+    expected, ratios = folded(pixels), []
+    for name, layer in layers.items():
+        error = torch.where(torch.rand_like(layer.bias) < 0.5, 1e-3, -1e-3)
+        layer.bias.add_(error)
+        change = folded(pixels) - expected
+        layer.bias.sub_(error)
+        change -= change.mean(1, keepdim=True)
+        ratios.append(float(change.square().sum(1).mean() / (found[name] * error.square()).sum()))
+    assert 0.7 < np.median(ratios) < 1.4
+
+
+@torch.no_grad()
 def test_row_importance_tells_what_noise_does_to_the_logits(small, pixels):
     """Of each layer alone, whose smallest weights are left out: exact by construction; and of
     another error of that kind: about right."""

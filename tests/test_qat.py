@@ -263,6 +263,25 @@ def test_resumed_equals_uninterrupted(tiny, parent, whole, tmp_path, monkeypatch
     assert not out.with_name("quantized.pth.resume").exists()
 
 
+def test_training_is_not_continued_from_another_beginning(tiny, parent, tmp_path, monkeypatch):
+    """On another processor, ptq's sums may be rounded otherwise, and other weights be zero."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "close", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, parent, tmp_path)
+    made = ptq.quantize
+
+    def otherwise(*args, **kwargs):
+        network, latent = made(*args, **kwargs)
+        weight = network.classifier[1].weight.detach()
+        weight.flatten()[weight.flatten().nonzero()[0]] = 0.0
+        return network, latent
+
+    monkeypatch.setattr(ptq, "quantize", otherwise)
+    with pytest.raises(UserError, match="state of another run .beginning was .*, is .*no-resume"):
+        run(tiny, parent, tmp_path)
+
+
 def test_other_bits_of_a_layer_are_another_run(tiny, parent, tmp_path, monkeypatch):
     """Though the file that says so has the same name."""
     bits = tmp_path / "bits.json"

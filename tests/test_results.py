@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import results
 from lib import tables
 from lib.config import UserError
 
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 NAME = results.ORDER["Speed"][0]
 
 
@@ -19,7 +21,8 @@ def folder(tmp_path, monkeypatch):
     words = ["benchmarks/x.py", "--data=/somewhere/cifar10", "--steps", "5"]
     monkeypatch.setattr(sys, "argv", words)
     rows = [["step", 1234567, 0.5, None], ["epoch", 8, 120.25, 3]]
-    table = tables.table("Speed", ["what", "images", "ratio", "more"], rows, data="n=5,000")
+    table = tables.table("Speed", ["what", "images", "ratio", "more"], rows, data="n=5,000",
+                         device=CPU)
     tables.write(tmp_path / f"results/{NAME}.json", table)
     (tmp_path / "README.md").write_text(f"a\n<!-- table: {NAME} -->\nold\n<!-- end -->\nb\n")
     return tmp_path
@@ -72,13 +75,22 @@ def test_unknown_and_damaged_tables_are_refused(folder):
     with pytest.raises(UserError, match=f"README.md shows the table {NAME}, and results/ has none"):
         results.main([f"--folder={folder}"])
     with pytest.raises(ValueError, match="every row must have 2 values"):
-        tables.table("x", ["a", "b"], [[1]])
+        tables.table("x", ["a", "b"], [[1]], device=CPU)
+
+
+def test_a_table_without_its_end_does_not_swallow_the_text_behind_it(folder):
+    readme = folder / "README.md"
+    text = readme.read_text().replace("<!-- end -->", "<!-- end --> ")
+    readme.write_text(text)
+    with pytest.raises(UserError, match=f"no line `<!-- end -->` follows the table {NAME}"):
+        results.main([f"--folder={folder}"])
+    assert readme.read_text() == text
 
 
 def test_files_are_drawn_from_their_tables(folder):
     columns = ["file", "bytes", "smaller", "correct of 1,000", "note"]
     rows = [["dense", 9000, "1x", 900, ""], ["small", 90, "100x", 890, ""]]
-    table = tables.table("x", columns, rows)
+    table = tables.table("x", columns, rows, device=CPU)
     tables.write(folder / "results/reference.json", table)
     results.main([f"--folder={folder}"])
     assert (folder / "results/files.png").stat().st_size > 10_000
