@@ -37,6 +37,8 @@ import functools
 import math
 from pathlib import Path
 
+import torch
+
 from autoaugment import augmentation
 from lib import (
     budget,
@@ -57,6 +59,7 @@ from lib.compaction import compact
 from lib.config import UserError, flag
 from lib.rate import BITS_PER_KILOBYTE
 
+LOGITS = 512  # training images that tell what an error in the logits costs in loss
 # With --max-drop, qat starts from a network that loses so many times as much.
 DROP_BEFORE_QAT = 2.0
 
@@ -362,14 +365,21 @@ def train(cfg, start, spare, teacher, scheme, images, before, out, parent, teach
     qat.begin(model, scheme, latent)
     mask, asked = pruning.Mask(model), budget_of(cfg, before)
     refuse_different_starts(beginning := qat.fingerprint(model), out, images.val.images.device)
-    loss_per_bit = start.rd_lambda / BITS_PER_KILOBYTE * qat.LOSS_PER_SQUARED_ERROR
+    sample = ptq.calibration_images(images.train, LOGITS, cfg.seed)
+    with torch.no_grad():
+        logits = start.network(sample)
+    lambda_per_bit = start.rd_lambda / BITS_PER_KILOBYTE
+    loss_per_bit, validation_loss_per_bit = (
+        lambda_per_bit * qat.loss_per_squared_error(logits, distill, cfg.temperature)
+        for distill in (cfg.distill, 0.0)
+    )
 
     def judge(network) -> tuple[engine.Evaluation, dict, float]:
         """Judge a network in training as a file; see engine.fit."""
         network = qat.finished(network)
         result = engine.evaluate(network, images.val)
         size = len(budget.encode(network, scheme, parent, images.provenance(), cfg.seed))
-        return result, {"bytes": size}, asked.score(size, result, loss_per_bit)
+        return result, {"bytes": size}, asked.score(size, result, validation_loss_per_bit)
 
     identity = config.identity(cfg) | {
         "scheme": scheme, "parent": parent.sha256, "teacher": teacher_file.sha256,
@@ -391,7 +401,8 @@ def train(cfg, start, spare, teacher, scheme, images, before, out, parent, teach
     if processes.is_main():
         plots.curves(history, cfg.path(None, "plots/quantize.png"), "Quantization-aware training")
         log.close({"best_epoch": best + 1}, [cfg.path(None, "plots/quantize.png")])
-    if spare and asked.score(spare.bytes, spare.result, loss_per_bit) >= history[best]["score"]:
+    kept = spare and asked.score(spare.bytes, spare.result, validation_loss_per_bit)
+    if spare and kept >= history[best]["score"]:
         engine.say(f"no epoch is better than ptq's network of {spare.bytes:,} bytes, val "
                    f"{spare.result}: that is kept")  # fmt: skip
         return spare.network

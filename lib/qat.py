@@ -56,9 +56,6 @@ class _Unrounded(Quantizer):
         return x if self.signed else nn.functional.hardtanh(x, 0.0, self.clip)
 
 
-# The approximate increase of the cross-entropy per squared error of 1 in an image's logits. On the
-# reference report's network at W4A8, 0.008 was measured. Turns a price in error into one in loss.
-LOSS_PER_SQUARED_ERROR = 0.01
 # Scales learn this many times faster than weights: a step changes a logarithm, so a scale moves by
 # a share of itself.
 SCALE_LR_FACTOR = 5.0
@@ -113,6 +110,22 @@ def begin(model: nn.Module, scheme: dict, latent: dict[str, Tensor]) -> None:
                 module.plain, module.__class__ = type(module), _Unrounded
             else:
                 _learn(module, "step")
+
+
+def loss_per_squared_error(logits: Tensor, distill: float, temperature: float) -> float:
+    """Return by how much lib.engine's loss rises per squared error of 1 in an image's logits.
+
+    It turns a price in error, which ptq has, into one in loss.
+    logits: (n, classes), of the network. distill, temperature: see lib.engine.Recipe.
+    To second order, cross-entropy rises by half of error^T (diag(p) - p p^T) error, where p are the
+    probabilities, and so does temperature^2 times the divergence from soft labels, with p at that
+    temperature. The mean over all directions that change the probabilities is taken.
+    """
+    def of(p: Tensor) -> float:
+        return float((1 - p.square().sum(1)).mean()) / 2 / (logits.shape[1] - 1)
+
+    soft = of((logits / temperature).softmax(1))
+    return (1 - distill) * of(logits.softmax(1)) + distill * soft
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import quantize
 import train
-from lib import checkpoint, pruning, ptq, qat, quantizers
+from lib import checkpoint, engine, pruning, ptq, qat, quantizers
 from lib.config import UserError
 from lib.metrics import Log, weight_layers
 from lib.nnz import coder
@@ -318,6 +318,24 @@ def test_short_side_values_stay_short(quantized, pixels, monkeypatch):
             assert torch.equal(torch.round(layer.bias / grids[name]) * grids[name], layer.bias)
         assert not torch.signbit(layer.bias[layer.bias == 0]).any()  # -0.0 is on no integer grid
         assert not torch.equal(layer.bias, before[f"{name}.bias"])
+
+
+@pytest.mark.parametrize(("distill", "temperature"), [(0.0, 1.0), (1.0, 2.0), (0.4, 3.0)])
+def test_what_an_error_of_the_logits_costs_in_loss(distill, temperature):
+    """Beside the loss itself, with labels as the network's probabilities have them."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20_000, 10, generator=generator, dtype=torch.float64)
+    error = 0.1 * torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+    error -= error.mean(1, keepdim=True)  # what all logits share changes nothing
+    error /= error.square().sum(1).mean().sqrt() * 10
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    recipe = engine.Recipe(1, distill=distill, temperature=temperature)
+    rise = [
+        float(engine._loss(logits + sign * error, labels, logits, recipe)) for sign in (1, 0, -1)
+    ]
+    measured = (rise[0] - 2 * rise[1] + rise[2]) / 2 * 100
+    found = qat.loss_per_squared_error(logits, distill, temperature)
+    assert found == pytest.approx(measured, rel=0.05)
 
 
 def test_the_rate_term_makes_levels_cheaper(quantized, pixels):
