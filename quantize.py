@@ -121,7 +121,7 @@ class Settings(config.AfterTraining):
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
     augment: str = flag("light", "see train.py", choices=("none", "light", "cutout", "auto"))
     amp: bool = flag(
-        True, "bf16 autocast; fp16 with loss scaling if CUDA lacks bf16", heading="run and machine"
+        True, "mixed precision: bf16, or fp16 on GPUs without it; fp32 on CPUs without it", heading="run and machine"
     )
     cuda_graph: bool = flag(True, "on one GPU, record a training step and replay it: faster")
     resume: bool = flag(True, "continue an interrupted qat if its state is there")
@@ -301,8 +301,8 @@ def post_training(cfg, fp32, scheme, images, before, parent) -> tuple:
     spare, attempts = budget.search(attempt, budget_of(cfg, before))
     start = spare
     if cfg.method == "qat" and cfg.max_drop is not None:
-        start, more = budget.search(attempt, budget_of(cfg, before, DROP_BEFORE_QAT))
-        attempts += [tried for tried in more if tried not in attempts]
+        start, further = budget.search(attempt, budget_of(cfg, before, DROP_BEFORE_QAT))
+        attempts += [tried for tried in further if tried not in attempts]
     if processes.is_main() and before:
         draw_budget(cfg, attempts, start, before, parent)
     if start is None:
