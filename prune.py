@@ -68,7 +68,8 @@ class Settings(config.AfterTraining):
     temperature: float = flag(2.0, "softmax temperature of the soft labels")
     augment: str = flag("cutout", "see train.py", choices=("none", "light", "cutout", "auto"))
     amp: bool = flag(
-        True, "mixed precision: bf16, or fp16 on GPUs without it; fp32 on CPUs without it", heading="run and machine"
+        True, "mixed precision: bf16, or fp16 on GPUs without it; fp32 on CPUs without it",
+        heading="run and machine",
     )
     cuda_graph: bool = flag(True, "on one GPU, record a training step and replay it: faster")
 

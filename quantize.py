@@ -121,7 +121,8 @@ class Settings(config.AfterTraining):
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
     augment: str = flag("light", "see train.py", choices=("none", "light", "cutout", "auto"))
     amp: bool = flag(
-        True, "mixed precision: bf16, or fp16 on GPUs without it; fp32 on CPUs without it", heading="run and machine"
+        True, "mixed precision: bf16, or fp16 on GPUs without it; fp32 on CPUs without it",
+        heading="run and machine",
     )
     cuda_graph: bool = flag(True, "on one GPU, record a training step and replay it: faster")
     resume: bool = flag(True, "continue an interrupted qat if its state is there")

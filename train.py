@@ -61,7 +61,8 @@ class Settings(config.Common):
     downsample: int = flag(4, "32x32 down to 8x8 (4, the report's) or 4x4 (8)", choices=(4, 8))
     dropout: float = flag(0.0, "share of features dropped before the classifier")
     amp: bool = flag(
-        True, "mixed precision: bf16, or fp16 on GPUs without it; fp32 on CPUs without it", heading="run and machine"
+        True, "mixed precision: bf16, or fp16 on GPUs without it; fp32 on CPUs without it",
+        heading="run and machine",
     )
     cuda_graph: bool = flag(True, "on one GPU, record a training step and replay it: faster")
 
