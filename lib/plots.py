@@ -363,21 +363,24 @@ def accuracy_sparsity(rounds, path, title, floor=None):
     if kept:
         note += (f"; kept: round {rounds[kept[-1]]['round']}, {100 * sparsity[kept[-1]]:.2f}% "
                  f"sparse, accuracy {accuracy[kept[-1]]:.2f}%")
+    low, high = accuracy.min(), accuracy.max()
+    # A floor far below the points would leave them no room.
+    far = floor is not None and low - 100 * floor > 2 * max(high - low, 1)
+    note += f"; floor {100 * floor:.2f}%" if far else ""
     figure = _figure(title, note, 3.9)
     ax = figure.subplots()
     _quiet(ax, "validation accuracy (%)", "both")
     ax.plot(x, accuracy, color=BLUE, linewidth=1.5, marker="o", ms=5, zorder=3)
     for i in range(0, len(rounds), math.ceil(len(rounds) / 30)):
         _label(ax, rounds[i]["round"], (x[i], accuracy[i]), (3, 8), size=8.5, color=MUTED)
-    low, high = accuracy.min(), accuracy.max()
-    if floor is not None:
+    if floor is not None and not far:
         low, high = min(low, 100 * floor), max(high, 100 * floor)
         ax.axhline(100 * floor, color=RED, linewidth=1.2, linestyle=(0, (5, 3)))
         _label(ax, f"floor {100 * floor:.2f}%", (0, 100 * floor), (4, -9), side=True, color=RED)
     if kept:
         at = x[kept[-1]], accuracy[kept[-1]]
         ax.plot(*at, "o", ms=11, mfc="none", mec=INK, mew=1.8, zorder=4)
-        _label(ax, "kept", at, (-8, -11), ha="right", weight="bold")
+        _label(ax, "kept", at, (0, -19), ha="center", weight="bold")
     pad, right = 0.14 * max(high - low, 1), max(x.max(), 0.31) + 0.08
     marks = np.array([0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999])
     marks = marks[-np.log10(1 - marks) <= right]
