@@ -370,17 +370,22 @@ def train(cfg, start, spare, teacher, scheme, images, before, out, parent, teach
     with torch.no_grad():
         logits = start.network(sample)
     lambda_per_bit = start.rd_lambda / BITS_PER_KILOBYTE
-    loss_per_bit, validation_loss_per_bit = (
-        lambda_per_bit * qat.loss_per_squared_error(logits, distill, cfg.temperature)
-        for distill in (cfg.distill, 0.0)
+    loss_per_bit = lambda_per_bit * qat.loss_per_squared_error(
+        logits, cfg.distill, cfg.temperature
     )
+    errors_per_bit = 0.0
+    if before:  # wrong answers rise with the loss, in about their present proportion
+        errors_per_loss = (1 - start.result.accuracy) / start.result.loss
+        errors_per_bit = errors_per_loss * lambda_per_bit * qat.loss_per_squared_error(
+            logits, 0.0, 1.0
+        )  # fmt: skip
 
     def judge(network) -> tuple[engine.Evaluation, dict, float]:
         """Judge a network in training as a file; see engine.fit."""
         network = qat.finished(network)
         result = engine.evaluate(network, images.val)
         size = len(budget.encode(network, scheme, parent, images.provenance(), cfg.seed))
-        return result, {"bytes": size}, asked.score(size, result, validation_loss_per_bit)
+        return result, {"bytes": size}, asked.score(size, result, errors_per_bit)
 
     identity = config.identity(cfg) | {
         "scheme": scheme, "parent": parent.sha256, "teacher": teacher_file.sha256,
@@ -402,7 +407,7 @@ def train(cfg, start, spare, teacher, scheme, images, before, out, parent, teach
     if processes.is_main():
         plots.curves(history, cfg.path(None, "plots/quantize.png"), "Quantization-aware training")
         log.close({"best_epoch": best + 1}, [cfg.path(None, "plots/quantize.png")])
-    kept = spare and asked.score(spare.bytes, spare.result, validation_loss_per_bit)
+    kept = spare and asked.score(spare.bytes, spare.result, errors_per_bit)
     if spare and kept >= history[best]["score"]:
         engine.say(f"no epoch is better than ptq's network of {spare.bytes:,} bytes, val "
                    f"{spare.result}: that is kept")  # fmt: skip

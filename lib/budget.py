@@ -34,18 +34,19 @@ class Budget:
             return size <= self.max_bytes
         return self.floor is None or result.correct >= self.floor
 
-    def score(self, size: int, result: engine.Evaluation, loss_per_bit: float) -> float:
+    def score(self, size: int, result: engine.Evaluation, errors_per_bit: float) -> float:
         """Return how good a file is, for comparison with others; within the budget: over 0.
 
         Of those within a budget of bytes the most accurate is best, of those within one of accuracy
-        the smallest. Without a budget it is the one of least loss + loss_per_bit * bits, and scores
-        are under 0.
+        the smallest. Without a budget it is the one of the least share of wrong answers +
+        errors_per_bit * bits, and scores are under 0. (The loss would not do: soft labels make a
+        network surer of itself, and its loss larger where it answers better.)
         """
         if self.max_bytes is not None:
             return 1 + result.accuracy if self.met(size, result) else -size
         if self.floor is not None:
             return 1 / size if self.met(size, result) else result.correct - self.floor
-        return -(result.loss + loss_per_bit * 8 * size)
+        return -(1 - result.accuracy + errors_per_bit * 8 * size)
 
 
 @dataclasses.dataclass(eq=False)  # its tensors have no ==

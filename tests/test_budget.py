@@ -62,6 +62,8 @@ def test_files_are_compared_by_what_is_asked_for():
         ]
         return scores.index(max(scores))
 
+    # An answer right counts, however sure the network is: 0.3 + 0.5 against 0.2 + 0.5.
+    assert best(budget.Budget(), (50, 7, 0.9), (50, 8, 1.1)) == 1
     small, large, lossy = (50, 7, 1.0), (60, 9, 0.8), (40, 3, 3.0)
     assert best(budget.Budget(max_bytes=60), small, large, lossy) == 1
     assert best(budget.Budget(max_bytes=55), small, large, lossy) == 0
@@ -69,7 +71,7 @@ def test_files_are_compared_by_what_is_asked_for():
     assert best(budget.Budget(floor=3), small, large, lossy) == 2
     assert best(budget.Budget(floor=6.5), small, large, lossy) == 0
     assert best(budget.Budget(floor=10), small, large, lossy) == 1  # the nearest to it
-    assert best(budget.Budget(), small, large, lossy) == 1  # 1.5, 1.4, 3.4
+    assert best(budget.Budget(), small, large, lossy) == 1  # 0.8, 0.7, 1.1
 
 
 # ---- quantize.py ---------------------------------------------------------------------------------
