@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The network in release/: from its dense network to the published file. About four hours on 2 CPU
-# cores with bf16.
+# The network in release/: from its dense network to the published file. About three and a half
+# hours on 2 CPU cores with bf16.
 #
 #     recipes/release.sh DATA [RUN]     DATA as for train.py, RUN a folder (runs/release)
 #
@@ -39,8 +39,7 @@ run "$C/pruned_a.pth" prune.py --score obd --rounds 4 --target 0.95 --epochs 1 -
 run "$C/pruned.pth" prune.py --parent "$C/pruned_a.pth" --teacher "$C/baseline.pth" --score obd \
   --rounds 1 --target 0.965 --last-epochs 10 --lr 0.035 --max-drop 20 --weight-decay 1e-4 \
   --label-smoothing 0 --distill 0.9
-run "$C/quantized.pth" quantize.py --teacher "$C/baseline.pth" --method qat --rd-lambda 8 --epochs 3 \
-  --distill 1
+run "$C/quantized.pth" quantize.py --rd-lambda 3
 run "$C/int8.pth" to_int8.py
 run "$C/compressed.nnz" sparse_compress.py
 FILES=("$C"/{baseline,pruned_a,pruned,quantized,int8}.pth "$C/compressed.nnz")
