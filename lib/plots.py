@@ -612,12 +612,16 @@ def stages(rows, path, title):
 
     Intervals are Wilson's.
 
-    rows: dicts of stage, bytes, accuracy, total (the number of images), from top to bottom.
+    rows: dicts of stage, bytes, accuracy, total (the number of images), from top to bottom; group,
+        if the ratios are to the first of each group.
     """
     rows = _rows(rows)
     sizes = np.maximum(_series(rows, "bytes"), 1)
     counts = " or ".join(f"{n:,}" for n in sorted({int(row["total"]) for row in rows}))
-    note = "; × smaller than the first" * (len(rows) > 1)
+    groups = [row.get("group") for row in rows]
+    firsts = [groups.index(group) for group in groups]
+    note = "; × smaller than the first" + " of its group" * (len(set(groups)) > 1)
+    note *= len(rows) > 1
     figure = _figure(title, f"accuracy on n = {counts} images{note}", 0.9 + 0.44 * len(rows))
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1], sharey=True)
     _quiet(left, "file size (log scale)", "x")
@@ -627,7 +631,9 @@ def stages(rows, path, title):
     for i, row in enumerate(rows):
         left.hlines(i, low, sizes[i], color=PALE, linewidth=3)
         left.plot(sizes[i], i, "o", color=BLUE, ms=8)
-        text = _size(row["bytes"]) + (f"  {_smaller(sizes[0], sizes[i])}" if i else "")
+        text = _size(row["bytes"]) + (
+            f"  {_smaller(sizes[firsts[i]], sizes[i])}" if i > firsts[i] else ""
+        )
         _label(left, text, (sizes[i], i), (9, 0))
         accuracy = float(row["accuracy"])
         span = [100 * end for end in wilson(accuracy * row["total"], row["total"])]
