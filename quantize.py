@@ -366,19 +366,7 @@ def train(cfg, start, spare, teacher, scheme, images, before, out, parent, teach
     qat.begin(model, scheme, latent)
     mask, asked = pruning.Mask(model), budget_of(cfg, before)
     refuse_different_starts(beginning := qat.fingerprint(model), out, images.val.images.device)
-    sample = ptq.calibration_images(images.train, LOGITS, cfg.seed)
-    with torch.no_grad():
-        logits = start.network(sample)
-    lambda_per_bit = start.rd_lambda / BITS_PER_KILOBYTE
-    loss_per_bit = lambda_per_bit * qat.loss_per_squared_error(
-        logits, cfg.distill, cfg.temperature
-    )
-    errors_per_bit = 0.0
-    if before:  # wrong answers rise with the loss, in about their present proportion
-        errors_per_loss = (1 - start.result.accuracy) / start.result.loss
-        errors_per_bit = errors_per_loss * lambda_per_bit * qat.loss_per_squared_error(
-            logits, 0.0, 1.0
-        )  # fmt: skip
+    loss_per_bit, errors_per_bit = prices(cfg, start, images) if cfg.priced else (0.0, 0.0)
 
     def judge(network) -> tuple[engine.Evaluation, dict, float]:
         """Judge a network in training as a file; see engine.fit."""
@@ -416,6 +404,23 @@ def train(cfg, start, spare, teacher, scheme, images, before, out, parent, teach
         raise UserError(f"no epoch has {cfg.asked}: the best one, {best + 1}, has "
                         f"{history[best]['val_accuracy']:.2%} and {history[best]['bytes']:,} bytes")
     return model
+
+
+def prices(cfg, start: budget.Attempt, images) -> tuple[float, float]:
+    """Return what a bit costs at the lambda of `start`: in training loss, and in the share of wrong
+    answers on the validation split (0 without one)."""
+    sample = ptq.calibration_images(images.train, LOGITS, cfg.seed)
+    with torch.no_grad():
+        logits = start.network(sample)
+    loss, cross_entropy = (
+        start.rd_lambda / BITS_PER_KILOBYTE
+        * qat.loss_per_squared_error(logits, distill, cfg.temperature)
+        for distill in (cfg.distill, 0.0)
+    )  # fmt: skip
+    if not start.result:
+        return loss, 0.0
+    # Wrong answers rise with the cross-entropy, in about their present proportion.
+    return loss, cross_entropy * (1 - start.result.accuracy) / start.result.loss
 
 
 def refuse_different_starts(beginning: str, out: Path, device) -> None:
