@@ -6,7 +6,8 @@
 
 in:  the dense fp32 network (checkpoints/baseline.pth), the pruned one (checkpoints/pruned.pth; its
      dead channels are removed first), checkpoints/int8.onnx
-out: a table on the standard output, logs/bench.jsonl, plots/bench.png
+out: a table on the standard output, logs/bench.jsonl, plots/bench.png; with --results, a table for
+     RESULTS.md
 
 Six networks: dense and compacted in fp32, each in torch (eager, channels last) and in onnxruntime;
 what onnxruntime's own quantize_static makes of the compacted one (QDQ, one scale per channel,
@@ -41,7 +42,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from lib import config, data, engine, graph, memory, metrics, plots, ptq, runtime
+from lib import config, data, engine, graph, memory, metrics, plots, ptq, runtime, tables
 from lib.compaction import compact
 from lib.config import UserError, flag
 from models.mobilenetv2 import MobileNetV2
@@ -63,6 +64,7 @@ class Settings(config.AfterTraining):
     calibration: int = flag(1024, "training images for quantize_static: as quantize.py's ptq has")
     peers: bool = flag(False, "also measure OpenVINO, if it is installed")
     split: str = flag("test", "images for the accuracy", choices=("val", "test", "train"))
+    results: str | None = flag(None, "write the table for RESULTS.md, such as results/bench.json")
 
     def __post_init__(self):
         numbers = [*self.threads, *self.batches, self.turns, self.calls, self.calibration]
@@ -113,7 +115,8 @@ def main(argv=None):
             rows += [
                 {"network": c.name, "threads": count, "batch": batch, **timed[c.name],
                  "weight_bytes": c.weights, "peak_bytes": c.peak, "split": cfg.split,
-                 "accuracy": accuracy[c.name].accuracy, "total": len(split)}
+                 "accuracy": accuracy[c.name].accuracy, "correct": accuracy[c.name].correct,
+                 "total": len(split)}
                 for c in field
             ]  # fmt: skip
     torch.set_num_threads(threads)
@@ -121,7 +124,9 @@ def main(argv=None):
     log.begin(rows)
     plot = plots.speed(rows, cfg.path(None, "plots/bench.png"), "Speed and accuracy")
     log.close({}, [plot])
-    print(f"{table(rows)}\n\naccuracy on {len(split):,} {cfg.split} images; {plot}")
+    print(f"{text_of(rows)}\n\naccuracy on {len(split):,} {cfg.split} images; {plot}")
+    if cfg.results:
+        tables.write(Path(cfg.results), summary(rows, images.source, device))
 
 
 # ---- who runs ------------------------------------------------------------------------------------
@@ -316,7 +321,27 @@ def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:
     return figures
 
 
-def table(rows: list[dict]) -> str:
+def summary(rows: list[dict], source: str, device) -> dict:
+    """Return the table for RESULTS.md: a row per network, a column per batch size and thread count.
+
+    source: where the images come from.
+    """
+    ratios = {(r["network"], r["batch"], r["threads"]): r["ratio_to_compacted"] for r in rows}
+    cases = sorted({(r["batch"], r["threads"]) for r in rows})
+    networks = {r["network"]: r for r in rows}.values()
+    return tables.table(
+        "Speed of the integer network",
+        ["network", *(f"batch {b}, {t} thread{'s' * (t > 1)}" for b, t in cases),
+         f"correct of {rows[0]['total']:,}", "bytes of weights", "bytes of activations"],
+        [[r["network"], *(f"{ratios[r['network'], *case]:.1f}x" for case in cases), r["correct"],
+          r["weight_bytes"], r["peak_bytes"]] for r in networks],
+        device=device, data=f"{source}, {rows[0]['split']} split, n={rows[0]['total']:,}",
+        text=f"Times faster than the network of the row `{COMPACTED}`; medians of "
+        f"{rows[0]['turns']} alternating turns.",
+    )  # fmt: skip
+
+
+def text_of(rows: list[dict]) -> str:
     """Return the rows as text, one part per thread count and batch size.
 
     Columns: times, and how many times faster than the dense network in torch and than COMPACTED.

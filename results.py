@@ -20,7 +20,7 @@ ORDER = {
     "The reference report's network": ["reference"],
     "Our own network": ["release"],
     "Training recipe": ["recipe_pilot"],
-    "Speed": ["train_step", "cuda_graph", "qat_step", "compaction", "augment"],
+    "Speed": ["bench", "train_step", "cuda_graph", "qat_step", "compaction", "augment"],
     "Quantization at a price": ["price"],
 }
 # Tables of files, written by eval.py, that results/files.png shows, and whose network is in them.
