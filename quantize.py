@@ -44,6 +44,7 @@ from lib import (
     budget,
     checkpoint,
     config,
+    data,
     engine,
     layer_bits,
     measure,
@@ -58,6 +59,7 @@ from lib import (
 from lib.compaction import compact
 from lib.config import UserError, flag
 from lib.rate import BITS_PER_KILOBYTE
+from models.mobilenetv2 import MobileNetV2
 
 LOGITS = 512  # training images that tell what an error in the logits costs in loss
 # With --max-drop, qat starts from a network that loses so many times as much.
@@ -179,6 +181,34 @@ class Settings(config.AfterTraining):
         return self.rd_lambda > 0 or self.has_budget
 
 
+@dataclasses.dataclass(eq=False)  # its tensors have no ==
+class Job:
+    """A network to quantize, how, and what its quantized versions are compared with."""
+
+    cfg: Settings
+    parent: checkpoint.Checkpoint
+    network: MobileNetV2  # the parent's, without dead channels
+    scheme: dict  # see lib.quantizers
+    images: data.Data
+    before: engine.Evaluation | None  # of the parent on the validation split, if there is one
+
+    def measure(self, network, rd_lambda: float, latent: dict | None = None) -> budget.Attempt:
+        """Return a quantized network with its accuracy and, if bits have a price, its bytes."""
+        result = engine.evaluate(network, self.images.val) if self.before else None
+        size = 0
+        if self.cfg.priced:
+            source = self.images.provenance()
+            size = len(budget.encode(network, self.scheme, self.parent, source, self.cfg.seed))
+        return budget.Attempt(rd_lambda, network, latent, size, result)
+
+    def wanted(self, times: float = 1.0) -> budget.Budget:
+        """Return what is asked for; times: multiplies --max-drop."""
+        if self.cfg.max_drop is None:
+            return budget.Budget(max_bytes=self.cfg.max_bytes)
+        allowed = times * self.cfg.max_drop / 100 * self.before.total
+        return budget.Budget(floor=self.before.correct - allowed)
+
+
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
@@ -191,42 +221,36 @@ def main(argv=None):
         images = parent.images(cfg.data, cfg.val_size, device)
     if cfg.max_drop is not None or (cfg.has_budget and cfg.method == "qat"):
         images.split("val")  # it decides
-    teacher_file = parent.teacher(cfg.teacher, cfg.assume_downsample, images.classes)
+    teacher = parent.teacher(cfg.teacher, cfg.assume_downsample, images.classes)
     engine.say_device(device)
-    validate = len(images.val) > 0
-    before = engine.evaluate(model, images.val) if validate else None
-    after = None
+    before = engine.evaluate(model, images.val) if len(images.val) else None
     out = cfg.path(cfg.out, "checkpoints/quantized.pth")
 
+    attempts = []
     if cfg.method == "reference":
         quantizers.quantize_reference(model, cfg.weight_bits, cfg.act_bits)
+        made = Job(cfg, parent, model, scheme, images, before).measure(model, 0.0)
     else:
-        fp32, _ = compact(model)
-        start, spare, attempts = post_training(cfg, fp32, scheme, images, before, parent)
-        model, after = start.network, start.result
-    if cfg.method == "qat":
-        if validate:
-            engine.say(f"ptq: val {start.result}")
-        teacher = teacher_file.build(device) if cfg.teacher else fp32
-        model = train(cfg, start, spare, teacher, scheme, images, before, out, parent, teacher_file)
-        if spare and model is spare.network:
-            start, scheme["method"] = spare, "ptq"  # what is recorded
-            if cfg.has_budget and processes.is_main():
-                draw_budget(cfg, attempts, start, before, parent)
-    if validate and cfg.method != "ptq":
-        after = engine.evaluate(model, images.val)
+        job = Job(cfg, parent, compact(model)[0], scheme, images, before)
+        made, spare, attempts = post_training(job)
+        if cfg.method == "qat":
+            made = train(job, made, spare, teacher, out)
+            if made is spare:
+                scheme["method"] = "ptq"  # the file says so, and becomes a little smaller
+                made = job.measure(spare.network, spare.rd_lambda)
+                if cfg.has_budget:
+                    draw_budget(job, attempts, spare)
 
     if processes.is_main():
         figures, text = {}, f"{scheme['method']} W{cfg.weight_bits}A{cfg.act_bits}"
-        if validate:
-            figures, words = accuracy_figures(before, after, images.val.labels.cpu())
+        if before:
+            figures, words = accuracy_figures(before, made.result, images.val.labels.cpu())
             text += words
         if cfg.priced:
-            raw = budget.encode(model, scheme, parent, images.provenance(), cfg.seed)
-            sizes, words = size_figures(cfg, model, len(raw), start, attempts)
+            sizes, words = size_figures(cfg, made, attempts)
             figures, text = figures | sizes, text + words
         saved = checkpoint.save(
-            out, "quantized", model, cfg, parent, metrics=figures, data=images.provenance(),
+            out, "quantized", made.network, cfg, parent, metrics=figures, data=images.provenance(),
             quantization=scheme,
         )  # fmt: skip
         if cfg.method == "qat":
@@ -249,16 +273,14 @@ def accuracy_figures(before, after, labels) -> tuple[dict, str]:
     )
 
 
-def size_figures(
-    cfg, model, nnz_bytes: int, start: budget.Attempt, attempts: list
-) -> tuple[dict, str]:
+def size_figures(cfg, made: budget.Attempt, attempts: list) -> tuple[dict, str]:
     """Return the figures of a network whose bits have a price, and in words.
 
-    nnz_bytes: of its file. start, attempts: see `post_training`.
+    attempts: all that were made.
     """
-    used = quantizers.bits_used(model)
-    figures = {"rd_lambda": start.rd_lambda, "nnz_bytes": nnz_bytes, "bits_used": used}
-    words = f"; lambda {start.rd_lambda:.4g}: {nnz_bytes:,} bytes as .nnz"
+    used = quantizers.bits_used(made.network)
+    figures = {"rd_lambda": made.rd_lambda, "nnz_bytes": made.bytes, "bits_used": used}
+    words = f"; lambda {made.rd_lambda:.4g}: {made.bytes:,} bytes as .nnz"
     if cfg.has_budget:
         tried = [
             {"rd_lambda": each.rd_lambda, "bytes": each.bytes,
@@ -270,53 +292,45 @@ def size_figures(
     return figures, words + f", layers of {min(used.values())} to {max(used.values())} bits"
 
 
-def post_training(cfg, fp32, scheme, images, before, parent) -> tuple:
+def post_training(job: Job) -> tuple:
     """Quantize without training; search for the price if there is a budget.
 
-    fp32: the compacted network. before: its Evaluation on the validation split, or None.
     Returns (start, spare, attempts): the attempt that is the result or that training starts from;
     the one that is kept if training makes nothing better, or None; all of the search. With
     --max-drop, training starts from a network that loses more than it may, to win that back.
     """
-    sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
+    cfg = job.cfg
+    sample = ptq.calibration_images(job.images.train, cfg.calibration, cfg.seed)
     options = {"scale_bits": cfg.scale_bits, "bias_bits": cfg.bias_bits}
     if cfg.priced:
-        options["importance"] = ptq.row_importance(quantizers.fold(fp32), sample)
+        options["importance"] = ptq.row_importance(quantizers.fold(job.network), sample)
 
     @functools.cache
     def attempt(rd_lambda: float) -> budget.Attempt:
         network, latent = ptq.quantize(
-            fp32, sample, scheme, engine.progress("calibrate"), **options,
+            job.network, sample, job.scheme, engine.progress("calibrate"), **options,
             lambda_per_bit=rd_lambda / BITS_PER_KILOBYTE,
         )  # fmt: skip
-        result = engine.evaluate(network, images.val) if before else None
-        if not cfg.priced:
-            return budget.Attempt(rd_lambda, network, latent, 0, result)
-        size = len(budget.encode(network, scheme, parent, images.provenance(), cfg.seed))
-        engine.say(f"lambda {rd_lambda:.4g}: {size:,} bytes" + f", val {result}" * bool(before))
-        return budget.Attempt(rd_lambda, network, latent, size, result)
+        made = job.measure(network, rd_lambda, latent)
+        if cfg.priced:
+            val = f", val {made.result}" if made.result else ""
+            engine.say(f"lambda {rd_lambda:.4g}: {made.bytes:,} bytes{val}")
+        return made
 
     if not cfg.has_budget:
         start = attempt(cfg.rd_lambda)
-        return start, start if cfg.priced and before else None, [start]
-    spare, attempts = budget.search(attempt, budget_of(cfg, before))
+        return start, start if cfg.priced and job.before else None, [start]
+    spare, attempts = budget.search(attempt, job.wanted())
     start = spare
     if cfg.method == "qat" and cfg.max_drop is not None:
-        start, further = budget.search(attempt, budget_of(cfg, before, DROP_BEFORE_QAT))
+        start, further = budget.search(attempt, job.wanted(DROP_BEFORE_QAT))
         attempts += [tried for tried in further if tried not in attempts]
-    if processes.is_main() and before:
-        draw_budget(cfg, attempts, start, before, parent)
+    if job.before:
+        draw_budget(job, attempts, start)
     if start is None:
         raise UserError(f"no network was found that has {cfg.asked}: the search came to "
-                        + nearest(attempts, budget_of(cfg, before)))  # fmt: skip
+                        + nearest(attempts, job.wanted()))  # fmt: skip
     return start, spare, attempts
-
-
-def budget_of(cfg, before, times: float = 1.0) -> budget.Budget:
-    """Return what is asked for; times: multiplies --max-drop."""
-    if cfg.max_drop is None:
-        return budget.Budget(max_bytes=cfg.max_bytes)
-    return budget.Budget(floor=before.correct - times * cfg.max_drop / 100 * before.total)
 
 
 def nearest(attempts: list[budget.Attempt], asked: budget.Budget) -> str:
@@ -326,8 +340,11 @@ def nearest(attempts: list[budget.Attempt], asked: budget.Budget) -> str:
     return f"{max((tried.result for tried in attempts), key=lambda r: r.correct)} on validation"
 
 
-def draw_budget(cfg, attempts: list[budget.Attempt], chosen, before, parent) -> None:
-    """Draw the networks that a search tried; chosen: one of them, or None."""
+def draw_budget(job: Job, attempts: list[budget.Attempt], chosen) -> None:
+    """Draw the networks that a search tried, in the main process; chosen: one of them, or None."""
+    if not processes.is_main():
+        return
+    cfg = job.cfg
     cells = [
         {
             "weight_bits": cfg.weight_bits, "act_bits": cfg.act_bits, "rd_lambda": tried.rd_lambda,
@@ -337,8 +354,8 @@ def draw_budget(cfg, attempts: list[budget.Attempt], chosen, before, parent) -> 
     ]  # fmt: skip
     plots.accuracy_bytes(
         cells, cfg.path(None, "plots/budget.png"),
-        f"{parent.file.name}, {cfg.asked}: validation (n={before.total})",
-        {"parent": (parent.bytes, before.accuracy)},
+        f"{job.parent.file.name}, {cfg.asked}: validation (n={job.before.total})",
+        {"parent": (job.parent.bytes, job.before.accuracy)},
         cells[attempts.index(chosen)] if chosen else None,
     )  # fmt: skip
 
@@ -352,31 +369,33 @@ def scheme_of(cfg, model) -> dict:
     return ptq.make_scheme(cfg.weight_bits, cfg.act_bits, **others)
 
 
-def train(cfg, start, spare, teacher, scheme, images, before, out, parent, teacher_file):
-    """Return the quantized network, trained; leave the state of the training beside `out`.
+def train(job: Job, start: budget.Attempt, spare, teacher, out: Path) -> budget.Attempt:
+    """Return the quantized network of `start`, trained, or `spare` if no epoch is better; leave the
+    state of the training beside `out`.
 
-    teacher: the network that `teacher_file` describes; if that is the parent, compacted.
-    start, spare: see `post_training`. If bits have a price, epochs are compared by what is asked
-    for, as files; see lib.budget.Budget.score.
+    spare: an Attempt or None, see `post_training`. teacher: the Checkpoint to learn from. If bits
+    have a price, epochs are compared by what is asked for, as files: see lib.budget.Budget.score.
     """
+    cfg, images = job.cfg, job.images
+    if job.before:
+        engine.say(f"ptq: val {start.result}")
     model, latent = copy.deepcopy(start.network), start.latent
     if cfg.priced:  # weights zeroed to save bits count as pruned: they would flip to and from 0
         for name, layer in metrics.weight_layers(model).items():
             latent[name][layer.weight == 0] = 0
-    qat.begin(model, scheme, latent)
-    mask, asked = pruning.Mask(model), budget_of(cfg, before)
+    qat.begin(model, job.scheme, latent)
+    mask, asked = pruning.Mask(model), job.wanted()
     refuse_different_starts(beginning := qat.fingerprint(model), out, images.val.images.device)
-    loss_per_bit, errors_per_bit = prices(cfg, start, images) if cfg.priced else (0.0, 0.0)
+    loss_per_bit, errors_per_bit = prices(job, start) if cfg.priced else (0.0, 0.0)
 
     def judge(network) -> tuple[engine.Evaluation, dict, float]:
         """Judge a network in training as a file; see engine.fit."""
-        network = qat.finished(network)
-        result = engine.evaluate(network, images.val)
-        size = len(budget.encode(network, scheme, parent, images.provenance(), cfg.seed))
-        return result, {"bytes": size}, asked.score(size, result, errors_per_bit)
+        made = job.measure(qat.finished(network), start.rd_lambda)
+        score = asked.score(made.bytes, made.result, errors_per_bit)
+        return made.result, {"bytes": made.bytes}, score
 
     identity = config.identity(cfg) | {
-        "scheme": scheme, "parent": parent.sha256, "teacher": teacher_file.sha256,
+        "scheme": job.scheme, "parent": job.parent.sha256, "teacher": teacher.sha256,
         "data": images.provenance(), "beginning": beginning,
     }  # fmt: skip
     log = metrics.Log(cfg.path(None, "logs/quantize.jsonl"), identity, cfg.wandb)
@@ -387,9 +406,11 @@ def train(cfg, start, spare, teacher, scheme, images, before, out, parent, teach
     )
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
-        config=identity, resume=cfg.resume, teacher=teacher, after_step=mask.apply, log=log,
+        config=identity, resume=cfg.resume, after_step=mask.apply, log=log,
+        # Without dead channels, the parent answers the same and is faster.
+        teacher=teacher.build(images.train.images.device) if cfg.teacher else job.network,
         penalty=(lambda: loss_per_bit * qat.bits(model)) if cfg.priced else None,
-        judge=judge if cfg.priced and before else None,
+        judge=judge if cfg.priced and job.before else None,
     )  # fmt: skip
     qat.finish(model)
     if processes.is_main():
@@ -399,17 +420,18 @@ def train(cfg, start, spare, teacher, scheme, images, before, out, parent, teach
     if spare and kept >= history[best]["score"]:
         engine.say(f"no epoch is better than ptq's network of {spare.bytes:,} bytes, val "
                    f"{spare.result}: that is kept")  # fmt: skip
-        return spare.network
+        return spare
     if cfg.has_budget and history[best]["score"] < 0:
         raise UserError(f"no epoch has {cfg.asked}: the best one, {best + 1}, has "
                         f"{history[best]['val_accuracy']:.2%} and {history[best]['bytes']:,} bytes")
-    return model
+    return job.measure(model, start.rd_lambda)
 
 
-def prices(cfg, start: budget.Attempt, images) -> tuple[float, float]:
+def prices(job: Job, start: budget.Attempt) -> tuple[float, float]:
     """Return what a bit costs at the lambda of `start`: in training loss, and in the share of wrong
     answers on the validation split (0 without one)."""
-    sample = ptq.calibration_images(images.train, LOGITS, cfg.seed)
+    cfg = job.cfg
+    sample = ptq.calibration_images(job.images.train, LOGITS, cfg.seed)
     with torch.no_grad():
         logits = start.network(sample)
     loss, cross_entropy = (
