@@ -20,11 +20,11 @@ of activations too; pruned weights stay zero; the fp32 parent is the teacher, un
 a better network (lib/qat.py). reference: one scale per tensor, weights static, activations dynamic
 (the largest magnitude of each batch of 128), simulated in fp32.
 
-With --rd-lambda X, a bit has a price: levels and scales are chosen by their error and by the bits
-that they take in the coder of sparse_compress.py. --weight-bits is then the most that a layer may
-have; how many it takes follows from the price. --max-bytes and --max-drop search for the X: of each
-network that they try by ptq, they measure the bytes of the .nnz and the accuracy on the validation
-split.
+With --rd-lambda X, levels and scales are chosen for the least error + X times the bits that they
+take in the coder of sparse_compress.py (rate-distortion optimization). --weight-bits is then the
+most that a layer may have; how many it takes follows from X. --max-bytes and --max-drop search for
+the X: of each network that they try by ptq, they measure the bytes of the .nnz and the accuracy on
+the validation split.
 
 --layer-bits takes NAME=BITS, separated by commas; a NAME is a layer, or `first` (the stem), `last`
 (the classifier and its input), or `last_act` (only the classifier's input). An item without `=` is
@@ -36,6 +36,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -87,12 +88,12 @@ class Settings(config.AfterTraining):
         '{"features.3.conv.0.0": 6, ...}; explained above'
     )  # fmt: skip
     scale_bits: int | None = flag(
-        None, "mantissa bits of the weight scales; 23: float32; default: 3; 2 if bits have a "
-        "price (--rd-lambda, --max-bytes, --max-drop); 5 with one scale per tensor"
+        None, "mantissa bits of the weight scales; 23: float32; default: 3; 2 with a lambda "
+        "(--rd-lambda, --max-bytes, --max-drop); 5 with one scale per tensor"
     )  # fmt: skip
     bias_bits: int | None = flag(
         None, "biases are rounded to multiples of a power of two, about 2^-N times the scale of "
-        "the layer's output; 32: float32; default: 2, or what pays best if bits have a price"
+        "the layer's output; 32: float32; default: 2, or with a lambda what pays best"
     )  # fmt: skip
     rd_lambda: float = flag(
         0.0, "rate-distortion: the squared error of an image's logits that saving 1,000 bytes of "
@@ -148,10 +149,10 @@ class Settings(config.AfterTraining):
         given = [self.rd_lambda or None, self.max_bytes, self.max_drop]
         if sum(value is not None for value in given) > 1:
             raise ValueError("give one of --rd-lambda, --max-bytes and --max-drop")
-        if self.priced and (self.weight_scale == "tensor" or self.method == "reference"):
+        if self.has_lambda and (self.weight_scale == "tensor" or self.method == "reference"):
             raise ValueError("--rd-lambda, --max-bytes and --max-drop are for --method ptq or qat "
                              "with --weight-scale channel")
-        if self.priced and self.weight_bits == 32:
+        if self.has_lambda and self.weight_bits == 32:
             raise ValueError("--rd-lambda, --max-bytes and --max-drop are for 2 to 16 weight bits")
         if not 1 <= self.calibration <= 50_000:
             raise ValueError("--calibration must be 1 to 50000 images")
@@ -176,8 +177,8 @@ class Settings(config.AfterTraining):
         return f"at most {self.max_drop:g} points less than its parent" if self.has_budget else ""
 
     @property
-    def priced(self) -> bool:
-        """Whether bits have a price, given or searched for."""
+    def has_lambda(self) -> bool:
+        """Whether bits count beside error, at a lambda that is given or searched for."""
         return self.rd_lambda > 0 or self.has_budget
 
 
@@ -193,10 +194,10 @@ class Job:
     before: engine.Evaluation | None  # of the parent on the validation split, if there is one
 
     def measure(self, network, rd_lambda: float, latent: dict | None = None) -> budget.Attempt:
-        """Return a quantized network with its accuracy and, if bits have a price, its bytes."""
+        """Return a quantized network with its accuracy and, if there is a lambda, its bytes."""
         result = engine.evaluate(network, self.images.val) if self.before else None
         size = 0
-        if self.cfg.priced:
+        if self.cfg.has_lambda:
             source = self.images.provenance()
             size = len(budget.encode(network, self.scheme, self.parent, source, self.cfg.seed))
         return budget.Attempt(rd_lambda, network, latent, size, result)
@@ -232,21 +233,21 @@ def main(argv=None):
         made = Job(cfg, parent, model, scheme, images, before).measure(model, 0.0)
     else:
         job = Job(cfg, parent, compact(model)[0], scheme, images, before)
-        made, spare, attempts = post_training(job)
+        made, fallback, attempts = post_training(job)
         if cfg.method == "qat":
-            made = train(job, made, spare, teacher, out)
-            if made is spare:
+            made = train(job, made, fallback, teacher, out)
+            if made is fallback:
                 scheme["method"] = "ptq"  # the file says so, and becomes a little smaller
-                made = job.measure(spare.network, spare.rd_lambda)
+                made = job.measure(fallback.network, fallback.rd_lambda)
                 if cfg.has_budget:
-                    draw_budget(job, attempts, spare)
+                    draw_budget(job, attempts, fallback)
 
     if processes.is_main():
         figures, text = {}, f"{scheme['method']} W{cfg.weight_bits}A{cfg.act_bits}"
         if before:
             figures, words = accuracy_figures(before, made.result, images.val.labels.cpu())
             text += words
-        if cfg.priced:
+        if cfg.has_lambda:
             sizes, words = size_figures(cfg, made, attempts)
             figures, text = figures | sizes, text + words
         saved = checkpoint.save(
@@ -274,7 +275,7 @@ def accuracy_figures(before, after, labels) -> tuple[dict, str]:
 
 
 def size_figures(cfg, made: budget.Attempt, attempts: list) -> tuple[dict, str]:
-    """Return the figures of a network whose bits have a price, and in words.
+    """Return the figures of a network that was quantized at a lambda, and in words.
 
     attempts: all that were made.
     """
@@ -292,17 +293,23 @@ def size_figures(cfg, made: budget.Attempt, attempts: list) -> tuple[dict, str]:
     return figures, words + f", layers of {min(used.values())} to {max(used.values())} bits"
 
 
-def post_training(job: Job) -> tuple:
-    """Quantize without training; search for the price if there is a budget.
+class PostTraining(NamedTuple):
+    """What ptq came to."""
 
-    Returns (start, spare, attempts): the attempt that is the result or that training starts from;
-    the one that is kept if training makes nothing better, or None; all of the search. With
-    --max-drop, training starts from a network that loses more than it may, to win that back.
+    best: budget.Attempt  # the result of ptq, and what qat starts from
+    fallback: budget.Attempt | None  # what is kept if no epoch of qat is better
+    attempts: list[budget.Attempt]  # all, in their order
+
+
+def post_training(job: Job) -> PostTraining:
+    """Quantize without training; search for the lambda if there is a budget.
+
+    With --max-drop, qat starts from a network that loses more than it may, to win that back.
     """
     cfg = job.cfg
     sample = ptq.calibration_images(job.images.train, cfg.calibration, cfg.seed)
     options = {"scale_bits": cfg.scale_bits, "bias_bits": cfg.bias_bits}
-    if cfg.priced:
+    if cfg.has_lambda:
         options["importance"] = ptq.row_importance(quantizers.fold(job.network), sample)
 
     @functools.cache
@@ -312,25 +319,25 @@ def post_training(job: Job) -> tuple:
             lambda_per_bit=rd_lambda / BITS_PER_KILOBYTE,
         )  # fmt: skip
         made = job.measure(network, rd_lambda, latent)
-        if cfg.priced:
+        if cfg.has_lambda:
             val = f", val {made.result}" if made.result else ""
             engine.say(f"lambda {rd_lambda:.4g}: {made.bytes:,} bytes{val}")
         return made
 
     if not cfg.has_budget:
-        start = attempt(cfg.rd_lambda)
-        return start, start if cfg.priced and job.before else None, [start]
-    spare, attempts = budget.search(attempt, job.wanted())
-    start = spare
+        best = attempt(cfg.rd_lambda)
+        return PostTraining(best, best if cfg.has_lambda and job.before else None, [best])
+    fallback, attempts = budget.search(attempt, job.wanted())
+    best = fallback
     if cfg.method == "qat" and cfg.max_drop is not None:
-        start, further = budget.search(attempt, job.wanted(DROP_BEFORE_QAT))
+        best, further = budget.search(attempt, job.wanted(DROP_BEFORE_QAT))
         attempts += [tried for tried in further if tried not in attempts]
     if job.before:
-        draw_budget(job, attempts, start)
-    if start is None:
+        draw_budget(job, attempts, best)
+    if best is None:
         raise UserError(f"no network was found that has {cfg.asked}: the search came to "
                         + nearest(attempts, job.wanted()))  # fmt: skip
-    return start, spare, attempts
+    return PostTraining(best, fallback, attempts)
 
 
 def nearest(attempts: list[budget.Attempt], asked: budget.Budget) -> str:
@@ -369,24 +376,24 @@ def scheme_of(cfg, model) -> dict:
     return ptq.make_scheme(cfg.weight_bits, cfg.act_bits, **others)
 
 
-def train(job: Job, start: budget.Attempt, spare, teacher, out: Path) -> budget.Attempt:
-    """Return the quantized network of `start`, trained, or `spare` if no epoch is better; leave the
-    state of the training beside `out`.
+def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budget.Attempt:
+    """Return the quantized network of `start`, trained, or `fallback` if no epoch is better; leave
+    the state of the training beside `out`.
 
-    spare: an Attempt or None, see `post_training`. teacher: the Checkpoint to learn from. If bits
-    have a price, epochs are compared by what is asked for, as files: see lib.budget.Budget.score.
+    fallback: an Attempt or None, see PostTraining. teacher: the Checkpoint to learn from. With a
+    lambda, epochs are compared by what is asked for, as files: see lib.budget.Budget.score.
     """
     cfg, images = job.cfg, job.images
     if job.before:
         engine.say(f"ptq: val {start.result}")
     model, latent = copy.deepcopy(start.network), start.latent
-    if cfg.priced:  # weights zeroed to save bits count as pruned: they would flip to and from 0
+    if cfg.has_lambda:  # weights zeroed to save bits count as pruned: they would flip to and from 0
         for name, layer in metrics.weight_layers(model).items():
             latent[name][layer.weight == 0] = 0
     qat.begin(model, job.scheme, latent)
     mask, asked = pruning.Mask(model), job.wanted()
     refuse_different_starts(beginning := qat.fingerprint(model), out, images.val.images.device)
-    loss_per_bit, errors_per_bit = prices(job, start) if cfg.priced else (0.0, 0.0)
+    loss_per_bit, errors_per_bit = cost_of_a_bit(job, start) if cfg.has_lambda else (0.0, 0.0)
 
     def judge(network) -> tuple[engine.Evaluation, dict, float]:
         """Judge a network in training as a file; see engine.fit."""
@@ -409,25 +416,25 @@ def train(job: Job, start: budget.Attempt, spare, teacher, out: Path) -> budget.
         config=identity, resume=cfg.resume, after_step=mask.apply, log=log,
         # Without dead channels, the parent answers the same and is faster.
         teacher=teacher.build(images.train.images.device) if cfg.teacher else job.network,
-        penalty=(lambda: loss_per_bit * qat.bits(model)) if cfg.priced else None,
-        judge=judge if cfg.priced and job.before else None,
+        penalty=(lambda: loss_per_bit * qat.bits(model)) if cfg.has_lambda else None,
+        judge=judge if cfg.has_lambda and job.before else None,
     )  # fmt: skip
     qat.finish(model)
     if processes.is_main():
         plots.curves(history, cfg.path(None, "plots/quantize.png"), "Quantization-aware training")
         log.close({"best_epoch": best + 1}, [cfg.path(None, "plots/quantize.png")])
-    kept = spare and asked.score(spare.bytes, spare.result, errors_per_bit)
-    if spare and kept >= history[best]["score"]:
-        engine.say(f"no epoch is better than ptq's network of {spare.bytes:,} bytes, val "
-                   f"{spare.result}: that is kept")  # fmt: skip
-        return spare
+    untrained = fallback and asked.score(fallback.bytes, fallback.result, errors_per_bit)
+    if fallback and untrained >= history[best]["score"]:
+        engine.say(f"no epoch is better than ptq's network of {fallback.bytes:,} bytes, val "
+                   f"{fallback.result}: that is kept")  # fmt: skip
+        return fallback
     if cfg.has_budget and history[best]["score"] < 0:
         raise UserError(f"no epoch has {cfg.asked}: the best one, {best + 1}, has "
                         f"{history[best]['val_accuracy']:.2%} and {history[best]['bytes']:,} bytes")
     return job.measure(model, start.rd_lambda)
 
 
-def prices(job: Job, start: budget.Attempt) -> tuple[float, float]:
+def cost_of_a_bit(job: Job, start: budget.Attempt) -> tuple[float, float]:
     """Return what a bit costs at the lambda of `start`: in training loss, and in the share of wrong
     answers on the validation split (0 without one)."""
     cfg = job.cfg

@@ -21,7 +21,7 @@ ORDER = {
     "Our own network": ["release"],
     "Training recipe": ["recipe_pilot"],
     "Speed": ["bench", "train_step", "cuda_graph", "qat_step", "compaction", "augment"],
-    "Quantization at a price": ["price"],
+    "Rate-distortion quantization": ["price"],
 }
 # Tables of files, written by eval.py, that results/files.png shows, and whose network is in them.
 FILES = {"reference": "the report's network:", "release": "our own network:"}

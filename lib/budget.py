@@ -1,9 +1,9 @@
-"""Find the price of a bit that a budget asks for: a largest file, or a largest loss of accuracy.
+"""Find the lambda that a budget asks for: a largest file, or a largest loss of accuracy.
 
     best, attempts = search(attempt, Budget(max_bytes=64_000))
 
-A higher price makes a smaller file that is less accurate. So a budget of bytes wants the lowest
-price whose file fits, and a budget of accuracy the highest price whose file is accurate enough.
+A higher lambda makes a smaller file that is less accurate. So a budget of bytes wants the lowest
+lambda whose file fits, and one of accuracy the highest whose file is accurate enough.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from pathlib import Path
 from lib import compressed, engine
 from models.mobilenetv2 import MobileNetV2
 
-FIRST = 0.5  # the price that is tried first, as for quantize.py --rd-lambda
-LOWEST, HIGHEST = 1 / 4096, 4096.0  # prices beyond these are not tried
-FACTOR = 4.0  # between prices, until one meets the budget and one does not
-CLOSE = 1.06  # ratio of two such prices at which the search ends: less than 2% of the bytes
+FIRST = 0.5  # the lambda that is tried first, as for quantize.py --rd-lambda
+LOWEST, HIGHEST = 1 / 4096, 4096.0  # lambdas beyond these are not tried
+FACTOR = 4.0  # between lambdas, until one meets the budget and one does not
+CLOSE = 1.06  # ratio of two such lambdas at which the search ends: less than 2% of the bytes
 FULL = 0.99  # share of a budget of bytes that is used: the search ends, too
 
 
@@ -35,12 +35,16 @@ class Budget:
         return self.floor is None or result.correct >= self.floor
 
     def score(self, size: int, result: engine.Evaluation, errors_per_bit: float) -> float:
-        """Return how good a file is, for comparison with others; within the budget: over 0.
+        """Return how good a file is, for comparison with others: the higher, the better.
 
-        Of those within a budget of bytes the most accurate is best, of those within one of accuracy
-        the smallest. Without a budget it is the one of the least share of wrong answers +
-        errors_per_bit * bits, and scores are under 0. (The loss would not do: soft labels make a
-        network surer of itself, and its loss larger where it answers better.)
+            budget      within it       not within it
+            max_bytes   1 + accuracy    -size
+            floor       1 / size        correct answers - floor
+            none        -(share of wrong answers + errors_per_bit * bits)
+
+        So a file within a budget scores over 0, others under 0. (Without a budget the loss would
+        not do in place of wrong answers: soft labels make a network surer of itself, and its loss
+        larger where it answers better.)
         """
         if self.max_bytes is not None:
             return 1 + result.accuracy if self.met(size, result) else -size
@@ -51,36 +55,36 @@ class Budget:
 
 @dataclasses.dataclass(eq=False)  # its tensors have no ==
 class Attempt:
-    """A network that was quantized at a price, and what came of it."""
+    """A quantized network, and what came of it."""
 
     rd_lambda: float
     network: MobileNetV2
-    latent: dict  # its weights before rounding: see lib.ptq.quantize
-    bytes: int  # of the file that it becomes
+    latent: dict | None  # its weights before rounding, of ptq: see lib.ptq.quantize
+    bytes: int  # of the .nnz that it becomes; 0 if that was not asked for
     result: engine.Evaluation | None  # on the validation split, if there is one
 
 
 def search(
     attempt: Callable[[float], Attempt], budget: Budget
 ) -> tuple[Attempt | None, list[Attempt]]:
-    """Find the price at the edge of a budget: bracket it, then narrow the bracket to CLOSE.
+    """Find the lambda at the edge of a budget: bracket it, then narrow the bracket to CLOSE.
 
-    attempt: makes an attempt at a price.
-    Returns (the attempt found, all attempts in their order); None if no price meets the budget.
+    attempt: makes an attempt at a lambda.
+    Returns (the attempt found, all attempts in their order); None if no lambda meets the budget.
     """
-    attempts, met, failed, price = [], None, None, FIRST
-    upwards = budget.floor is not None  # the highest price that meets it, not the lowest
-    while LOWEST <= price <= HIGHEST and not (met and failed and _ends(met, failed, budget)):
-        attempts.append(attempt(price))
+    attempts, met, failed, rd_lambda = [], None, None, FIRST
+    upwards = budget.floor is not None  # the highest lambda that meets it, not the lowest
+    while LOWEST <= rd_lambda <= HIGHEST and not (met and failed and _ends(met, failed, budget)):
+        attempts.append(attempt(rd_lambda))
         if budget.met(attempts[-1].bytes, attempts[-1].result):
             met = attempts[-1]
         else:
             failed = attempts[-1]
         if met and failed:
             ratio = failed.rd_lambda / met.rd_lambda
-            price = met.rd_lambda * ratio ** _share(met, failed, budget)
+            rd_lambda = met.rd_lambda * ratio ** _share(met, failed, budget)
         else:
-            price *= FACTOR if bool(met) == upwards else 1 / FACTOR
+            rd_lambda *= FACTOR if bool(met) == upwards else 1 / FACTOR
     return met, attempts
 
 
@@ -92,10 +96,10 @@ def _ends(met: Attempt, failed: Attempt, budget: Budget) -> bool:
 
 
 def _share(met: Attempt, failed: Attempt, budget: Budget) -> float:
-    """Return where to try next, from the price of `met` (0) to that of `failed` (1)."""
+    """Return where to try next, from the lambda of `met` (0) to that of `failed` (1)."""
     if budget.max_bytes is None:
         return 0.5
-    # Bytes fall about as a power of the price: aim a little within the budget.
+    # Bytes fall about as a power of lambda: aim a little within the budget.
     wanted = math.log((1 + FULL) / 2 * budget.max_bytes / met.bytes)
     return min(max(wanted / math.log(failed.bytes / met.bytes), 0.1), 0.9)
 

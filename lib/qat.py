@@ -115,7 +115,7 @@ def begin(model: nn.Module, scheme: dict, latent: dict[str, Tensor]) -> None:
 def loss_per_squared_error(logits: Tensor, distill: float, temperature: float) -> float:
     """Return by how much lib.engine's loss rises per squared error of 1 in an image's logits.
 
-    It turns a price in error, which ptq has, into one in loss.
+    It turns a lambda in squared error, which ptq has, into one in loss.
     logits: (n, classes), of the network. distill, temperature: see lib.engine.Recipe.
     To second order, cross-entropy rises by half of error^T (diag(p) - p p^T) error, where p are the
     probabilities, and so does temperature^2 times the divergence from soft labels, with p at that

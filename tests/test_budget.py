@@ -13,11 +13,11 @@ from lib import budget, checkpoint, data, engine, synthetic
 
 
 def attempts_at(edge: float):
-    """A stand-in for quantization: up to the price `edge` 10 bytes and 8 of 10, beyond 5 and 4."""
+    """A stand-in for quantization: up to the lambda `edge` 10 bytes and 8 of 10, beyond 5 and 4."""
 
-    def attempt(price: float) -> budget.Attempt:
-        size, correct = (10, 8) if price <= edge else (5, 4)
-        return budget.Attempt(price, None, {}, size, engine.Evaluation(correct, 10, 1.0, None))
+    def attempt(rd_lambda: float) -> budget.Attempt:
+        size, correct = (10, 8) if rd_lambda <= edge else (5, 4)
+        return budget.Attempt(rd_lambda, None, {}, size, engine.Evaluation(correct, 10, 1.0, None))
 
     return attempt
 
@@ -33,14 +33,14 @@ def test_the_search_ends_just_on_the_right_side(edge, asked):
 
 @pytest.mark.parametrize("limit", [30_000, 46_000, 64_000, 200_000])
 def test_a_budget_of_bytes_is_used_up_in_few_attempts(limit):
-    def attempt(price):
-        return budget.Attempt(price, None, {}, round(48_000 * price**-0.27) + 3000, None)
+    def attempt(rd_lambda):
+        return budget.Attempt(rd_lambda, None, {}, round(48_000 * rd_lambda**-0.27) + 3000, None)
 
     found, tried = budget.search(attempt, budget.Budget(max_bytes=limit))
     assert 0.99 * limit < found.bytes <= limit and len(tried) <= 8
 
 
-def test_a_budget_that_all_prices_meet_takes_the_last_one_tried():
+def test_a_budget_that_all_rd_lambdas_meet_takes_the_last_one_tried():
     found, _ = budget.search(attempts_at(1.0), budget.Budget(floor=4))
     assert budget.HIGHEST / budget.FACTOR < found.rd_lambda <= budget.HIGHEST
     found, _ = budget.search(attempts_at(1.0), budget.Budget(max_bytes=10))
@@ -48,7 +48,7 @@ def test_a_budget_that_all_prices_meet_takes_the_last_one_tried():
 
 
 @pytest.mark.parametrize("asked", [budget.Budget(max_bytes=4), budget.Budget(floor=9)])
-def test_a_budget_that_no_price_meets_finds_nothing(asked):
+def test_a_budget_that_no_rd_lambda_meets_finds_nothing(asked):
     found, tried = budget.search(attempts_at(1.0), asked)
     assert found is None and len(tried) > 3
 
@@ -167,7 +167,7 @@ def test_training_that_ruins_the_network_leaves_what_it_started_from(
     _, size = chain(answered, parent, tmp_path / "qat", asked, *QAT, "--lr=1")
     out = capsys.readouterr().out
     assert "no epoch is better than ptq's" in out and "bytes, ptq W8A8" in out
-    assert abs(size - untrained) <= 0.02 * untrained  # a search may end at another price
+    assert abs(size - untrained) <= 0.02 * untrained  # a search may end at another lambda
     saved = checkpoint.load(tmp_path / "qat/checkpoints/quantized.pth")
     assert saved.quantization["method"] == "ptq" and saved.metrics["nnz_bytes"] == size
     # What is recorded is the lambda of the file, not the one that training began with.

@@ -341,13 +341,13 @@ def test_what_an_error_of_the_logits_costs_in_loss(distill, temperature):
 def test_the_rate_term_makes_levels_cheaper(quantized, pixels):
     """Beside the same training without it; and its estimate falls with the coder's bytes."""
     sizes, estimates = [], []
-    for price in (0.0, 3e-4):
+    for loss_per_bit in (0.0, 3e-4):
         model = begun(quantized, ptq.make_scheme(4, 8))
         mask = pruning.Mask(model)
         labels = pixels.mean((2, 3)).argmax(1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
         for _ in range(20):
-            loss = F.cross_entropy(model(pixels), labels) + price * qat.bits(model)
+            loss = F.cross_entropy(model(pixels), labels) + loss_per_bit * qat.bits(model)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
