@@ -15,9 +15,10 @@ out: checkpoints/pruned.pth (the last round within --max-drop of the parent), lo
 import copy
 import dataclasses
 import time
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoaugment import augmentation
 from lib import checkpoint, config, engine, metrics, plots, processes, pruning, ptq
@@ -90,6 +91,43 @@ class Settings(config.AfterTraining):
             raise ValueError("--temperature must be over 0")
 
 
+@dataclasses.dataclass
+class State:
+    """What a run that is interrupted needs to go on."""
+
+    rounds: list[dict]  # a line of the log for each finished round; 0: the parent
+    last_good: MobileNetV2  # of the last round that was not under the floor
+    # SGD's momentum by parameter name: of `pruned`, or without it of the last round.
+    velocity: dict[str, Tensor] | None = None
+    # The network of a round that has begun, before its fine-tuning. It is kept because scores may
+    # be rounded otherwise when they are computed again, on another machine or by another process.
+    pruned: MobileNetV2 | None = None
+
+    def save(self, file: Path, identity: dict) -> None:
+        """Write it, once for all processes."""
+        networks = {"last_good": self.last_good} | ({"pruned": self.pruned} if self.pruned else {})
+        processes.wait()
+        if processes.is_main():
+            checkpoint.write(file, {
+                "config": identity, "rounds": self.rounds, "velocity": self.velocity,
+                "networks": {n: (net.settings, net.state_dict()) for n, net in networks.items()},
+            })  # fmt: skip
+        processes.wait()
+
+    @classmethod
+    def load(cls, file: Path, identity: dict, device: torch.device) -> "State":
+        """Read what `save` wrote. Raises UserError if it belongs to another run."""
+        saved, networks = checkpoint.read(file), {}
+        if "last_good" not in saved.get("networks", {}):
+            raise UserError(f"{file} is of an earlier version: --no-resume discards it")
+        engine.refuse_other_run(file, saved["config"], identity)
+        for name, (settings, weights) in saved["networks"].items():
+            network = MobileNetV2(settings)
+            network.load_state_dict(weights)
+            networks[name] = network.to(device, memory_format=torch.channels_last)
+        return cls(saved["rounds"], velocity=saved["velocity"], **networks)
+
+
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
@@ -117,43 +155,36 @@ def main(argv=None):
     log = metrics.Log(cfg.path(None, "logs/prune.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
     round_file = out.with_name(out.name + ".round.resume")
-    rounds, velocity = [], None  # a line per round (0: the parent); SGD's momentum
-    pruned = None  # the network of an interrupted round, before its fine-tuning
-    if cfg.resume:
-        rounds, model, velocity, pruned = _resume(state_file, round_file, identity, model)
-    else:
+    if not cfg.resume:
         processes.discard(state_file, round_file)
-    if not rounds:
+    state = _resume(state_file, round_file, identity, device) if state_file.is_file() else None
+    if state is None:
         if cfg.compact:
             model, _ = compact(model)
         result = engine.evaluate(model, images.val)
-        rounds = [_line(0, model, total, result, True, [], 0.0)]
-        engine.say(f"parent: {_describe(rounds[0])}")
-    kept = copy.deepcopy(model)  # the last good network
-    floor = rounds[0]["val_accuracy"] - cfg.max_drop / 100
+        state = State([_line(0, model, total, result, True, [], 0.0)], model)
+        engine.say(f"parent: {_describe(state.rounds[0])}")
+    floor = state.rounds[0]["val_accuracy"] - cfg.max_drop / 100
     floor = processes.from_main_process(floor, device)
     needs_images = cfg.score == "obd"
     sample = ptq.calibration_images(images.train, SAMPLE, cfg.seed) if needs_images else None
-    log.begin(rounds)
+    log.begin(state.rounds)
 
-    for number in range(len(rounds), cfg.rounds + 1):
-        if not rounds[-1]["kept"]:
+    for number in range(len(state.rounds), cfg.rounds + 1):
+        if not state.rounds[-1]["kept"]:
             break
-        recipe = _recipe(cfg, number)
         began = time.monotonic()
-        if pruned:
-            model, pruned = pruned, None
-        else:
-            model, velocity = _prune(model, velocity, cfg, number, start, total, sample)
-            _save(state_file, identity, rounds, kept, velocity, model)
+        if state.pruned is None:
+            _prune(state, cfg, number, start, total, sample)
+            state.save(state_file, identity)
             if processes.world_and_rank()[0] > 1:  # the same network for all of them
-                state, networks = _read(state_file, device)
-                model, velocity = networks["pruned"], state["velocity"]
+                state = State.load(state_file, identity, device)
+        model, recipe = state.pruned, _recipe(cfg, number)
         try:
             history, _ = engine.fit(
                 model, images, recipe, augmentation(cfg.augment), cfg.seed + number, round_file,
                 config=identity | {"round": number}, teacher=teacher,
-                after_step=pruning.Mask(model).apply, velocity=velocity,
+                after_step=pruning.Mask(model).apply, velocity=state.velocity,
                 note=f"round {number}/{cfg.rounds} ",
             )  # fmt: skip
         except engine.DivergedError as error:
@@ -164,16 +195,18 @@ def main(argv=None):
             break
         result = engine.evaluate(model, images.val)
         good = processes.from_main_process(result.accuracy, device) >= floor
-        rounds.append(_line(number, model, total, result, good, history, time.monotonic() - began))
-        velocity = engine.velocity_of(round_file, model, recipe)
-        if good:
-            kept = copy.deepcopy(model)
-        _save(state_file, identity, rounds, kept, velocity)
+        line = _line(number, model, total, result, good, history, time.monotonic() - began)
+        state = State(
+            [*state.rounds, line], model if good else state.last_good,
+            engine.velocity_of(round_file, model, recipe),
+        )  # fmt: skip
+        state.save(state_file, identity)
         processes.discard(round_file)
-        log(rounds[-1])
+        log(line)
         verdict = "kept" if good else f"under the floor of {floor:.2%}: the last good one stays"
-        engine.say(f"round {number}: {_describe(rounds[-1])}, {verdict}")
+        engine.say(f"round {number}: {_describe(line)}, {verdict}")
 
+    rounds = state.rounds
     if cfg.rounds and not rounds[1]["kept"]:
         if processes.is_main():
             state_file.unlink()
@@ -183,9 +216,9 @@ def main(argv=None):
             "give it more --epochs, more --rounds or a larger --max-drop"
         )
     if processes.is_main():
-        _finish(cfg, out, kept, parent_layers, parent, images, rounds, floor)
+        _finish(cfg, out, state.last_good, parent_layers, parent, images, rounds, floor)
         charts = [cfg.path(None, f"plots/{name}.png") for name in ("prune", "sparsity")]
-        log.close({"sparsity": sparsity_of(kept, total)}, charts)
+        log.close({"sparsity": sparsity_of(state.last_good, total)}, charts)
         for file in (round_file, state_file):  # last: until here, the run could be continued
             file.unlink(missing_ok=True)
     processes.stop()
@@ -194,73 +227,37 @@ def main(argv=None):
 def _recipe(cfg, number: int) -> engine.Recipe:
     """Return how to fine-tune in a round."""
     epochs = cfg.last_epochs if cfg.last_epochs and number == cfg.rounds else cfg.epochs
-    return engine.Recipe.of(cfg, schedule=cfg.lr_schedule, epochs=epochs)
+    return engine.Recipe.of(cfg, epochs=epochs)
 
 
-def _prune(model, velocity, cfg, number: int, start: float, total: int, sample) -> tuple:
-    """Zero the weights that a round prunes, and remove the channels that die with them.
+def _prune(state: State, cfg, number: int, start: float, total: int, sample) -> None:
+    """Put into `state` the network of a round that begins: the last good one with further weights
+    zeroed, without the channels that die with them; and its momentum, whose buffers shrink alike.
 
-    velocity: the optimizer's momentum by parameter name, or None. start: the parent's sparsity.
-    total: weights of the network that the chain began with, of which sparsity is a share.
-    sample: normalized training images, for the score obd; else None.
-    Returns the model and the velocity, whose buffers shrink with their weights.
+    start: the parent's sparsity. total: weights of the network that the chain began with, of which
+    sparsity is a share. sample: normalized training images, for the score obd; else None.
     """
     if cfg.schedule == "cubic":
         sparsity = pruning.cubic(start, cfg.target, number, cfg.rounds)
     else:
         sparsity = pruning.geometric(start, cfg.prune_fraction, number)
+    model = copy.deepcopy(state.last_good)
     pruning.keep_best(model, round((1 - sparsity) * total), cfg.score, sample)
     if cfg.compact:
         model, live = compact(model)
-        velocity = velocity and {n: take(v, live[n]) for n, v in velocity.items()}
-    return model, velocity
+        if state.velocity:
+            state.velocity = {n: take(v, live[n]) for n, v in state.velocity.items()}
+    state.pruned = model
 
 
-def _save(state_file, identity, rounds, kept, velocity, pruned=None) -> None:
-    """Write the state of a run, once for all processes.
-
-    kept: the last good network. pruned: that of the round that begins. It is kept because scores
-    may be rounded otherwise when they are computed again, on another machine or by another process.
-    velocity: that of `pruned`, or without it that of the last round.
-    """
-    processes.wait()
-    if processes.is_main():
-        networks = {"kept": kept} | ({"pruned": pruned} if pruned else {})
-        checkpoint.write(state_file, {
-            "config": identity, "rounds": rounds, "velocity": velocity,
-            "networks": {n: (net.settings, net.state_dict()) for n, net in networks.items()},
-        })  # fmt: skip
-    processes.wait()
-
-
-def _resume(state_file, round_file, identity: dict, model) -> tuple:
-    """Return the finished rounds, the last good network, the velocity, and the network of a round
-    that had begun or None: see `_save`.
-
-    Without a state these are no rounds, `model`, None and None. Raises UserError for another run's
-    state.
-    """
-    if not state_file.is_file():
-        return [], model, None, None
-    state, networks = _read(state_file, next(model.parameters()).device)
-    engine.refuse_other_run(state_file, state["config"], identity)
-    if processes.is_main() and _round_of(round_file) < len(state["rounds"]):
+def _resume(state_file: Path, round_file: Path, identity: dict, device) -> State:
+    """Return the state of an interrupted run. Raises UserError if it is another run's."""
+    state = State.load(state_file, identity, device)
+    if processes.is_main() and _round_of(round_file) < len(state.rounds):
         round_file.unlink(missing_ok=True)  # killed between writing a round and this
     processes.wait()
-    engine.say(f"continuing {state_file} after round {len(state['rounds']) - 1}")
-    return state["rounds"], networks["kept"], state["velocity"], networks.get("pruned")
-
-
-def _read(state_file, device) -> tuple[dict, dict[str, MobileNetV2]]:
-    """Return the state that `_save` wrote, and its networks."""
-    state, networks = checkpoint.read(state_file), {}
-    if "networks" not in state:
-        raise UserError(f"{state_file} is of an earlier version: --no-resume discards it")
-    for name, (settings, weights) in state["networks"].items():
-        network = MobileNetV2(settings)
-        network.load_state_dict(weights)
-        networks[name] = network.to(device, memory_format=torch.channels_last)
-    return state, networks
+    engine.say(f"continuing {state_file} after round {len(state.rounds) - 1}")
+    return state
 
 
 def _round_of(round_file) -> int:

@@ -409,7 +409,7 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
     # Adam: without batch norm, rows of all magnitudes share one learning rate, and SGD diverges.
     # Its first steps are as large as its later ones, whatever the gradients: so they are warmed up.
     recipe = engine.Recipe.of(
-        cfg, optimizer="adam", schedule="linear", decay_norm=False, warmup_epochs=0.2
+        cfg, optimizer="adam", lr_schedule="linear", decay_norm=False, warmup_epochs=0.2
     )
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),

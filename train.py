@@ -36,7 +36,7 @@ class Settings(config.Common):
     lr: float = flag(0.1, "peak learning rate")
     weight_decay: float = flag(4e-5, "L2 penalty; a short run wants more, such as 5e-4")
     decay_norm: bool = flag(False, "decay BN and biases as well")
-    schedule: str = flag(
+    lr_schedule: str = flag(
         "cosine", "of the learning rate, to zero unless constant",
         choices=("cosine", "linear", "constant"),
     )  # fmt: skip

@@ -46,7 +46,7 @@ class Training:
         torch.manual_seed(47)
         self.split, self.warm_up, self.turns = split, warm_up, 0
         # In the first of two epochs, images have the side that they start with.
-        self.recipe = engine.Recipe(2, BATCH, lr=0.01, schedule="constant", start_side=side)
+        self.recipe = engine.Recipe(2, BATCH, lr=0.01, lr_schedule="constant", start_side=side)
         model = MobileNetV2(standard(dropout=0.0)).to(split.images.device)
         self.model = model.to(memory_format=torch.channels_last)
         self.optimizer = engine.build_optimizer(self.model, self.recipe)

@@ -56,7 +56,7 @@ class Side:
     def __init__(self, cfg: Settings, model, optimizer: str, teacher, split: data.Split):
         self.model, self.teacher, self.split = model, teacher, split
         self.recipe = engine.Recipe(
-            epochs=1, batch_size=BATCH, lr=1e-4, schedule="constant", optimizer=optimizer,
+            epochs=1, batch_size=BATCH, lr=1e-4, lr_schedule="constant", optimizer=optimizer,
             amp=cfg.amp, distill=0.5 if teacher else 0.0, decay_norm=optimizer == "sgd",
         )  # fmt: skip
         groups = engine.parameter_groups(model, self.recipe)

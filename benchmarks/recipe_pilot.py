@@ -32,8 +32,9 @@ from models.mobilenetv2 import MobileNetV2, standard
 SIDE = 16  # pixels
 WIDTH = 0.5
 BASE = {
-    "augment": "cutout", "batch_size": 128, "lr": 0.1, "schedule": "linear", "warmup_epochs": 0.5,
-    "weight_decay": 5e-4, "decay_norm": False, "label_smoothing": 0.0, "flip": "random",
+    "augment": "cutout", "batch_size": 128, "lr": 0.1, "lr_schedule": "linear",
+    "warmup_epochs": 0.5, "weight_decay": 5e-4, "decay_norm": False, "label_smoothing": 0.0,
+    "flip": "random",
 }  # fmt: skip
 CANDIDATES = {
     "base": {},

@@ -42,7 +42,7 @@ from models.mobilenetv2 import MobileNetV2, standard
 
 BATCH = 128
 PARTS = ("data", "forward, backward", "optimizer", "step")
-RECIPE = engine.Recipe(epochs=1, batch_size=BATCH, schedule="constant", label_smoothing=0.1)
+RECIPE = engine.Recipe(epochs=1, batch_size=BATCH, lr_schedule="constant", label_smoothing=0.1)
 
 
 @dataclass

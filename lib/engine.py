@@ -40,7 +40,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     decay_norm: bool = True  # decay batch norm and biases as well, as the report does
-    schedule: str = "cosine"  # or linear, constant; the first two end at zero
+    lr_schedule: str = "cosine"  # or linear, constant; the first two end at zero
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
     start_side: int = SIDE  # pixels; if less than 32, images of the first epochs are scaled down
@@ -66,9 +66,11 @@ class Recipe:
         if step < warm:
             return self.lr * min(1, (step + 1) / warm)
         progress = (step - warm) / max(1, total - warm)
-        if self.schedule == "cosine":
-            return self.lr * (1 + math.cos(math.pi * progress)) / 2
-        return self.lr * (1 - progress) if self.schedule == "linear" else self.lr
+        shapes = {
+            "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress,
+            "constant": 1.0,
+        }  # fmt: skip
+        return self.lr * shapes[self.lr_schedule]
 
     def side(self, epoch: int) -> int:
         """Return the side of the training images in an epoch, in pixels.
@@ -175,9 +177,9 @@ def fit(
         With a CUDA graph (lib/replay.py), penalty and after_step are part of the recorded step:
         their kernels run in every step, their Python code only in the first few of an epoch.
     velocity: momentum buffers for SGD to begin with, by parameter name: see `velocity_of`.
-    judge: what decides which epoch is best, where it is not validation accuracy alone. A function
-        of the network in training to (its Evaluation on images.val, further figures for the log,
-        a score); the epoch of the highest score is kept.
+    judge: what decides which epoch is best; by default its validation accuracy. A function of the
+        network in training to (its Evaluation on images.val, further figures for the log, a
+        score); the epoch of the highest score is kept.
     log: gets a line per epoch.
     note: a prefix of what is shown for each epoch.
 
@@ -212,6 +214,11 @@ def fit(
         log.begin(state.history)
     forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
+    def by_accuracy(network) -> tuple[Evaluation, dict, float]:
+        result = evaluate(network, images.val, recipe.amp)
+        return result, {}, result.accuracy
+
+    judge = judge or by_accuracy
     saved_epochs = len(state.history)
     try:
         for epoch in range(saved_epochs, recipe.epochs):
@@ -234,14 +241,13 @@ def fit(
                 "lr": recipe.learning_rate((epoch + 1) * steps - 1, steps),
             }  # fmt: skip
             if len(images.val):
-                if judge:
-                    result, figures, score = judge(state.final)
-                    line |= figures | {"score": processes.from_main_process(score, device)}
-                else:
-                    result = evaluate(state.final, images.val, recipe.amp)
-                accuracy = processes.from_main_process(result.accuracy, device)
-                line |= {
+                result, figures, score = judge(state.final)
+                accuracy, score = (
+                    processes.from_main_process(x, device) for x in (result.accuracy, score)
+                )
+                line |= figures | {
                     "val_loss": result.loss, "val_accuracy": accuracy, "val_total": result.total,
+                    "score": score,
                 }  # fmt: skip
             line["seconds"] = round(time.monotonic() - start, 1)
             state.add(line)
@@ -252,9 +258,10 @@ def fit(
                 log(line)
             say(_summary(line, f"{note}epoch {epoch + 1}/{recipe.epochs}"))
     except KeyboardInterrupt:
-        epochs = f"{note}epoch {saved_epochs}"
-        held = f"{state_file} holds {epochs}" if saved_epochs else epochs
-        raise KeyboardInterrupt(f"{held}; continue with --resume") from None
+        held = "before the first epoch was saved"
+        if saved_epochs:
+            held = f"{state_file} holds {note}epoch {saved_epochs}; the same command continues"
+        raise KeyboardInterrupt(held) from None
     model.load_state_dict(state.best_weights)
     return state.history, state.best
 
@@ -268,7 +275,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     average: nn.Module | None  # the averaged weights (recipe.ema)
     history: list[dict] = dataclasses.field(default_factory=list)  # one line per epoch
-    best: int = -1  # index in history of the highest score, or else validation accuracy
+    best: int = -1  # index in history of the highest score
     best_weights: dict[str, Tensor] | None = None  # the state dict of that epoch, on the CPU
 
     @property
@@ -280,7 +287,8 @@ class TrainingState:
         """Append the line of a finished epoch; keep its weights if it is the best so far."""
         best = self.history[self.best] if self.history else None
         self.history.append(line)
-        if best is None or _score(line) > _score(best):
+        score = "score" if "score" in line else "epoch"  # without validation the last one wins
+        if best is None or line[score] > best[score]:
             self.best = len(self.history) - 1
             weights = self.final.state_dict()
             self.best_weights = {name: t.cpu().clone() for name, t in weights.items()}
@@ -306,11 +314,6 @@ class TrainingState:
             self.average.load_state_dict(saved["average"])
         self.history, self.best = saved["history"], saved["best"]
         self.best_weights = saved["best_state"]
-
-
-def _score(line: dict) -> float:
-    """Return what the epochs of a run are compared by; without validation the last one wins."""
-    return line.get("score", line.get("val_accuracy", line["epoch"]))
 
 
 def refuse_other_run(path: Path, saved: dict, wanted: dict) -> None:
@@ -431,7 +434,7 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
         run_step = replay.Replayed(step)
         learning_rates = data.move(torch.tensor(learning_rates), device)
         _set_options(groups, capturable=[True] * len(groups))
-        # The steps before the recording are meant: torch need not warn of them (Adam).
+        # The steps before the recording are intended: torch need not warn of them (Adam).
         optimizer._warned_capturable_if_run_uncaptured = True
     shown = tqdm(batches, total=steps, desc=note, leave=False, disable=_quiet() or rank > 0)
     numbered = enumerate(zip(shown, learning_rates, strict=True), epoch * steps)

@@ -7,7 +7,7 @@ RUN=${1:-demo}
 case $RUN in /*) ;; *) RUN=$PWD/$RUN ;; esac  # the folder is the caller's
 cd "$(dirname "$0")/.."
 ${MAKE:-make} --no-print-directory all DATA=synthetic RUN="$RUN" SPLIT=test WANDB= \
-  TRAIN_FLAGS="--width 0.35 --downsample 8 --epochs 6 --batch-size 64 --lr 0.1 --schedule linear \
+  TRAIN_FLAGS="--width 0.35 --downsample 8 --epochs 6 --batch-size 64 --lr 0.1 --lr-schedule linear \
     --warmup-epochs 1.5 --weight-decay 5e-4 --augment light --start-side 32 --no-amp" \
   PRUNE_FLAGS="--rounds 2 --target 0.8 --epochs 1 --batch-size 64 --lr 0.05 --max-drop 3 \
     --label-smoothing 0 --augment light --no-amp" \

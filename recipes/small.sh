@@ -12,7 +12,7 @@ DATA=$(absolute "$DATA")
 RUN=$(absolute "$RUN")
 cd "$(dirname "$0")/.."
 ${MAKE:-make} --no-print-directory all DATA="$DATA" RUN="$RUN" \
-  TRAIN_FLAGS="--epochs 6 --width 0.5 --downsample 8 --lr 0.1 --schedule linear \
+  TRAIN_FLAGS="--epochs 6 --width 0.5 --downsample 8 --lr 0.1 --lr-schedule linear \
     --warmup-epochs 1 --weight-decay 5e-4 --dropout 0.2 --augment light --start-side 32" \
   PRUNE_FLAGS="--rounds 5 --target 0.9 --epochs 1 --lr 0.05 --max-drop 1 --augment light \
     --label-smoothing 0"

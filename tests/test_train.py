@@ -25,7 +25,7 @@ from lib.config import UserError
 from models.mobilenetv2 import MobileNetV2, standard
 
 FLAGS = ["--epochs=3", "--batch-size=32", "--width=0.1", "--downsample=8", "--lr=0.05",
-         "--schedule=linear", "--warmup-epochs=0.5", "--ema=0.9", "--start-side=20",
+         "--lr-schedule=linear", "--warmup-epochs=0.5", "--ema=0.9", "--start-side=20",
          "--dropout=0.2"]  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
 
 
 def test_learning_rate_reaches_its_peak_and_zero():
-    recipe = engine.Recipe(epochs=4, lr=1.0, schedule="linear", warmup_epochs=1)
+    recipe = engine.Recipe(epochs=4, lr=1.0, lr_schedule="linear", warmup_epochs=1)
     rates = [recipe.learning_rate(step, 10) for step in range(40)]
     assert max(rates) == 1.0 and rates.index(1.0) == 9
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
