@@ -120,9 +120,9 @@ def main(argv=None):
                 for c in field
             ]  # fmt: skip
     torch.set_num_threads(threads)
-    log = metrics.Log(cfg.path(None, "logs/bench.jsonl"), vars(cfg), cfg.wandb)
+    log = metrics.Log(cfg.place("logs/bench.jsonl"), vars(cfg), cfg.wandb)
     log.begin(rows)
-    plot = plots.speed(rows, cfg.path(None, "plots/bench.png"), "Speed and accuracy")
+    plot = plots.speed(rows, cfg.place("plots/bench.png"), "Speed and accuracy")
     log.close({}, [plot])
     print(f"{text_of(rows)}\n\naccuracy on {len(split):,} {cfg.split} images; {plot}")
     if cfg.results:

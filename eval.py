@@ -45,13 +45,13 @@ class Settings(config.AfterTraining):
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
-    files = cfg.files or [p for p in (cfg.path(None, f"checkpoints/{f}") for f in checkpoint.CHAIN)
+    files = cfg.files or [p for p in (cfg.place(f"checkpoints/{f}") for f in checkpoint.CHAIN)
                           if p.exists()]  # fmt: skip
     if not files:
-        raise UserError(f"no files: none named, and none in {cfg.path(None, 'checkpoints')}")
+        raise UserError(f"no files: none named, and none in {cfg.place('checkpoints')}")
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [runtime.load(file, cfg.assume_downsample) for file in files]
-    log = metrics.Log(cfg.path(None, f"logs/eval-{cfg.split}.jsonl"), vars(cfg), cfg.wandb)
+    log = metrics.Log(cfg.place(f"logs/eval-{cfg.split}.jsonl"), vars(cfg), cfg.wandb)
     test_only = cfg.split == "test"  # then a set without training images will do
     sizes = {source.val_size(cfg.val_size) for source in sources}
     if cfg.results and not test_only and len(sizes) > 1:
@@ -64,13 +64,13 @@ def main(argv=None):
             images = source.images(cfg.data, cfg.val_size, device, test_only)
             correct_by_file = {}
         split = images.split(cfg.split)
-        source.check_classes(images.classes)
+        source.check_images(images)
         if not rows and not cfg.json:
             engine.say_device(device)
         figures, matrix = measure.figures_of_file(source, split, cfg.split, correct_by_file)
         print(json.dumps(figures) if cfg.json else table(figures, cfg.layers), flush=True)
         rows.append(figures)
-        path = cfg.path(None, f"plots/confusion-{next(names)}-{cfg.split}.png")
+        path = cfg.place(f"plots/confusion-{next(names)}-{cfg.split}.png")
         title = f"{source.file.name} on {cfg.split} (n={len(split)})"
         plots.confusion(matrix.numpy(), images.classes, path, title)
     log.begin(rows)  # only now: a run that fails keeps the last one's figures for publish.py

@@ -141,7 +141,7 @@ def main(argv=None):
     out = cfg.path(cfg.out, "checkpoints/pruned.pth")
     model = parent.build(device)
     parent_layers = metrics.layer_counts(model)  # for the chart
-    teacher_file = parent.teacher(cfg.teacher, cfg.assume_downsample, images.classes)
+    teacher_file = parent.teacher(cfg.teacher, cfg.assume_downsample, images)
     teacher = teacher_file.build(device)
     total = parent.original_weights  # what sparsity is a share of
     start = sparsity_of(model, total)
@@ -152,7 +152,7 @@ def main(argv=None):
         "parent": parent.sha256, "teacher": teacher_file.sha256, "data": images.provenance()
     }  # fmt: skip
     engine.say_device(device)
-    log = metrics.Log(cfg.path(None, "logs/prune.jsonl"), identity, cfg.wandb)
+    log = metrics.Log(cfg.place("logs/prune.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
     round_file = out.with_name(out.name + ".round.resume")
     if not cfg.resume:
@@ -217,7 +217,7 @@ def main(argv=None):
         )
     if processes.is_main():
         _finish(cfg, out, state.last_good, parent_layers, parent, images, rounds, floor)
-        charts = [cfg.path(None, f"plots/{name}.png") for name in ("prune", "sparsity")]
+        charts = [cfg.place(f"plots/{name}.png") for name in ("prune", "sparsity")]
         log.close({"sparsity": sparsity_of(state.last_good, total)}, charts)
         for file in (round_file, state_file):  # last: until here, the run could be continued
             file.unlink(missing_ok=True)
@@ -301,7 +301,7 @@ def _finish(cfg, out, model, parent_layers, parent, images, rounds, floor) -> No
     best = rounds.index(last)
     plots.accuracy_sparsity(
         [line | {"kept": i == best} for i, line in enumerate(rounds)],
-        cfg.path(None, "plots/prune.png"),
+        cfg.place("plots/prune.png"),
         f"Accuracy against sparsity (validation: n={len(images.val)})", floor,
     )  # fmt: skip
     layers = [
@@ -311,7 +311,7 @@ def _finish(cfg, out, model, parent_layers, parent, images, rounds, floor) -> No
         )
     ]
     plots.layer_sparsity(
-        layers, cfg.path(None, "plots/sparsity.png"),
+        layers, cfg.place("plots/sparsity.png"),
         f"Sparsity of every layer of {parent.file.name}, pruned",
     )  # fmt: skip
     print(

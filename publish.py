@@ -131,8 +131,9 @@ def describe(source, figures: dict) -> dict:
         "quantization": source.quantization,
     }  # fmt: skip
     row |= {key: figures[key] for key in COUNTS}
-    raw = checkpoint.read(source.file) if source.file.suffix == ".pth" else {}
-    row |= {key: raw[key] for key in ("code", "environment", "data", "command") if key in raw}
+    if source.file.suffix == ".pth":
+        recorded = {key: getattr(source, key) for key in ("code", "environment", "data", "command")}
+        row |= {key: value for key, value in recorded.items() if value}
     return row | {"accuracy": {}}
 
 
@@ -161,8 +162,7 @@ def sweep(path: Path, rows: dict[str, dict]) -> list[dict]:
     evaluated = {row["sha256"] for row in rows.values()}
     if not all(cell.get("parent_sha256") in evaluated for cell in cells):
         raise UserError(f"{path} is of another network than those evaluated: run sweep.py again")
-    renamed = {"rate": "rd_lambda"}  # columns of older tables
-    return [{renamed.get(k, k): number(text) for k, text in cell.items()} for cell in cells]
+    return [{name: number(text) for name, text in cell.items()} for cell in cells]
 
 
 def number(text: str):

@@ -222,7 +222,7 @@ def main(argv=None):
         images = parent.images(cfg.data, cfg.val_size, device)
     if cfg.max_drop is not None or (cfg.has_budget and cfg.method == "qat"):
         images.split("val")  # it decides
-    teacher = parent.teacher(cfg.teacher, cfg.assume_downsample, images.classes)
+    teacher = parent.teacher(cfg.teacher, cfg.assume_downsample, images)
     engine.say_device(device)
     before = engine.evaluate(model, images.val) if len(images.val) else None
     out = cfg.path(cfg.out, "checkpoints/quantized.pth")
@@ -360,7 +360,7 @@ def draw_budget(job: Job, attempts: list[budget.Attempt], chosen) -> None:
         for tried in attempts
     ]  # fmt: skip
     plots.accuracy_bytes(
-        cells, cfg.path(None, "plots/budget.png"),
+        cells, cfg.place("plots/budget.png"),
         f"{job.parent.file.name}, {cfg.asked}: validation (n={job.before.total})",
         {"parent": (job.parent.bytes, job.before.accuracy)},
         cells[attempts.index(chosen)] if chosen else None,
@@ -371,7 +371,8 @@ def scheme_of(cfg, model) -> dict:
     """Return the scheme (see lib.quantizers); UserError where --layer-bits does not fit."""
     if cfg.method == "reference":
         return {"method": "reference", "weight_bits": cfg.weight_bits, "act_bits": cfg.act_bits}
-    bits, others = layer_bits.by_layer(cfg.layer_bits, list(metrics.weight_layers(model)))
+    layers = list(metrics.weight_layers(model))
+    bits, others = layer_bits.by_layer(cfg.layer_bits, layers, cfg.act_bits)
     others |= {"method": cfg.method, "weight_scale": cfg.weight_scale, "layer_bits": bits}
     return ptq.make_scheme(cfg.weight_bits, cfg.act_bits, **others)
 
@@ -405,7 +406,7 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
         "scheme": job.scheme, "parent": job.parent.sha256, "teacher": teacher.sha256,
         "data": images.provenance(), "beginning": beginning,
     }  # fmt: skip
-    log = metrics.Log(cfg.path(None, "logs/quantize.jsonl"), identity, cfg.wandb)
+    log = metrics.Log(cfg.place("logs/quantize.jsonl"), identity, cfg.wandb)
     # Adam: without batch norm, rows of all magnitudes share one learning rate, and SGD diverges.
     # Its first steps are as large as its later ones, whatever the gradients: so they are warmed up.
     recipe = engine.Recipe.of(
@@ -421,8 +422,8 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
     )  # fmt: skip
     qat.finish(model)
     if processes.is_main():
-        plots.curves(history, cfg.path(None, "plots/quantize.png"), "Quantization-aware training")
-        log.close({"best_epoch": best + 1}, [cfg.path(None, "plots/quantize.png")])
+        plots.curves(history, cfg.place("plots/quantize.png"), "Quantization-aware training")
+        log.close({"best_epoch": best + 1}, [cfg.place("plots/quantize.png")])
     untrained = fallback and asked.score(fallback.bytes, fallback.result, errors_per_bit)
     if fallback and untrained >= history[best]["score"]:
         engine.say(f"no epoch is better than ptq's network of {fallback.bytes:,} bytes, val "

@@ -30,7 +30,7 @@ class Settings(config.AfterTraining):
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    folder = cfg.path(None, "checkpoints")
+    folder = cfg.place("checkpoints")
     if cfg.status:
         print(aligned(status(folder), "lllrl"))
         return
@@ -39,46 +39,50 @@ def main(argv=None):
         raise UserError(f"no files of the chain in {folder}: `make all` makes them")
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [checkpoint.load(file, cfg.assume_downsample) for file in files]
-    split, data_set, classes = images_of(sources, cfg)
+    images = images_of(sources, cfg)
+    split = images.split(cfg.split)
     engine.say_device(split.images.device)
     rows = []
     for source in sources:
         row, confusion = measured(source, split, cfg.split)
         rows.append(row | against(rows[0] if rows else row, row))
         plots.confusion(
-            confusion.numpy(), classes,
-            cfg.path(None, f"plots/confusion-{source.file.stem}-{cfg.split}.png"),
+            confusion.numpy(), images.classes,
+            cfg.place(f"plots/confusion-{source.file.stem}-{cfg.split}.png"),
             f"{source.file.name} on {cfg.split}",
         )  # fmt: skip
 
     smallest = min(rows, key=lambda row: row["bytes"])
-    n = f"{len(split):,} {cfg.split} images of {data_set}"
+    n = f"{len(split):,} {cfg.split} images of {images.source}"
     plots.stages(
-        [row | {"stage": row["name"]} for row in rows], cfg.path(None, "plots/report.png"),
-        f"Size and accuracy after every stage ({cfg.split} split of {data_set})",
+        [row | {"stage": row["name"]} for row in rows], cfg.place("plots/report.png"),
+        f"Size and accuracy after every stage ({cfg.split} split of {images.source})",
     )  # fmt: skip
     plots.storage(
-        [(row["name"], row["parts"]) for row in rows], cfg.path(None, "plots/storage.png"),
+        [(row["name"], row["parts"]) for row in rows], cfg.place("plots/storage.png"),
         "What the bytes of every file are",
     )  # fmt: skip
-    charts = [cfg.path(None, f"plots/{name}.png") for name in ("report", "storage")]
-    log = metrics.Log(cfg.path(None, "logs/report.jsonl"), config.identity(cfg), cfg.wandb)
+    charts = [cfg.place(f"plots/{name}.png") for name in ("report", "storage")]
+    log = metrics.Log(cfg.place("logs/report.jsonl"), config.identity(cfg), cfg.wandb)
     log.begin(rows)
     log.close(smallest["ratios"], charts)
     print(f"{folder}, accuracy on {n}\n\n{stage_table(rows)}\n")
     print(ratio_table(rows[0], smallest), end="\n\n")
-    for path in sorted(cfg.path(None, "plots").glob("*.png")):
+    for path in sorted(cfg.place("plots").glob("*.png")):
         print(path)
 
 
-def images_of(sources, cfg) -> tuple[data.Split, str, tuple[str, ...]]:
-    """Return the split that all files are evaluated on, the data set's name, and its classes'."""
+def images_of(sources, cfg) -> data.Data:
+    """Return the data set that all files are evaluated on. Raises UserError unless all of them were
+    trained on it."""
     sizes = {source.val_size(cfg.val_size) for source in sources} - {None}
     if len(sizes) > 1 and cfg.split != "test":
         raise UserError(f"the files were made with different --val-size {sorted(sizes)}: give one")
     device, test_only = config.device(cfg.device), cfg.split == "test"
     images = sources[0].images(cfg.data, min(sizes, default=None), device, test_only)
-    return images.split(cfg.split), images.source, images.classes
+    for source in sources[1:]:
+        source.check_images(images)
+    return images
 
 
 def measured(source, split, split_name: str) -> tuple[dict, torch.Tensor]:
@@ -174,9 +178,8 @@ def status(folder: Path) -> list[tuple[str, ...]]:
             try:
                 source = checkpoint.load(path)
                 stage, notes = source.stage, [freshness(source, hashes, stale)]
-                code = checkpoint.read(path).get("code") if path.suffix == ".pth" else None
-                if code not in (None, now):  # worth knowing, but no fault
-                    notes.append(f"made by code {code}, this is {now}")
+                if source.code not in (None, now):  # worth knowing, but no fault
+                    notes.append(f"made by code {source.code}, this is {now}")
             except UserError as error:
                 notes = [f"unreadable: {error}"]
             if not notes[0].startswith("up to date"):

@@ -57,9 +57,10 @@ def main(argv=None):
     fp32 = quantizers.fold(model)
     labels = split.labels.cpu()
     before = engine.evaluate(fp32, split)
+    out = cfg.path(cfg.out, "logs/sensitivity.csv")
 
     identity = config.identity(cfg) | {"parent": parent.sha256, "data": images.provenance()}
-    log = metrics.Log(cfg.path(None, "logs/sensitivity.jsonl"), identity, cfg.wandb)
+    log = metrics.Log(cfg.place("logs/sensitivity.jsonl"), identity, cfg.wandb)
     past = metrics.read_log(log.path, torn=True) if cfg.resume else []
     rows = past[1:] if past and past[0] == identity else []
     log.begin([identity, *rows])
@@ -86,12 +87,11 @@ def main(argv=None):
             rows.append(row)
     order = list(counts)
     rows.sort(key=lambda row: (order.index(row["layer"]), -row["weight_bits"]))
-    out = cfg.path(cfg.out, "logs/sensitivity.csv")
     write_csv(out, COLUMNS, rows)
     title = f"Each layer's weights alone at few bits: {parent.file.name}, {cfg.split}"
-    plots.sensitivity(rows, before.accuracy, cfg.path(None, "plots/sensitivity.png"), title)
+    plots.sensitivity(rows, before.accuracy, cfg.place("plots/sensitivity.png"), title)
     worst = min(rows, key=lambda row: row["correct"])
-    log.close({"worst": worst["layer"]}, [cfg.path(None, "plots/sensitivity.png")])
+    log.close({"worst": worst["layer"]}, [cfg.place("plots/sensitivity.png")])
     print(
         f"{out}: {len(rows)} rows; parent {before}; the most is lost by {worst['layer']} at "
         f"{worst['weight_bits']} bits: {worst['accuracy']:.2%} (+{worst['gained']} "

@@ -4,7 +4,7 @@
     python sparse_compress.py --decompress X.nnz --out Y.pth    back to a checkpoint
     python sparse_compress.py --decompress X.nnz --onnx Y.onnx  to integers for onnxruntime
 
-in:  checkpoints/int8.pth, or any other checkpoint: its weights keep the bits that they have
+in:  checkpoints/int8.pth, or another checkpoint, fp32 or quantized: its weights keep their bits
 out: checkpoints/compressed.nnz, in the version of FORMAT.md that can hold it; logs/compress.jsonl
 """
 
@@ -85,6 +85,7 @@ def decompress(cfg) -> None:
         saved = checkpoint.save(
             Path(cfg.out), source.ancestors[-1]["stage"], source.build(), cfg, source, metrics={},
             data=source.data, quantization=source.quantization, state=source.state,
+            seed=source.seed,
         )  # fmt: skip
         print(f"{cfg.out}: {saved.bytes:,} bytes from {source.bytes:,}")
 

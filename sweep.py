@@ -104,7 +104,7 @@ def main(argv=None):
         images = parent.images(cfg.data, cfg.val_size, device)
     split = images.split(cfg.split)
     engine.say_device(device)
-    folder = cfg.path(None, "checkpoints/sweep")
+    folder, out = cfg.place("checkpoints/sweep"), cfg.path(cfg.out, "logs/sweep.csv")
     known = {}  # by SHA-256: which images the parent gets right, once it is measured
     grid = [
         (weight_bits, act_bits, rd_lambda) for weight_bits in dict.fromkeys(cfg.weight_bits)
@@ -135,19 +135,20 @@ def main(argv=None):
         rows = [finished(folder / name_of(*bits), cfg, parent, images) for bits in grid]
         charts = []
         if not agent:
-            write_table(cfg, rows)
+            # Once all cells are there: make takes it for done.
+            write_csv(out, COLUMNS, [{column: row[column] for column in COLUMNS} for row in rows])
             charts = draw(cfg, rows, parent)
         if cfg.wandb:
             log_wandb(cfg, rows, charts, agent)
         if not agent:
-            print(f"{cfg.path(cfg.out, 'logs/sweep.csv')}: {len(rows)} cells")
+            print(f"{out}: {len(rows)} cells")
     processes.stop()
 
 
 def draw(cfg, rows: list[dict], parent) -> list[Path]:
     """Draw the charts of a sweep; return their files."""
     names = ("heatmap", "parallel", "rate")
-    heatmap, parallel, rate = (cfg.path(None, f"plots/sweep_{name}.png") for name in names)
+    heatmap, parallel, rate = (cfg.place(f"plots/sweep_{name}.png") for name in names)
     n = rows[0]["total"]
     title = f"{cfg.method} quantization of {parent.file.name}, {cfg.split} (n={n})"
     first = [row for row in rows if row["rd_lambda"] == cfg.rd_lambda[0]]
@@ -199,7 +200,7 @@ def cell(
         "weight_bits": weight_bits, "act_bits": act_bits, "rd_lambda": rd_lambda,
         "method": cfg.method, "calibration": cfg.calibration, "seed": cfg.seed,
         "seconds": round(time.monotonic() - began, 1), "parent_sha256": parent.sha256,
-        "training_images": len(images.train),  # that the calibration images were drawn from
+        "assume_downsample": cfg.assume_downsample, "data": images.provenance(),
         **{key: figures[key] for key in COLUMNS if key in figures},
         **{key: figures["change"][key] for key in ("gained", "lost")},
     }  # fmt: skip
@@ -215,22 +216,14 @@ def finished(path: Path, cfg, parent, images) -> dict | None:
     wanted = {
         "parent_sha256": parent.sha256, "method": cfg.method, "split": cfg.split,
         "calibration": cfg.calibration, "seed": cfg.seed,
-        "total": len(images.split(cfg.split)), "training_images": len(images.train),
+        "assume_downsample": cfg.assume_downsample, "data": images.provenance(),
         "sha256": sha256_of(path),
     }  # fmt: skip
     try:
         row = json.loads(record.read_text())
-        if "rate" in row:  # what older records call it
-            row["rd_lambda"] = row.pop("rate")
         return row if wanted.items() <= row.items() and set(COLUMNS) <= set(row) else None
     except (ValueError, AttributeError):  # not ours: measure it again
         return None
-
-
-def write_table(cfg, rows: list[dict]) -> None:
-    """The CSV, once all cells are there: make takes it for done."""
-    rows = [{column: row[column] for column in COLUMNS} for row in rows]
-    write_csv(cfg.path(cfg.out, "logs/sweep.csv"), COLUMNS, rows)
 
 
 def log_wandb(cfg, rows: list[dict], charts: list[Path], agent: bool) -> None:
@@ -246,7 +239,7 @@ def log_wandb(cfg, rows: list[dict], charts: list[Path], agent: bool) -> None:
         # The id is fixed: a repeated sweep updates its runs.
         place = {} if agent else {"group": group, "id": f"{group}-{name}", "resume": "allow"}
         run = metrics.start_wandb(
-            cfg.path(None, "logs"), name=name, **place,
+            cfg.place("logs"), name=name, **place,
             config=of_all | {
                 "weight_bits": row["weight_bits"], "activation_bits": row["act_bits"],
                 **{key: row[key] for key in ("rd_lambda", "total", "parent_sha256")},

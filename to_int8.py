@@ -58,23 +58,35 @@ def main(argv=None):
     expected = engine.evaluate(model, images.val) if len(images.val) else None
     figures = {"val_correct": expected.correct, "val_total": expected.total} if expected else {}
     out = cfg.path(cfg.out, "checkpoints/int8.pth")
-    saved = checkpoint.save(
-        out, "int8", model, cfg, parent, metrics=figures, data=images.provenance(),
-        quantization=scheme, state=state,
-    )  # fmt: skip
+    # The .pth comes last: an interrupted run leaves no new one beside an older .onnx.
+    unchecked = out.with_name(out.name + ".unchecked")
+    out.with_suffix(".onnx").unlink(missing_ok=True)
+    try:
+        saved = checkpoint.save(
+            unchecked, "int8", model, cfg, parent, metrics=figures, data=images.provenance(),
+            quantization=scheme, state=state,
+        )  # fmt: skip
+        check(saved, model, images.val, expected)
+        print(f"{out}: {saved.bytes:,} bytes (parent {parent.bytes:,}), val {expected}, checked")
+        saved.file = out
+        figures |= export(saved, out.with_suffix(".onnx"), images.val, cfg.target)
+        unchecked.replace(out)
+    finally:
+        unchecked.unlink(missing_ok=True)
+    metrics.log_stage(cfg, "int8", {"bytes": saved.bytes, **figures})
 
-    # Check the file that was written: the same weights, bit for bit, and the same predictions.
+
+def check(saved: checkpoint.Checkpoint, model, split, expected: engine.Evaluation | None) -> None:
+    """Raise UserError unless the file that was written is the same network: the weights of `model`
+    bit for bit, and the `expected` answers on the split."""
+    device = next(model.parameters()).device
     again = saved.build(device)
     pairs = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     same = all(torch.equal(a, b) for a, b in pairs)
     if same and expected:
-        same = torch.equal(engine.evaluate(again, images.val).predictions, expected.predictions)
+        same = torch.equal(engine.evaluate(again, split).predictions, expected.predictions)
     if not same:
-        out.unlink()
-        raise UserError(f"{out} was not the same network as {parent.file}: it is deleted")
-    print(f"{out}: {saved.bytes:,} bytes (parent {parent.bytes:,}), val {expected}, checked")
-    figures |= export(saved, out.with_suffix(".onnx"), images.val, cfg.target)
-    metrics.log_stage(cfg, "int8", {"bytes": saved.bytes, **figures})
+        raise UserError(f"{saved.file} was not the same network as its parent: it is deleted")
 
 
 def export(saved, path, split, target: str) -> dict:
@@ -83,7 +95,6 @@ def export(saved, path, split, target: str) -> dict:
     Returns figures for the log, with how often the three arithmetics agree on images of the split.
     """
     if why := runtime.why_no_onnx(saved.quantization):
-        path.unlink(missing_ok=True)  # one that is there belongs to another network
         print(f"no {path.name}: {why}")
         return {}
     onnx = runtime.export(saved, path, target)

@@ -98,7 +98,7 @@ def main(argv=None):
     origin = {"init_sha256": source.sha256} if source else {}
     identity |= origin
     engine.say_device(device)
-    log = metrics.Log(cfg.path(None, "logs/train.jsonl"), identity, cfg.wandb)
+    log = metrics.Log(cfg.place("logs/train.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
 
     recipe = engine.Recipe.of(cfg, warmup_epochs=cfg.warmup)
@@ -115,8 +115,8 @@ def main(argv=None):
             out, "baseline", model, cfg, None, metrics=figures, data=images.provenance()
         )
         title = f"Training for {cfg.epochs} epochs (validation: n={len(images.val)})"
-        plots.curves(history, cfg.path(None, "plots/train.png"), title)
-        log.close(figures, [cfg.path(None, "plots/train.png")])
+        plots.curves(history, cfg.place("plots/train.png"), title)
+        log.close(figures, [cfg.place("plots/train.png")])
         state_file.unlink()  # last: until here, the run could be continued
         print(f"{out}: {saved.bytes:,} bytes, epoch {figures['epoch']}, val {final}")
     processes.stop()

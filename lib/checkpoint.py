@@ -20,7 +20,7 @@ from torch import nn
 
 from lib import compressed, foreign, quantizers
 from lib.config import UserError, command, reason
-from lib.data import SPLIT_SEED, Data
+from lib.data import SPLIT_SEED, Data, held_out
 from lib.data import load as load_images
 from lib.files import atomic
 from lib.metrics import is_weight
@@ -49,6 +49,8 @@ class Checkpoint:
     ancestors: list = dataclasses.field(default_factory=list)
     seed: int | None = None
     command: str | None = None  # that made it; files of earlier versions do not hold it
+    code: str | None = None  # see code_version
+    environment: dict | None = None  # see the function of this name
     file: Path | None = None  # where it was read from
     sha256: str | None = None  # of that file
     bytes: int | None = None
@@ -111,7 +113,7 @@ class Checkpoint:
 
         given, val_size: --data and --val-size, or None for what this file says.
         test_only: see lib.data.load.
-        Raises UserError if the images are of another set than those of the training.
+        Raises UserError as `check_images` does.
         """
         trained_on = self.data.get("source")
         if given is None and trained_on == "synthetic":
@@ -120,26 +122,40 @@ class Checkpoint:
             raise UserError(f"{self.file} was trained on {trained_on}: give them as --data")
         classes = self.settings.get("classes")
         images = load_images(given, self.val_size(val_size), device, test_only, classes)
-        if trained_on not in (None, images.source):
-            text = f"{self.file} was trained on {trained_on}, the images are {images.source}"
-            raise UserError(text)
-        if self.data.get("split_seed", SPLIT_SEED) != SPLIT_SEED:
-            raise UserError(f"{self.file} was trained on another validation split")
-        self.check_classes(images.classes)
+        self.check_images(images)
         return images
 
-    def teacher(self, file: str | None, downsample: int | None, names: tuple[str, ...]):
+    def teacher(self, file: str | None, downsample: int | None, images: Data):
         """Return the Checkpoint whose soft labels this one's child learns from.
 
         file, downsample: --teacher and --assume-downsample; without a file it is this one.
-        names: of the images' classes. Raises UserError if it is quantized or has other classes.
+        images: that the child is trained on. Raises UserError if it is quantized, or as
+        `check_images` does.
         """
         source = self
         if file:
             source = load(file, downsample)
             source.refuse_quantized("give an fp32 network as --teacher")
-        source.check_classes(names)
+        source.check_images(images)
         return source
+
+    def check_images(self, images: Data) -> None:
+        """Raise UserError if the network was trained on another data set than these images, or on
+        some of those that are held out here for validation, or if it has other classes."""
+        trained_on, val_size = self.data.get("source"), self.data.get("val_size")
+        if trained_on not in (None, images.source):
+            text = f"{self.file} was trained on {trained_on}, the images are {images.source}"
+            raise UserError(text)
+        if self.data.get("split_seed", SPLIT_SEED) != SPLIT_SEED:
+            raise UserError(f"{self.file} was trained on another validation split")
+        expected = held_out(self.data)
+        if len(images.val) == val_size and expected not in (None, images.held_out):
+            raise UserError(
+                f"{self.file} was trained on images that would be held out for validation here: "
+                "these are other images, or the same in another order; give the data as they were "
+                "then (CIFAR-10: as torchvision has it). Test images alone need no order"
+            )
+        self.check_classes(images.classes)
 
     def check_classes(self, names: tuple[str, ...]) -> None:
         """Raise UserError if the network has not as many classes as there are names, or others than
@@ -241,13 +257,14 @@ def _from_dict(raw, path: Path, downsample: int | None) -> Checkpoint:
 
 def save(path: Path, stage: str, model: nn.Module, cfg, parent: Checkpoint | None, *,
          metrics: dict, data: dict, quantization: dict | None = None,
-         state: dict | None = None) -> Checkpoint:  # fmt: skip
+         state: dict | None = None, seed: int | None = None) -> Checkpoint:  # fmt: skip
     """Write a checkpoint atomically and return it as `load` would.
 
     cfg: the settings of the stage, from which the command line is recorded as well.
     parent: the checkpoint that it was made from; None for the first of a chain.
     data: what Data.provenance() says. quantization: the scheme; None: fp32.
     state: what to store in place of the model's own state dict (integers, for example).
+    seed: of the training; by default the stage's.
     Raises UserError, and leaves an old file in place, if the state holds NaN or infinite values.
     """
     state = model.state_dict() if state is None else state
@@ -259,7 +276,8 @@ def save(path: Path, stage: str, model: nn.Module, cfg, parent: Checkpoint | Non
         "config": {k: v for k, v in dataclasses.asdict(cfg).items() if v is not None},
         "command": command(cfg),
         "metrics": metrics, "data": data, "ancestors": parent.lineage() if parent else [],
-        "seed": cfg.seed, "code": code_version(), "environment": environment(),
+        "seed": cfg.seed if seed is None else seed, "code": code_version(),
+        "environment": environment(),
     }  # fmt: skip
     write(path, content)
     return load(path)

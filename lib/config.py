@@ -30,6 +30,7 @@ METAVARS = {
     "run_dir": "DIR", "release": "DIR", "layer_bits": "BITS", "teacher": "FILE",
     "init": "FILE",
 }  # fmt: skip
+LARGEST_SEED = 2**32 - 1
 
 
 class UserError(Exception):
@@ -81,8 +82,17 @@ class Common:
     wandb: bool = flag(False, "log to Weights & Biases too; offline if there is no key")
 
     def path(self, given: str | None, default: str) -> Path:
-        """Return the file that a flag names, or else its default place in the run's folder."""
-        return Path(given) if given else Path(self.run_dir) / default
+        """Return the file that a flag names, or else its usual place in the run's folder.
+
+        Raises UserError for a flag that names a folder: it is said before hours of work, not after.
+        """
+        if given and Path(given).is_dir():
+            raise UserError(f"{given} is a folder, not a file")
+        return Path(given) if given else self.place(default)
+
+    def place(self, name: str) -> Path:
+        """Return a path in the run's folder, such as logs/train.jsonl."""
+        return Path(self.run_dir) / name
 
 
 @dataclasses.dataclass
@@ -110,6 +120,8 @@ def parse(settings, doc: str, argv: list[str] | None = None):
             groups[heading] = parser.add_argument_group(heading)
         _add(groups.get(heading, parser), field)
     values = vars(parser.parse_args(argv))
+    if not 0 <= values.get("seed", 0) <= LARGEST_SEED:
+        parser.error(f"--seed must be 0 to {LARGEST_SEED}")
     try:
         return settings(**values)
     except ValueError as error:  # raised by a __post_init__ that checks ranges

@@ -5,6 +5,7 @@ The whole set is kept on the device (50,000 images are 154 MB), so that batches 
 indexing: no PIL, no DataLoader, no worker processes.
 """
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,8 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer",
            "dog", "frog", "horse", "ship", "truck")  # fmt: skip
 SPLIT_SEED = 10  # of the validation split; the same for all runs, to make them comparable
+# What `fingerprint` says of the 5,000 images that are held out of CIFAR-10 in its usual order.
+CIFAR10_HELD_OUT = 0xA36AE01A
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Data:
     train: Split
     val: Split
     test: Split
+    held_out: int | None = None  # the fingerprint of val, if it has images
 
     def split(self, name: str) -> Split:
         """Return the split `train`, `val` or `test`.
@@ -60,11 +64,29 @@ class Data:
         return split
 
     def provenance(self) -> dict:
-        """Return what a checkpoint records of its data."""
+        """Return what a checkpoint records of its data.
+
+        Which images were held out is recorded unless they are CIFAR-10's usual ones: it takes room
+        in small files.
+        """
+        usual = self.held_out in (None, CIFAR10_HELD_OUT)
         return {
             "source": self.source, "train": len(self.train), "val_size": len(self.val),
             "test": len(self.test), "split_seed": SPLIT_SEED, "classes": list(self.classes),
-        }  # fmt: skip
+        } | ({} if usual else {"held_out": self.held_out})  # fmt: skip
+
+
+def held_out(provenance: dict) -> int | None:
+    """Return the fingerprint of the validation images that a checkpoint's data say; None if they
+    do not (plain state dicts, other sets in files of earlier versions)."""
+    usual = provenance.get("source") == "cifar10" and provenance.get("val_size") == 5000
+    return provenance.get("held_out", CIFAR10_HELD_OUT if usual else None)
+
+
+def fingerprint(images: Tensor) -> int:
+    """Return a number that tells sets of images apart, whatever their order: the sum of their
+    CRC-32s, modulo 2^32. images: uint8 (n, 3, 32, 32) on the CPU."""
+    return sum(zlib.crc32(image.tobytes()) for image in images.contiguous().numpy()) % 2**32
 
 
 def names_of(classes: int) -> tuple[str, ...]:
@@ -92,8 +114,12 @@ def load(
         arrays = readers.download(Path("data")) if source is None else readers.read(source)
     train = _checked("training", arrays.x_train, arrays.y_train)
     test = _checked("test", arrays.x_test, arrays.y_test)
-    default = test_only and classes == len(CLASSES)
-    names = arrays.names or (CLASSES if default else names_of(_classes(train.labels, test.labels)))
+    if arrays.names:
+        names = arrays.names
+    elif test_only and classes == len(CLASSES):
+        names = CLASSES
+    else:
+        names = names_of(_guess_classes(train.labels, test.labels))
     if test_only:
         train = Split(train.images[:0], train.labels[:0])
     else:
@@ -102,7 +128,9 @@ def load(
     held = _stratified(train.labels, len(names), 0 if test_only else val_size)
     splits = [Split(train.images[i], train.labels[i]) for i in (~held, held)] + [test]
     kind = arrays.source or ("cifar10" if names == CLASSES else "images")
-    return Data(kind, names, *(Split(s.images.to(device), s.labels.to(device)) for s in splits))
+    print_of_val = fingerprint(splits[1].images) if held.any() else None
+    splits = [Split(s.images.to(device), s.labels.to(device)) for s in splits]
+    return Data(kind, names, *splits, print_of_val)
 
 
 def _checked(name: str, images: np.ndarray, labels: np.ndarray) -> Split:
@@ -125,9 +153,9 @@ def _refuse(name: str, what: str, kind: str = "CIFAR-10"):
     raise UserError(f"the {name} set is not {kind}: {what}; {HELP}")
 
 
-def _classes(*labels: Tensor) -> int:
-    """Return the number of classes of sets without names: that of the set, among those whose labels
-    are 0, 1, 2 ... without a gap, that has most. CIFAR-10's if none is."""
+def _guess_classes(*labels: Tensor) -> int:
+    """Guess the number of classes of a data set that does not name them: the largest k of the
+    splits whose labels are exactly 0 to k - 1. CIFAR-10's ten if there is no such split."""
     numbers = [set(each.tolist()) for each in labels]
     return max((len(n) for n in numbers if n and n == set(range(len(n)))), default=len(CLASSES))
 

@@ -1,6 +1,6 @@
 """Read --layer-bits: weight bits of single layers, by name or from a JSON file.
 
-    by_layer("first=8,last=8,features.3.conv.0.0=6", names)
+    by_layer("first=8,last=8,features.3.conv.0.0=6", names, act_bits=4)
 """
 
 import json
@@ -11,10 +11,12 @@ from lib.config import UserError, reason
 from lib.quantizers import BITS
 
 
-def by_layer(text: str | None, layers: list[str]) -> tuple[dict[str, int], dict]:
+def by_layer(text: str | None, layers: list[str], act_bits: int) -> tuple[dict[str, int], dict]:
     """Return what --layer-bits says: weight bits by layer, and `last_act_bits` if it is given.
 
-    Raises UserError for a file that cannot be read and for names that are not in `layers`.
+    act_bits: of all other activations; at 32 none is quantized, and `last` is of weights alone.
+    Raises UserError for a file that cannot be read, for names that are not in `layers`, and for a
+    `last_act` that would stand alone.
     """
     found, last_act, of_last = {}, None, None
     for item in parse(text or ""):
@@ -32,7 +34,11 @@ def by_layer(text: str | None, layers: list[str]) -> tuple[dict[str, int], dict]
                     f"--layer-bits {where}: no layer {name!r}; the first is {layers[0]}"
                 )
             found[layer] = bits
-    last_act = of_last if last_act is None else last_act
+    if act_bits == 32 and last_act not in (None, 32):
+        raise UserError(f"--layer-bits last_act={last_act}: with --act-bits 32 no activations are "
+                        "quantized")  # fmt: skip
+    if last_act is None and act_bits < 32:
+        last_act = of_last
     return found, {} if last_act is None else {"last_act_bits": last_act}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lib import checkpoint, compressed
+from lib import compressed
 from lib.checkpoint import Checkpoint
 from lib.metrics import is_weight, weight_layers
 
@@ -87,8 +87,8 @@ def activations(model: nn.Module, size: int = 32, image: Tensor | None = None) -
 def bytes_by_part(source: Checkpoint) -> dict[str, int]:
     """Return the bytes of a file by what they hold; they add up to its size.
 
-    A torch file consists of the tensors' own bytes and the rest: pickled names, settings and
-    provenance, and the records and alignment of the zip.
+    A file of torch or safetensors consists of the network's tensors and the rest: names, settings
+    and provenance, the records and alignment of a zip, and what other programs put there.
     """
     if source.stage == "compressed":
         sizes = {}
@@ -96,9 +96,8 @@ def bytes_by_part(source: Checkpoint) -> dict[str, int]:
             part = SECTIONS.get(kind, f"weights: {kind}")
             sizes[part] = sizes.get(part, 0) + size
         return sizes
-    raw = checkpoint.read(source.file)
     sizes, seen = {WEIGHTS: 0, REST: 0}, set()
-    for name, tensor in raw.get("state", raw).items():
+    for name, tensor in source.state.items():
         if isinstance(tensor, Tensor):
             storage = tensor.untyped_storage()  # what torch.save writes, once where it is shared
             if storage.data_ptr() not in seen:

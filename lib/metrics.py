@@ -115,7 +115,7 @@ class Log:
 
 def log_stage(cfg, name: str, figures: dict, artifact: tuple | None = None) -> None:
     """Write logs/<name>.jsonl with the one line of a stage that has no epochs, and W&B alike."""
-    log = Log(cfg.path(None, f"logs/{name}.jsonl"), vars(cfg), cfg.wandb)
+    log = Log(cfg.place(f"logs/{name}.jsonl"), vars(cfg), cfg.wandb)
     log.begin([])
     log(figures)
     log.close(figures, artifact=artifact)

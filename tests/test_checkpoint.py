@@ -7,13 +7,14 @@ import random
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torchvision.models import mobilenet_v2
 
 import prune
 import train
-from lib import checkpoint, compressed, quantizers
+from lib import checkpoint, compressed, data, quantizers
 from lib.config import UserError
 from lib.files import atomic
 from models.mobilenetv2 import MobileNetV2, standard
@@ -33,6 +34,11 @@ def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "x.pth"
     save(path)
     return path.read_bytes()
+
+
+def nnz_of(source, path):
+    path.write_bytes(compressed.encode(source))
+    return path
 
 
 def refused(path, what: str) -> None:
@@ -314,3 +320,44 @@ def test_another_validation_split_is_refused(tmp_path):
     saved = save(tmp_path / "x.pth", data={"source": "synthetic", "val_size": 60, "split_seed": 11})
     with pytest.raises(UserError, match="was trained on another validation split"):
         saved.images("synthetic", None, "cpu")
+
+
+@pytest.fixture
+def orders(tiny, tmp_path):
+    """A data set in three orders: as it is; validation images the same; others held out."""
+    with np.load(tiny) as file:
+        arrays = dict(file)
+    labels = arrays["y_train"]
+    by_class = np.argsort(labels, kind="stable")  # as folders of classes have it
+    backwards = np.arange(len(labels))[::-1]
+    for name, order in (("a", np.arange(len(labels))), ("b", by_class), ("c", backwards)):
+        changed = {key: arrays[key][order] for key in ("x_train", "y_train")}
+        np.savez(tmp_path / f"{name}.npz", **(arrays | changed))
+    return {name: str(tmp_path / f"{name}.npz") for name in "abc"}
+
+
+def test_images_in_an_order_that_holds_out_others_are_refused(orders, tmp_path):
+    sets = {name: data.load(path) for name, path in orders.items()}
+    assert sets["a"].held_out == sets["b"].held_out != sets["c"].held_out
+    saved = save(tmp_path / "x.pth", data=sets["a"].provenance())
+    assert saved.data["held_out"] == sets["a"].held_out
+    saved.images(orders["b"], None, "cpu")
+    saved.images(orders["c"], None, "cpu", test_only=True)
+    for refusing in (saved, checkpoint.load(nnz_of(saved, tmp_path / "x.nnz"))):
+        with pytest.raises(UserError, match="was trained on images that would be held out"):
+            refusing.images(orders["c"], None, "cpu")
+    with pytest.raises(UserError, match="x.pth was trained on images that would be held out"):
+        taught = save(tmp_path / "y.pth", data=sets["c"].provenance())
+        taught.teacher(str(tmp_path / "x.pth"), None, sets["c"])
+
+
+def test_cifar10_in_its_usual_order_needs_no_record(tmp_path):
+    usual = {"source": "cifar10", "val_size": 5000}
+    saved = save(tmp_path / "x.pth", data=usual)
+    split = data.Split(torch.zeros(5000), torch.zeros(5000))
+    images = data.Data("cifar10", data.CLASSES, split, split, split, data.CIFAR10_HELD_OUT)
+    saved.check_images(images)
+    assert "held_out" not in images.provenance()
+    images.held_out += 1
+    with pytest.raises(UserError, match="the same in another order"):
+        saved.check_images(images)

@@ -107,6 +107,7 @@ def test_defaults_are_the_chain_and_a_missing_parent_is_one_line(run, tmp_path, 
 
 @pytest.mark.parametrize(("stage", "flags", "what"), [
     ("quantize", ["--weight-bits=33"], "invalid choice: 33"),
+    ("quantize", ["--seed=20261126093000"], "--seed must be 0 to 4294967295"),
     ("quantize", ["--act-bits=1"], "invalid choice: 1"),
     ("quantize", ["--weight-bits=8.5"], "invalid int value"),
     ("quantize", ["--method=magic"], "invalid choice: 'magic'"),
@@ -441,6 +442,11 @@ def test_bits_by_layer_name_first_and_last_and_the_later_item_counts(small, tmp_
     ]:  # fmt: skip
         cfg = quantize.Settings(layer_bits=text)
         assert quantize.scheme_of(cfg, small(0)).get("last_act_bits") == last_act
+    cfg = quantize.Settings(act_bits=32, layer_bits="last=8")  # of weights alone
+    assert "last_act_bits" not in quantize.scheme_of(cfg, small(0))
+    cfg = quantize.Settings(act_bits=32, layer_bits="last_act=8")
+    with pytest.raises(config.UserError, match="last_act=8: with --act-bits 32 no activations"):
+        quantize.scheme_of(cfg, small(0))
     assert quantize.scheme_of(quantize.Settings(), small(0)) == ptq.make_scheme(8, 8)
     scheme = quantize.scheme_of(quantize.Settings(method="reference"), small(0))
     assert scheme == {"method": "reference", "weight_bits": 8, "act_bits": 8}
@@ -514,6 +520,30 @@ def test_to_int8_counts_how_often_the_three_agree(chain):
         "float32, integers", "float32, onnxruntime", "integers, onnxruntime"}  # fmt: skip
     assert line["agree_total"] == 50 and all(n >= 48 for n in line["agree"].values())
     assert line["onnx_bytes"] == (chain / "checkpoints/int8.onnx").stat().st_size
+
+
+def test_an_interruption_leaves_no_pair_of_two_networks(run, chain, tiny, tmp_path, monkeypatch):
+    """Nor does a file that is not what it should be replace one that is."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(chain / "checkpoints", folder)
+    common, before = [f"--data={tiny}", f"--run-dir={tmp_path}"], sha256_of(folder / "int8.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr(to_int8, "export", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            to_int8.main(common)
+    assert sha256_of(folder / "int8.pth") == before and not (folder / "int8.onnx").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "equal", lambda *_: False)
+        code, _, err = run("to_int8", *common)
+    assert code == 1 and one_line("to_int8", err) and "was not the same network" in err
+    assert sha256_of(folder / "int8.pth") == before
+    assert not list(folder.glob("*unchecked"))
+
+
+def test_an_output_that_is_a_folder_is_refused_before_the_work(run, chain, tiny, tmp_path):
+    code, out, err = run("train", f"--data={tiny}", f"--out={tmp_path}", f"--run-dir={tmp_path}")
+    assert (code, out) == (1, "") and one_line("train", err) and "is a folder, not a file" in err
+    assert files(tmp_path) == []
 
 
 def test_to_int8_for_processors_with_vnni(run, chain, tiny, tmp_path, monkeypatch):

@@ -15,7 +15,8 @@ from torch.nn.utils import prune
 from torchvision.models import mobilenet_v2
 
 import eval as evaluation
-from lib import checkpoint, foreign
+import report
+from lib import checkpoint, foreign, memory
 from lib.config import UserError
 
 
@@ -302,3 +303,23 @@ def test_damaged_safetensors(plain, tmp_path):
     for damaged in (raw[:7], raw[:100], b"\xff" * 8 + raw[8:]):
         path.write_bytes(damaged)
         assert "is not a checkpoint, or is damaged" in refusal(path)
+
+
+# ---- in a report ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["prefix", "masks", "safetensors"])
+def test_their_weights_are_counted_as_bytes(plain, tmp_path, form):
+    path, name = tmp_path / "baseline.pth", "features.0.0.weight"
+    if form == "prefix":
+        torch.save({"model": prefixed("module.", plain)}, path)
+    elif form == "masks":
+        rest = {n: t for n, t in plain.items() if n != name}
+        masked = {f"{name}_orig": plain[name], f"{name}_mask": torch.ones_like(plain[name])}
+        torch.save(rest | masked, path)
+    else:
+        path.write_bytes(safetensors(plain))
+    source = checkpoint.load(path, 4)
+    parts = memory.bytes_by_part(source)
+    assert parts[memory.WEIGHTS] == 4 * source.weights and sum(parts.values()) == source.bytes
+    assert report.status(tmp_path)[0][4] == "up to date: the start of a chain"

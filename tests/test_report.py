@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import eval as evaluate
 import quantize
 import report
 import sparse_compress
@@ -132,6 +133,17 @@ def test_shared_tensors_are_counted_as_stored(tmp_path):
     assert sum(parts.values()) == source.bytes
     own = sum(t.nbytes for n, t in state.items() if n != "features.0.1.bias")
     assert parts[memory.WEIGHTS] + parts[memory.REST] == own
+
+
+def test_files_of_another_set_than_the_first_are_refused(run, tiny):
+    path = run / "checkpoints/int8.pth"
+    raw = checkpoint.read(path)
+    checkpoint.write(path, raw | {"data": {"source": "synthetic", "val_size": 30}})
+    with pytest.raises(UserError, match="int8.pth was trained on synthetic, the images are"):
+        report.main([f"--data={tiny}", f"--run-dir={run}"])
+    files = [str(run / f"checkpoints/{name}") for name in ("baseline.pth", "int8.pth")]
+    with pytest.raises(UserError, match="int8.pth was trained on synthetic, the images are"):
+        evaluate.main([*files, f"--data={tiny}", f"--run-dir={run}"])
 
 
 # ---- status --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 import sweep
 from lib import checkpoint, data, engine, measure, ptq, quantizers
 from lib.compaction import compact
+from models.mobilenetv2 import MobileNetV2, standard
 
 ROOT = Path(__file__).parent.parent
 
@@ -239,16 +240,14 @@ def test_lambdas_give_a_curve_of_files(tiny, parent, tmp_path):
     assert (tmp_path / "plots/sweep_rate.png").stat().st_size > 0
 
 
-def test_records_of_older_sweeps_are_read(tiny, parent, tmp_path, monkeypatch):
-    """They call the lambda `rate`."""
-    grid = [*flags(tiny, parent, tmp_path), "--weight-bits=8", "--act-bits=32"]
-    sweep.main(grid)
-    first = rows(tmp_path)
-    record = tmp_path / "checkpoints/sweep/w8a32.json"
-    record.write_text(record.read_text().replace('"rd_lambda"', '"rate"'))
-    monkeypatch.setattr(sweep, "cell", lambda *_: 1 / 0)
-    sweep.main(grid)
-    assert rows(tmp_path) == first
+def test_cells_of_other_strides_are_measured_again(tiny, tmp_path):
+    plain, grid = tmp_path / "plain.pth", ["--weight-bits=8", "--act-bits=32"]
+    torch.manual_seed(0)
+    torch.save(MobileNetV2(standard(0.1)).state_dict(), plain)
+    for downsample in (4, 8):
+        sweep.main([*flags(tiny, plain, tmp_path), *grid, f"--assume-downsample={downsample}"])
+        cell = checkpoint.load(tmp_path / "checkpoints/sweep/w8a32.nnz")
+        assert cell.settings == standard(0.1, downsample)
 
 
 @pytest.mark.parametrize(
