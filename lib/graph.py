@@ -174,7 +174,7 @@ def int8(network: IntegerNetwork, meta: dict, target: str = "any") -> onnx.Model
 
     def conv(layer: Layer, x: str, order=slice(None), inputs=slice(None)) -> str:
         """Add a convolution; order, inputs: the order of its output and of its input channels."""
-        kernel, scale = layer.weight[order][:, inputs], layer.scale[order] / layer.input_grid.scale
+        kernel, scale = layer.weight[order][:, inputs], layer.weight_scale[order]
         bias, rows = layer.bias[order], -len(kernel) % MULTIPLE  # rows, columns: of padding
         columns = -kernel.shape[1] % MULTIPLE if layer.groups == 1 and x != "image" else 0
         kernel = F.pad(kernel, (0, 0, 0, 0, 0, columns, 0, rows))
@@ -206,7 +206,7 @@ def int8(network: IntegerNetwork, meta: dict, target: str = "any") -> onnx.Model
     x = encoded(g("GlobalAveragePool", [x], "average.output"), network.pooled, "average")
     last, x = network.classifier, g("Flatten", [x], "flat")
     levels = F.pad(last.weight, (0, -last.weight.shape[1] % MULTIPLE)).T
-    scale = (last.scale / last.input_grid.scale).float()
+    scale = last.weight_scale.float()
     signed = target == "vnni" or _pairs_fit(levels.T[:, :, None, None])
     inputs = [decoded(x, network.pooled), *parameters(last, levels, scale, last.bias, 1, signed)]
     g("Gemm", inputs, "logits")

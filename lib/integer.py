@@ -9,12 +9,13 @@ accumulator:
     residual    level = clip(round(x * M1 + addend * M2)), one rounding of the exact sum
     average     level = clip(round(sum over the map * M)), M includes the map's size
     input       level = clip(round(level * M)), where a stream has more bits than the layer reads
-    classifier  logits = acc * scale, the only float
+    classifier  logits = acc * unit, the only float
 
-An accumulator, and its bias, count in units of (scale of the input) * (scale of the weight), as in
-the fake-quantized network: see quantizers.bias_in_accumulator_units. M, one per output channel, is
-the ratio of two scales in float32, as a fixed-point number; `round` is the only rounding, halves
-up: see lib/fixedpoint.py. Clipping to [0, high] is ReLU6; signed levels go from -128 to 127.
+The unit of an accumulator, and of its bias, is (scale of the input) * (scale of the weights), one
+per output channel, as in the fake-quantized network: see quantizers.bias_in_accumulator_units. M is
+the ratio of that unit to the scale of the output, in float32, as a fixed-point number; `round` is
+the only rounding, halves up: see lib/fixedpoint.py. Clipping to [0, high] is ReLU6; signed levels
+go from -128 to 127.
 
 Two kinds of rows are special. A row without weights has no scale of its own: its accumulator counts
 in 2^-24 of its bias. And if a bias is so large compared with its row's scale that 32 bits would not
@@ -46,7 +47,8 @@ SIZE = 32  # side of the images: the average divides by the size of the head's m
 class Layer:
     """A convolution or the classifier in integers.
 
-    weight: int8; bias: int32, in units of the accumulator; scale: float64 (out,), those units.
+    weight: int8; unit: float64 (out,), what one count of the accumulator is worth: scale of the
+    input * scale of the weights; bias: int32 (out,), in that unit.
     """
 
     def __init__(
@@ -65,13 +67,13 @@ class Layer:
         row_scale = layer.weight_scale.double().cpu()
         levels = levels.double().cpu() * per_row(row_scale.sign(), levels)  # some may be negative
         bias = layer.bias.detach().double().cpu()
-        scale = input_grid.scale * row_scale.abs()
+        finest = input_grid.scale * row_scale.abs()  # the unit, if 32 bits hold the bias in it
         empty = levels.flatten(1).count_nonzero(1) == 0
-        scale = torch.where(empty, bias.abs().clamp(min=1e-6) / 2**24, scale)
-        doubled = torch.zeros_like(scale)
+        finest = torch.where(empty, bias.abs().clamp(min=1e-6) / 2**24, finest)
+        doubled = torch.zeros_like(finest)
         while True:
             weight = torch.round(levels / per_row(2**doubled, levels))
-            unit = scale * 2**doubled
+            unit = finest * 2**doubled
             largest_level = max(-input_grid.low, input_grid.high)
             sums = weight.abs().flatten(1).sum(1) * largest_level
             bound = sums + torch.round(bias / unit).abs()
@@ -80,7 +82,7 @@ class Layer:
             doubled += over
         assert bound.max() <= INT32 and weight.abs().max() <= 127
         self.bound = int(bound.max())
-        self.weight, self.scale = weight.to(torch.int8), unit
+        self.weight, self.unit = weight.to(torch.int8), unit
         self.bias = torch.round(bias / unit).to(torch.int32)
         self.dtype = torch.float32 if sums.max() < 2**24 else torch.float64  # exact in either
         assert sums.max() < 2**53
@@ -89,16 +91,24 @@ class Layer:
         if output_grid is not None:
             # In float32, in the order in which runtimes with float multipliers compute it: theirs
             # are the same numbers.
-            ratio = input_grid.scale * (unit / input_grid.scale).float() / output_grid.scale
+            ratio = input_grid.scale * self.weight_scale.float() / output_grid.scale
             m = fixed_point(ratio, output_grid)
             shape = self.per_channel
             self.requantize = Multiplier(m.mantissa.view(shape), m.shift.view(shape), output_grid)
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """The scales of the weights, float64 (out,).
+
+        They are the network's own, made positive; only those of special rows differ.
+        """
+        return self.unit / self.input_grid.scale
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return levels, int16, or logits, float32, from levels (n, in, h, w) or (n, in)."""
         acc = self.accumulate(x)
         if self.output_grid is None:
-            return (acc * self.scale).float()
+            return (acc * self.unit).float()
         return self.requantize(acc)
 
     def accumulate(self, x: Tensor) -> Tensor:

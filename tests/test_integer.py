@@ -108,8 +108,9 @@ def test_accumulators_are_the_sums(kind, reads):
         assert torch.equal(layer.accumulate(x).double(), exact(x.double()))
         # And what they stand for: the float layer's outputs, but for the bias's rounding.
         floats = module(x * reads.scale)
-    scale = layer.scale.view(layer.per_channel)
-    assert ((layer.accumulate(x) * scale - floats).abs() <= 0.5 * scale + 1e-4).all()
+    unit = layer.unit.view(layer.per_channel)
+    assert ((layer.accumulate(x) * unit - floats).abs() <= 0.5 * unit + 1e-4).all()
+    assert torch.allclose(layer.weight_scale, module.weight_scale.abs().double())
     layer.dtype, layer.kernel = torch.float64, layer.kernel.double()
     assert torch.equal(layer.accumulate(x).double(), exact(x.double()))
 
@@ -138,7 +139,7 @@ def test_the_worst_input_reaches_the_bound_and_32_bits_hold_it(reads):
         assert top >= layer.bound * 127 / 128
 
 
-def test_a_row_whose_bias_32_bits_cannot_hold_gets_a_coarser_step():
+def test_a_row_whose_bias_32_bits_cannot_hold_gets_a_coarser_unit():
     module = nn.Conv2d(6, 3, 1)
     layer_of(module)
     with torch.no_grad():
