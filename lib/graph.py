@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 
 from lib import quantizers
-from lib.fixedpoint import Grid
+from lib.fixedpoint import Grid, Sum
 from lib.integer import IntegerNetwork, Layer
 from models import layers
 from models.mobilenetv2 import MobileNetV2
@@ -42,6 +42,7 @@ OPSET, IR = 17, 8  # of 2022: old enough for any runtime in use
 ZERO = 128  # the zero point of signed levels in uint8
 MULTIPLE = 16  # of channels
 TARGETS = ("any", "vnni")  # processors, see above
+UNCHANGED = slice(None)  # the order of channels
 PAIR = (2**15 - 1) // 255  # two weights of one sign that add up to no more fit, see `_pairs_fit`
 FORMAT, META = "mobilenetv2-cifar10/onnx/1", "mobilenetv2-cifar10"  # value of `format`; its key
 
@@ -59,7 +60,7 @@ class _Graph:
         self.constants[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
         return name
 
-    def __call__(self, kind: str, inputs: list[str], name: str, **attributes) -> str:
+    def node(self, kind: str, inputs: list[str], name: str, **attributes) -> str:
         """Add a node of that operator; return the name of its output, which is the node's."""
         self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
         return name
@@ -101,8 +102,10 @@ def fp32(model: MobileNetV2, meta: dict) -> onnx.ModelProto:
         inputs = [x, g.constant(f"{name}.weight", module.weight.contiguous()),
                   g.constant(f"{name}.bias", module.bias)]  # fmt: skip
         geometry = _geometry(layer.stride, module.padding[0], module.weight)
-        y = g("Conv", inputs, name, group=module.groups, **geometry)
-        return g("Clip", [y, *clip], f"{name.rpartition('.')[0]}.relu6") if layer.has_relu6 else y
+        y = g.node("Conv", inputs, name, group=module.groups, **geometry)
+        if not layer.has_relu6:
+            return y
+        return g.node("Clip", [y, *clip], f"{name.rpartition('.')[0]}.relu6")
 
     clip = [g.constant("zero", np.float32(0)), g.constant("six", np.float32(6))]
     stem, *_, head, classifier = layers.layers(model.settings)
@@ -112,12 +115,12 @@ def fp32(model: MobileNetV2, meta: dict) -> onnx.ModelProto:
         for layer in block:
             y = conv(layer, y)
         residual = model.settings["blocks"][number - 1]["residual"]
-        x = g("Add", [x, y], f"features.{number}.sum") if residual else y
+        x = g.node("Add", [x, y], f"features.{number}.sum") if residual else y
     x = conv(head, x)
-    x = g("Flatten", [g("GlobalAveragePool", [x], "average")], "flat")
+    x = g.node("Flatten", [g.node("GlobalAveragePool", [x], "average")], "flat")
     inputs = [x, g.constant(f"{classifier.name}.weight", model.linear.weight),
               g.constant(f"{classifier.name}.bias", model.linear.bias)]  # fmt: skip
-    g("Gemm", inputs, "logits", transB=1)
+    g.node("Gemm", inputs, "logits", transB=1)
     return g.model(TensorProto.FLOAT, model.settings["classes"], meta)
 
 
@@ -132,85 +135,136 @@ def _geometry(stride: int, padding: int, kernel: torch.Tensor) -> dict:
 def int8(network: IntegerNetwork, meta: dict, target: str = "any") -> onnx.ModelProto:
     """Return the graph of an integer network; input: uint8 images, not normalized.
 
-    A padded channel has no weights and no bias: its level is 0. meta: as in `fp32`; the target, one
-    of TARGETS, is added to it.
+    meta: as in `fp32`; the target, one of TARGETS, is added to it.
     """
-    g = _Graph()
-    for name, point in (("unsigned.zero", 0), ("signed.zero", ZERO)):
-        g.constant(name, np.uint8(point))
-
-    def encoded(x: str, grid: Grid, name: str) -> str:
-        """Add the levels of a float tensor; the constants of the grid are named after them."""
-        return g("QuantizeLinear", [x, *scale_and_zero(name, grid)], name)
-
-    def decoded(x: str, grid: Grid) -> str:
-        """Add the float values of levels, once per tensor."""
-        name = f"{x}.float"
-        if all(name not in node.output for node in g.nodes):
-            g("DequantizeLinear", [x, *scale_and_zero(x, grid)], name)
-        return name
-
-    def scale_and_zero(name: str, grid: Grid) -> list[str]:
-        scale = g.constant(f"{name}.step", np.float32(grid.scale))
-        return [scale, "signed.zero" if grid.signed else "unsigned.zero"]
-
-    def parameters(layer: Layer, kernel, scale, bias, axis: int, signed: bool) -> list[str]:
-        """Add the weight and the bias of a layer, as levels and their scales; return the floats.
-
-        kernel: int8; scale: float32 (out,), its own; bias: int32; axis: that of the output in
-        `kernel`; signed: whether to store int8 rather than uint8.
-        """
-        zero, dtype = (0, torch.int8) if signed else (ZERO, torch.uint8)
-        kernel = (kernel.to(torch.int16) + zero).to(dtype)
-        zeros = torch.full(scale.shape, zero, dtype=dtype)
-        bias_scale = np.float32(layer.input_grid.scale) * scale.numpy()
-        weight = [g.constant(f"{layer.name}.weight", kernel),
-                  g.constant(f"{layer.name}.weight_scale", scale),
-                  g.constant(f"{layer.name}.weight_zero", zeros)]  # fmt: skip
-        bias = [g.constant(f"{layer.name}.bias", bias),
-                g.constant(f"{layer.name}.bias_scale", bias_scale)]  # fmt: skip
-        return [g("DequantizeLinear", weight, f"{layer.name}.weight.float", axis=axis),
-                g("DequantizeLinear", bias, f"{layer.name}.bias.float", axis=0)]  # fmt: skip
-
-    def conv(layer: Layer, x: str, order=slice(None), inputs=slice(None)) -> str:
-        """Add a convolution; order, inputs: the order of its output and of its input channels."""
-        kernel, scale = layer.weight[order][:, inputs], layer.weight_scale[order]
-        bias, rows = layer.bias[order], -len(kernel) % MULTIPLE  # rows, columns: of padding
-        columns = -kernel.shape[1] % MULTIPLE if layer.groups == 1 and x != "image" else 0
-        kernel = F.pad(kernel, (0, 0, 0, 0, 0, columns, 0, rows))
-        scale, bias = F.pad(scale.float(), (0, rows), value=1.0), F.pad(bias, (0, rows))
-        signed = target == "vnni" or layer.groups > 1 or _pairs_fit(kernel)
-        inputs = [decoded(x, layer.input_grid), *parameters(layer, kernel, scale, bias, 0, signed)]
-        geometry = _geometry(layer.stride, layer.padding, kernel)
-        groups = len(kernel) if layer.groups > 1 else 1
-        y = g("Conv", inputs, f"{layer.name}.output", group=groups, **geometry)
-        return encoded(y, layer.output_grid, layer.name)
-
-    first = g.constant("table.first", np.arange(0, 768, 256, dtype=np.int32).reshape(3, 1, 1))
-    table = g.constant("table", (network.table + ZERO).to(torch.uint8).flatten())
-    indices = g("Add", [g("Cast", ["images"], "pixels", to=TensorProto.INT32), first], "places")
-    x = conv(network.stem, g("Gather", [table, indices], "image"))
-    for i, block in enumerate(network.blocks, 1):
+    g = _IntegerGraph(target)
+    x = g.conv(network.stem, g.image(network.table))
+    for number, block in enumerate(network.blocks, start=1):
         *expand, depthwise, projection = block.layers
-        order = _order(projection.weight) if expand and target == "any" else slice(None)
+        hidden_order = _order(projection.weight) if expand and target == "any" else UNCHANGED
         y = x
         for layer in expand:
-            y = conv(layer, y, order)
-        y = conv(projection, conv(depthwise, y, order), inputs=order)
-        if block.sum is not None:
-            name, total = f"features.{i}.sum", block.sum
-            terms = [decoded(x, total.x_grid), decoded(y, total.addend_grid)]
-            y = encoded(g("Add", terms, f"{name}.output"), total.output_grid, name)
-        x = y
-    x = decoded(conv(network.head, x), network.head.output_grid)
-    x = encoded(g("GlobalAveragePool", [x], "average.output"), network.pooled, "average")
-    last, x = network.classifier, g("Flatten", [x], "flat")
-    levels = F.pad(last.weight, (0, -last.weight.shape[1] % MULTIPLE)).T
-    scale = last.weight_scale.float()
-    signed = target == "vnni" or _pairs_fit(levels.T[:, :, None, None])
-    inputs = [decoded(x, network.pooled), *parameters(last, levels, scale, last.bias, 1, signed)]
-    g("Gemm", inputs, "logits")
-    return g.model(TensorProto.UINT8, len(last.bias), meta | {"target": target})
+            y = g.conv(layer, y, out_order=hidden_order)
+        y = g.conv(depthwise, y, out_order=hidden_order)
+        y = g.conv(projection, y, in_order=hidden_order)
+        x = y if block.sum is None else g.sum(block.sum, x, y, f"features.{number}.sum")
+    x = g.average(g.conv(network.head, x), network.head.output_grid, network.pooled)
+    g.classifier(network.classifier, x)
+    return g.model(TensorProto.UINT8, len(network.classifier.bias), meta | {"target": target})
+
+
+class _IntegerGraph(_Graph):
+    """A graph in QDQ form in the making.
+
+    Its methods take names of tensors of levels, uint8, and return such names. A tensor of levels is
+    named after what makes it, such as a layer, and the scale of its grid after the tensor.
+    """
+
+    def __init__(self, target: str):
+        """Begin an empty graph; target: one of TARGETS."""
+        super().__init__()
+        self.target = target
+        self.constant("unsigned.zero", np.uint8(0))
+        self.constant("signed.zero", np.uint8(ZERO))
+
+    def encode(self, x: str, grid: Grid, name: str) -> str:
+        """Add the levels, called `name`, of a tensor of floats."""
+        return self.node("QuantizeLinear", [x, *self.scale_and_zero(name, grid)], name)
+
+    def decode(self, x: str, grid: Grid) -> str:
+        """Add the float values of levels, once per tensor; return their name."""
+        name = f"{x}.float"
+        if all(name not in node.output for node in self.nodes):
+            self.node("DequantizeLinear", [x, *self.scale_and_zero(x, grid)], name)
+        return name
+
+    def scale_and_zero(self, name: str, grid: Grid) -> list[str]:
+        """Add the scale of the levels called `name`; return its name and that of the zero point."""
+        scale = self.constant(f"{name}.step", np.float32(grid.scale))
+        return [scale, "signed.zero" if grid.signed else "unsigned.zero"]
+
+    def image(self, table: torch.Tensor) -> str:
+        """Add the levels of the input; table: signed levels per channel and pixel value, (3, 256).
+
+        The table is read as one of 768 entries, at 256 * channel + pixel value.
+        """
+        first = np.arange(0, 768, 256, dtype=np.int32).reshape(3, 1, 1)
+        first = self.constant("table.first", first)
+        table = self.constant("table", (table + ZERO).to(torch.uint8).flatten())
+        pixels = self.node("Cast", ["images"], "pixels", to=TensorProto.INT32)
+        return self.node("Gather", [table, self.node("Add", [pixels, first], "places")], "image")
+
+    def conv(self, layer: Layer, x: str, out_order=UNCHANGED, in_order=UNCHANGED) -> str:
+        """Add a convolution; out_order, in_order: orders of its channels, see `_arrange`."""
+        weight, scale, bias = _arrange(
+            layer.weight, layer.weight_scale, layer.bias, out_order, in_order,
+            pad_inputs=layer.groups == 1 and x != "image",  # depthwise: one input per output
+        )  # fmt: skip
+        inputs = [self.decode(x, layer.input_grid), *self.parameters(layer, weight, scale, bias)]
+        geometry = _geometry(layer.stride, layer.padding, weight)
+        groups = len(weight) if layer.groups > 1 else 1
+        y = self.node("Conv", inputs, f"{layer.name}.output", group=groups, **geometry)
+        return self.encode(y, layer.output_grid, layer.name)
+
+    def sum(self, total: Sum, x: str, addend: str, name: str) -> str:
+        """Add the end of a residual block."""
+        terms = [self.decode(x, total.x_grid), self.decode(addend, total.addend_grid)]
+        return self.encode(self.node("Add", terms, f"{name}.output"), total.output_grid, name)
+
+    def average(self, x: str, input_grid: Grid, output_grid: Grid) -> str:
+        """Add the average of each map, (n, channels, 1, 1)."""
+        y = self.node("GlobalAveragePool", [self.decode(x, input_grid)], "average.output")
+        return self.encode(y, output_grid, "average")
+
+    def classifier(self, layer: Layer, x: str) -> None:
+        """Add the classifier, whose output, the logits, is the graph's; x: (n, channels, 1, 1)."""
+        x = self.node("Flatten", [x], "flat")
+        weight = F.pad(layer.weight, (0, -layer.weight.shape[1] % MULTIPLE))  # as x is padded
+        scale = layer.weight_scale.float()
+        inputs = [self.decode(x, layer.input_grid),
+                  *self.parameters(layer, weight, scale, layer.bias)]  # fmt: skip
+        self.node("Gemm", inputs, "logits")
+
+    def parameters(self, layer: Layer, weight, scale, bias) -> list[str]:
+        """Add a layer's weight and bias, as levels and their scales; return the floats' names.
+
+        weight: int8 (out, in / groups, k, k) or (out, in); scale: its own, float32 (out,); bias:
+        int32 (out,).
+        """
+        signed = self.target == "vnni" or layer.groups > 1 or _pairs_fit(weight)
+        axis = 0  # of the outputs
+        if weight.ndim == 2:
+            weight, axis = weight.T, 1  # as Gemm multiplies
+        zero, dtype = (0, torch.int8) if signed else (ZERO, torch.uint8)
+        weight = (weight.to(torch.int16) + zero).to(dtype)
+        zeros = torch.full(scale.shape, zero, dtype=dtype)
+        bias_scale = np.float32(layer.input_grid.scale) * scale.numpy()
+        name = layer.name
+        weight = [self.constant(f"{name}.weight", weight),
+                  self.constant(f"{name}.weight_scale", scale),
+                  self.constant(f"{name}.weight_zero", zeros)]  # fmt: skip
+        bias = [self.constant(f"{name}.bias", bias),
+                self.constant(f"{name}.bias_scale", bias_scale)]  # fmt: skip
+        return [self.node("DequantizeLinear", weight, f"{name}.weight.float", axis=axis),
+                self.node("DequantizeLinear", bias, f"{name}.bias.float", axis=0)]  # fmt: skip
+
+
+def _arrange(
+    weight, scale, bias, out_order=UNCHANGED, in_order=UNCHANGED, *, pad_inputs: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a convolution's weight, scale and bias with its channels in that order, and padded.
+
+    weight: int8 (out, in / groups, k, k); scale: floats (out,), of the weight; bias: int32 (out,).
+    out_order, in_order: indices (out,) and (in / groups,).
+
+    Then out becomes a multiple of MULTIPLE, and so does in, if asked for. A channel of padding has
+    weights and bias 0, so that its level is 0, and scale 1. Returns the scale as float32.
+    """
+    weight, scale, bias = weight[out_order][:, in_order], scale[out_order], bias[out_order]
+    more_out = -weight.shape[0] % MULTIPLE
+    more_in = -weight.shape[1] % MULTIPLE if pad_inputs else 0
+    weight = F.pad(weight, (0, 0, 0, 0, 0, more_in, 0, more_out))
+    return weight, F.pad(scale.float(), (0, more_out), value=1.0), F.pad(bias, (0, more_out))
 
 
 def _sides(kernel: torch.Tensor) -> list[torch.Tensor]:
@@ -225,11 +279,11 @@ def _sides(kernel: torch.Tensor) -> list[torch.Tensor]:
 def _pairs_fit(kernel: torch.Tensor) -> bool:
     """Return whether the sum of a pair of products always fits into 16 bits.
 
-    kernel: int8 (out, in, k, k), multiplied by any uint8. A pair are inputs 2i and 2i + 1 of a 1x1
-    kernel, any two of others.
+    kernel: int8 (out, in, k, k) or (out, in), multiplied by any uint8. A pair is inputs 2i and
+    2i + 1 of a matrix or a 1x1 kernel, and any two weights of a row of a larger kernel.
     """
     for side in _sides(kernel):
-        two = side.unflatten(1, (-1, 2)) if kernel.shape[2] == 1 else side.topk(2).values
+        two = side.unflatten(1, (-1, 2)) if kernel.shape[2:].numel() == 1 else side.topk(2).values
         if two.sum(-1).max() > PAIR:
             return False
     return True
