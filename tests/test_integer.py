@@ -72,10 +72,10 @@ def test_the_sum_rounds_once():
 
 
 def layer_of(module: nn.Module, reads=UNSIGNED, writes=UNSIGNED, bits=8) -> tuple[Layer, nn.Module]:
-    """Random levels on steps of which some are negative."""
+    """Return a layer of random levels and its float module; some of its scales are negative."""
     out = module.weight.shape[0]
-    step = torch.empty(out).uniform_(0.001, 0.01)
-    module.register_buffer("weight_scale", step * torch.where(torch.rand(out) < 0.3, -1, 1))
+    scale = torch.empty(out).uniform_(0.001, 0.01)
+    module.register_buffer("weight_scale", scale * torch.where(torch.rand(out) < 0.3, -1, 1))
     high = quantizers.max_level(bits)
     levels = torch.randint(-high, high + 1, module.weight.shape, dtype=torch.int8)
     levels *= torch.rand(levels.shape) < 0.6
