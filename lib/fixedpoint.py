@@ -57,8 +57,8 @@ def fixed_point(ratio: Tensor, grid: Grid) -> Multiplier:
     mantissa, shift = torch.round(fraction * 2**31).long(), 31 - exponent.long()
     carry = mantissa == 2**31  # a fraction that was rounded up to 1
     mantissa, shift = torch.where(carry, 2**30, mantissa), torch.where(carry, shift - 1, shift)
-    excess = (shift - 62).clamp(0, 62)  # at 62, no product overflows int64
-    mantissa, shift = mantissa >> excess, shift - excess
+    excess = (shift - 62).clamp(0, 62)
+    mantissa, shift = mantissa >> excess, shift.clamp(max=62)  # at 62, no product overflows int64
     if (shift < 1).any():
         raise ValueError("the scales of two tensors are too far apart for a fixed-point multiplier")
     return Multiplier(mantissa, shift, grid)

@@ -43,6 +43,8 @@ def test_multipliers_at_the_ends():
     x = m(torch.full((4,), INT32))
     assert x[:2].tolist() == [0, 0] and x[3] == 255
     assert x[2] == half_up(Fraction(INT32) * Fraction(1e-12))
+    tiny = fixed_point(2.0 ** -torch.arange(33, 1000).double(), SIGNED)  # which no x makes a half
+    assert (tiny.shift <= 62).all() and not tiny(torch.full((967,), INT32)).any()
     with pytest.raises(ValueError, match="too far apart"):
         fixed_point(torch.tensor(2.0**30), UNSIGNED)
 
