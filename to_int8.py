@@ -9,10 +9,11 @@ out: checkpoints/int8.pth: int8 weights with their scales, the rest unchanged; l
      network in integers alone (lib/integer.py), for onnxruntime and OpenVINO; its input is uint8
      images
 
-On processors with VNNI (Intel and AMD servers since 2019 and 2022) --target vnni is faster: see
-lib/graph.py. Its file gives wrong answers on older ones; this project's programs refuse it there.
+On processors with VNNI (Intel's servers since 2019, AMD's since 2022) --target vnni is faster: see
+lib/graph.py. Its file gives wrong answers on older processors; this project's programs refuse it
+there.
 
-How often the float network, the integer network and onnxruntime agree is counted on the first
+The log has how often the float network, the integer network and onnxruntime agree on the first
 1,000 validation images.
 """
 
@@ -90,9 +91,10 @@ def check(saved: checkpoint.Checkpoint, model, split, expected: engine.Evaluatio
 
 
 def export(saved, path, split, target: str) -> dict:
-    """Write the .onnx, or say why there is none.
+    """Write the .onnx of an int8.pth, or say why there is none.
 
-    Returns figures for the log, with how often the three arithmetics agree on images of the split.
+    target: one of graph.TARGETS. Returns figures for the log, with how often the three arithmetics
+    agree on the first 1,000 images of the split; it may be empty.
     """
     if why := runtime.why_no_onnx(saved.quantization):
         print(f"no {path.name}: {why}")

@@ -1,29 +1,32 @@
 """The quantized network in integers alone: what other runtimes are tested against.
 
-It computes the methods `ptq` and `qat` of lib.quantizers at 8 bits or fewer. Levels of activations
-are integers of at most 8 bits, those of weights are int8; their products are summed in a 32-bit
-accumulator:
+It covers the methods `ptq` and `qat` of lib.quantizers at 8 bits or fewer, with the arithmetic of
+Jacob et al. 2018 (section 2). Levels of activations have at most 8 bits, levels of weights are
+int8; their products are summed in 32-bit accumulators:
 
-    image       a table of 3 x 256 levels: what the float32 network makes of each pixel
+    image       level = table[channel, pixel], 3 x 256 levels: those of the float32 network
     layer       acc = bias + sum of weight * level;          level = clip(round(acc * M))
     residual    level = clip(round(x * M1 + addend * M2)), one rounding of the exact sum
-    average     level = clip(round(sum over the map * M)), M includes the map's size
+    average     level = clip(round(sum over the map * M)); M divides by the map's size, too
     input       level = clip(round(level * M)), where a stream has more bits than the layer reads
-    classifier  logits = acc * scale, the only float
+    classifier  logits = acc * unit, the only floating-point operation
 
-An accumulator, and its bias, count in units of (scale of the input) * (scale of the weight), as in
-the fake-quantized network: see quantizers.bias_in_accumulator_units. M, one per output channel, is
-the ratio of two scales in float32, as a fixed-point number; `round` is the only rounding, halves
-up: see lib/fixedpoint.py. Clipping to [0, high] is ReLU6; signed levels go from -128 to 127.
+The unit of an accumulator, and of its bias, is (scale of the input) * (scale of the weights), one
+per output channel, as in the fake-quantized network: see quantizers.bias_in_accumulator_units. M is
+the ratio of two scales as a fixed-point number, in a layer that of the unit to the scale of the
+output, divided in float32. `round` is the only rounding, halves up: see lib/fixedpoint.py. Clipping
+to [0, high] is ReLU6; signed levels go from -128 to 127 at 8 bits.
 
-Two kinds of rows are special. A row without weights has no scale of its own: its accumulator counts
-in 2^-24 of its bias. And if a bias is so large compared with its row's scale that 32 bits would not
-hold it (a channel whose weights have almost vanished), that scale is doubled until they do.
+Two kinds of rows (the weights of one output channel) are special. A row of zeros has no scale of
+its own: its unit is 2^-24 of its bias. And where 32 bits would not hold a bias in its unit (the
+weights of the channel have almost vanished), the unit is doubled until they do, and the weights are
+rounded to it.
 
-Sums are computed by float convolutions, exactly: products and partial sums, in any order, are
-integers below 2^24 in float32, or else (in no layer so far) below 2^53 in float64; both bounds are
-computed from the weights. That holds for plain sums of products only. So a 3x3 convolution over
-several channels, for which a library might choose Winograd's transform, goes through unfolding.
+Sums are computed by floating-point convolutions, and are exact: products and partial sums, in any
+order, are integers below 2^24 in float32, or else (in no layer so far) below 2^53 in float64; both
+bounds are computed from the weights. That holds for plain sums of products only. So a 3x3
+convolution over several channels, for which a library might choose Winograd's transform, goes
+through unfolding.
 """
 
 import dataclasses
@@ -38,40 +41,47 @@ from lib.quantizers import Quantizer, per_row
 from models.layers import blocks, layers
 from models.mobilenetv2 import MobileNetV2
 
-INT32 = 2**31 - 1
+INT32 = 2**31 - 1  # the largest int32
 CHUNK = 16  # images at a time: their 64-bit products stay in the cache
-SIZE = 32  # side of the images: the average divides by the size of the head's map
+SIZE = 32  # side of the images, in pixels
 
 
 class Layer:
     """A convolution or the classifier in integers.
 
-    weight: int8; bias: int32, in units of the accumulator; scale: float64 (out,), those units.
+    weight: int8 (out, in / groups, k, k) or (out, in)
+    unit: float64 (out,), the value that one count of an accumulator stands for: the scale of the
+        input times that of the weights
+    bias: int32 (out,), in that unit
+    bound: no accumulator's magnitude exceeds it, partial sums included
     """
 
     def __init__(
         self, name: str, layer: nn.Module, levels: Tensor, input_grid: Grid,
         output_grid: Grid | None,
     ):  # fmt: skip
-        """Convert a fake-quantized layer; levels: its weights, int8.
+        """Convert a fake-quantized layer.
 
-        output_grid: None for the classifier, whose outputs are logits. Asserts that no accumulator,
-        partial sums included, can exceed 32 bits.
+        levels: of its weights, int8, in their shape; input_grid, output_grid: of what it reads and
+        writes, the latter None for the classifier, whose outputs are logits. Asserts that no
+        accumulator, partial sums included, can exceed 32 bits.
         """
         self.name, self.input_grid, self.output_grid = name, input_grid, output_grid
         conv = isinstance(layer, nn.Conv2d)
         self.stride, self.padding = (layer.stride[0], layer.padding[0]) if conv else (1, 0)
         self.groups = layer.groups if conv else 1
         row_scale = layer.weight_scale.double().cpu()
-        levels = levels.double().cpu() * per_row(row_scale.sign(), levels)  # some may be negative
+        # A scale per tensor times a factor of batch norm may be negative: the levels take its sign.
+        levels = levels.double().cpu() * per_row(row_scale.sign(), levels)
         bias = layer.bias.detach().double().cpu()
-        scale = input_grid.scale * row_scale.abs()
+        finest = input_grid.scale * row_scale.abs()  # the unit, if 32 bits hold the bias in it
         empty = levels.flatten(1).count_nonzero(1) == 0
-        scale = torch.where(empty, bias.abs().clamp(min=1e-6) / 2**24, scale)
-        doubled = torch.zeros_like(scale)
+        # The bias of an empty row may be zero as well, but a unit is positive.
+        finest = torch.where(empty, bias.abs().clamp(min=1e-6) / 2**24, finest)
+        doubled = torch.zeros_like(finest)  # how often, per row
         while True:
             weight = torch.round(levels / per_row(2**doubled, levels))
-            unit = scale * 2**doubled
+            unit = finest * 2**doubled
             largest_level = max(-input_grid.low, input_grid.high)
             sums = weight.abs().flatten(1).sum(1) * largest_level
             bound = sums + torch.round(bias / unit).abs()
@@ -80,29 +90,40 @@ class Layer:
             doubled += over
         assert bound.max() <= INT32 and weight.abs().max() <= 127
         self.bound = int(bound.max())
-        self.weight, self.scale = weight.to(torch.int8), unit
+        self.weight, self.unit = weight.to(torch.int8), unit
         self.bias = torch.round(bias / unit).to(torch.int32)
         self.dtype = torch.float32 if sums.max() < 2**24 else torch.float64  # exact in either
         assert sums.max() < 2**53
         self.kernel = self.weight.to(self.dtype)
-        self.per_channel = (-1, 1, 1) if conv else (-1,)
+        self.per_channel = (-1, 1, 1) if conv else (-1,)  # the view of (out,) that multiplies acc
         if output_grid is not None:
-            # In float32, in the order in which runtimes with float multipliers compute it: theirs
-            # are the same numbers.
-            ratio = input_grid.scale * (unit / input_grid.scale).float() / output_grid.scale
+            # In float32 and in the order in which onnxruntime computes its multipliers
+            # (qlinearconv.cc), so that both have the same.
+            ratio = input_grid.scale * self.weight_scale.float() / output_grid.scale
             m = fixed_point(ratio, output_grid)
             shape = self.per_channel
             self.requantize = Multiplier(m.mantissa.view(shape), m.shift.view(shape), output_grid)
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """The scales of the weights, float64 (out,).
+
+        They are those of the fake-quantized layer, made positive; only special rows have others.
+        """
+        return self.unit / self.input_grid.scale
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return levels, int16, or logits, float32, from levels (n, in, h, w) or (n, in)."""
         acc = self.accumulate(x)
         if self.output_grid is None:
-            return (acc * self.scale).float()
+            return (acc * self.unit).float()
         return self.requantize(acc)
 
     def accumulate(self, x: Tensor) -> Tensor:
-        """Return the accumulators: int64, of values that fit into int32."""
+        """Return the accumulators of levels (n, in, h, w) or (n, in): int64, but they fit in int32.
+
+        Their shape is (n, out, height, width) or (n, out).
+        """
         x, kernel = x.to(self.dtype), self.kernel
         if kernel.ndim == 2:
             sums = x @ kernel.T
@@ -124,6 +145,7 @@ class Block:
     sum: Sum | None  # None: the block is not residual
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return the stream's levels behind the block, int16, from those in front of it."""
         y = x if self.requantize_input is None else self.requantize_input(x.long())
         for layer in self.layers:
             y = layer(y)
@@ -137,7 +159,7 @@ class IntegerNetwork:
     """
 
     def __init__(self, model: MobileNetV2, state: dict[str, Tensor]):
-        """Convert a fake-quantized model; state: what quantizers.integer_state makes of its own."""
+        """Convert a fake-quantized model; state: its own, by quantizers.integer_state."""
         self.settings = model.settings
         self.image = grid(model.image)
         self.table = _image_table(model.image)  # int16 (3, 256)
@@ -160,7 +182,7 @@ class IntegerNetwork:
             x_grid, stream_grid = stream_grid, grid(block.stream)
             total = Sum(x_grid, parts[-1].output_grid, stream_grid) if block.residual else None
             self.blocks.append(Block(requantize, parts, total))
-        size = SIZE  # of the head's map
+        size = SIZE  # side of the map; behind the loop, that of the head's
         for layer in self.layers():
             size = (size + 2 * layer.padding - layer.kernel.shape[-1]) // layer.stride + 1
         self.pooled = grid(model.pooled)
@@ -172,7 +194,7 @@ class IntegerNetwork:
         return [self.stem, *(layer for block in self.blocks for layer in block.layers), self.head]
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the head's maps as levels, int16 (n, channels, height, width)."""
+        """Return the head's maps as levels, int16 (n, channels, h, w); images: as in the class."""
         x = self.table[torch.arange(3).view(3, 1, 1), images.long()]
         x = self.stem(x)
         for block in self.blocks:
@@ -180,6 +202,7 @@ class IntegerNetwork:
         return self.head(x)
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Return the logits; images may be on any device."""
         if images.dtype != torch.uint8 or images.shape[1:] != (3, SIZE, SIZE):
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}")
         logits = []
@@ -190,14 +213,15 @@ class IntegerNetwork:
 
 
 def grid(quantizer: Quantizer) -> Grid:
-    """Return the scale of a quantizer, and its smallest and largest level."""
+    """Return the grid of a quantizer as plain numbers."""
     return Grid(float(quantizer.step), quantizer.low, quantizer.high)
 
 
 def _image_table(image: Quantizer) -> Tensor:
-    """Return the level of each pixel value per channel, (3, 256), as the float32 network has it."""
+    """Return the float32 network's level per channel and pixel value, int16 (3, 256)."""
     pixels = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(256, 3, 1, 1)
     scale = image.step.detach().cpu()
+    # Times 1 / scale, as quantizers.FakeQuantize computes it: a quotient may round otherwise.
     levels = torch.round(data.normalize(pixels) * (1 / scale)).clamp_(image.low, image.high)
     return levels.view(256, 3).T.contiguous().to(torch.int16)
 

@@ -43,6 +43,8 @@ def test_multipliers_at_the_ends():
     x = m(torch.full((4,), INT32))
     assert x[:2].tolist() == [0, 0] and x[3] == 255
     assert x[2] == half_up(Fraction(INT32) * Fraction(1e-12))
+    tiny = fixed_point(2.0 ** -torch.arange(33, 1000).double(), SIGNED)  # which no x makes a half
+    assert (tiny.shift <= 62).all() and not tiny(torch.full((967,), INT32)).any()
     with pytest.raises(ValueError, match="too far apart"):
         fixed_point(torch.tensor(2.0**30), UNSIGNED)
 
@@ -72,10 +74,10 @@ def test_the_sum_rounds_once():
 
 
 def layer_of(module: nn.Module, reads=UNSIGNED, writes=UNSIGNED, bits=8) -> tuple[Layer, nn.Module]:
-    """Random levels on steps of which some are negative."""
+    """Return a layer of random levels and its float module; some of its scales are negative."""
     out = module.weight.shape[0]
-    step = torch.empty(out).uniform_(0.001, 0.01)
-    module.register_buffer("weight_scale", step * torch.where(torch.rand(out) < 0.3, -1, 1))
+    scale = torch.empty(out).uniform_(0.001, 0.01)
+    module.register_buffer("weight_scale", scale * torch.where(torch.rand(out) < 0.3, -1, 1))
     high = quantizers.max_level(bits)
     levels = torch.randint(-high, high + 1, module.weight.shape, dtype=torch.int8)
     levels *= torch.rand(levels.shape) < 0.6
@@ -108,8 +110,9 @@ def test_accumulators_are_the_sums(kind, reads):
         assert torch.equal(layer.accumulate(x).double(), exact(x.double()))
         # And what they stand for: the float layer's outputs, but for the bias's rounding.
         floats = module(x * reads.scale)
-    scale = layer.scale.view(layer.per_channel)
-    assert ((layer.accumulate(x) * scale - floats).abs() <= 0.5 * scale + 1e-4).all()
+    unit = layer.unit.view(layer.per_channel)
+    assert ((layer.accumulate(x) * unit - floats).abs() <= 0.5 * unit + 1e-4).all()
+    assert torch.allclose(layer.weight_scale, module.weight_scale.abs().double())
     layer.dtype, layer.kernel = torch.float64, layer.kernel.double()
     assert torch.equal(layer.accumulate(x).double(), exact(x.double()))
 
@@ -138,7 +141,7 @@ def test_the_worst_input_reaches_the_bound_and_32_bits_hold_it(reads):
         assert top >= layer.bound * 127 / 128
 
 
-def test_a_row_whose_bias_32_bits_cannot_hold_gets_a_coarser_step():
+def test_a_row_whose_bias_32_bits_cannot_hold_gets_a_coarser_unit():
     module = nn.Conv2d(6, 3, 1)
     layer_of(module)
     with torch.no_grad():

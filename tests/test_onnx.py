@@ -135,6 +135,21 @@ def test_multipliers_are_those_of_onnxruntime(source, exported):
         assert np.array_equal(theirs, np.sort(ours.numpy()))
 
 
+def test_channels_are_ordered_then_padded_with_zeros():
+    weight = torch.tensor([[1, 2], [3, 4], [5, 6]], dtype=torch.int8).view(3, 2, 1, 1)
+    scale, bias = torch.tensor([0.5, 0.25, 0.125]).double(), torch.tensor([7, -8, 9]).int()
+    out_order, in_order = torch.tensor([2, 0, 1]), torch.tensor([1, 0])
+    w, s, b = graph._arrange(weight, scale, bias, out_order, in_order, pad_inputs=True)
+    assert w.shape == (16, 16, 1, 1) and s.shape == b.shape == (16,)
+    assert w[:3, :2, 0, 0].tolist() == [[6, 5], [2, 1], [4, 3]] and w.count_nonzero() == 6
+    assert s.tolist() == [0.125, 0.5, 0.25] + [1.0] * 13 and b.tolist() == [9, 7, -8] + [0] * 13
+    assert (w.dtype, s.dtype, b.dtype) == (torch.int8, torch.float32, torch.int32)
+    for padded in (graph._arrange(w, s, b, pad_inputs=True),  # are multiples already
+                   graph._arrange(w[:, :2], s, b, pad_inputs=False)):  # fmt: skip
+        for array, given in zip(padded, (w[:, : padded[0].shape[1]], s, b), strict=True):
+            assert torch.equal(array, given)
+
+
 @pytest.mark.parametrize(("row", "neighbours", "any_two"), [
     ([127, 1, 0, 0], True, True), ([127, 2, 0, 0], False, False),
     ([-64, -64, 64, 64], True, True), ([-64, -65, 0, 0], False, False),
@@ -143,6 +158,7 @@ def test_multipliers_are_those_of_onnxruntime(source, exported):
 def test_which_pairs_fit_into_16_bits(row, neighbours, any_two):
     kernel = torch.tensor(row, dtype=torch.int8)
     assert graph._pairs_fit(kernel.view(1, 4, 1, 1)) is neighbours
+    assert graph._pairs_fit(kernel.view(1, 4)) is neighbours  # of the classifier
     assert graph._pairs_fit(kernel.view(1, 1, 2, 2)) is any_two  # of a larger kernel
 
 
