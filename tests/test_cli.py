@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
