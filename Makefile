@@ -9,6 +9,8 @@ DATA ?=
 WANDB ?=
 SPLIT ?= test
 RUN ?= .
+DEVICE ?=
+PROCESSES ?=
 TRAIN_FLAGS ?=
 PRUNE_FLAGS ?=
 QUANTIZE_FLAGS ?=
@@ -59,7 +61,11 @@ C := $(RUN)/checkpoints
 # Stages write atomically, so a file that is there is complete: an error after that must not delete
 # the work of hours.
 .PRECIOUS: $(C)/baseline.pth $(C)/pruned.pth $(C)/quantized.pth $(C)/int8.pth $(C)/compressed.nnz
-COMMON = --run-dir $(RUN) $(if $(DATA),--data "$(DATA)") $(if $(WANDB),--wandb)
+COMMON = --run-dir $(RUN) $(if $(DATA),--data "$(DATA)") $(if $(WANDB),--wandb) \
+	$(if $(DEVICE),--device $(DEVICE))
+# The stages that several processes share, and how they are started if PROCESSES says how many.
+SHARED = train.py prune.py quantize.py sweep.py
+LAUNCH = $(if $(PROCESSES),-m torch.distributed.run --standalone --nproc-per-node $(PROCESSES))
 
 # A waiting thread that sleeps leaves its core to others. On cores that are yours alone, ACTIVE
 # trains 1.15 times faster; if others use them too, it is slower by more than that.
@@ -75,7 +81,7 @@ export PYTHONUNBUFFERED = 1
 stage = @set -eu -o pipefail; \
 	mkdir -p $(RUN)/logs; \
 	echo $(call quote,$$ python $(1) $(COMMON) $(2)); \
-	$(PYTHON) $(HERE)$(1) $(COMMON) $(2) | tee -ia $(RUN)/logs/$(basename $(firstword $(1))).log
+	$(PYTHON) $(if $(filter $(1),$(SHARED)),$(LAUNCH)) $(HERE)$(1) $(COMMON) $(2) | tee -ia $(RUN)/logs/$(basename $(firstword $(1))).log
 
 .PHONY: all train prune quantize int8 compress sweep sensitivity eval report bench predict verify \
 	publish status help clean demo results test venv check-python
@@ -158,8 +164,10 @@ help:  ## this list
 		$(HERE)Makefile
 	@echo
 	@echo '  A target first runs every earlier stage whose file is missing: make -n TARGET shows which.'
-	@echo '  A file that exists is not made again, even with other flags: delete it to make it again.'
+	@echo '  A file is made again only if the file it is made from is newer; flags do not count: to'
+	@echo '  make it with others, delete it.'
 	@echo '  DATA=DIR (default: download)  WANDB=1  RUN=DIR (default .)  SPLIT=val|test  PYTHON=...'
+	@echo '  DEVICE=cuda:1  PROCESSES=4: so many processes or GPUs train, prune, quantize and sweep'
 	@echo "  One file with spaces: IMAGES='a b.png'; several: IMAGES=\"'a b.png' c.png\"; FILES= alike."
 	@echo '  Paths are as seen from where make is called, also with make -f elsewhere/Makefile.'
 	@echo '  e.g.  make all DATA=$$HOME/cifar10 TRAIN_FLAGS="--epochs 300" PRUNE_FLAGS="--target 0.97"'

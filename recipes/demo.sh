@@ -6,6 +6,7 @@ set -euo pipefail
 RUN=${1:-demo}
 case $RUN in /*) ;; *) RUN=$PWD/$RUN ;; esac  # the folder is the caller's
 cd "$(dirname "$0")/.."
+RUN=${RUN#"$PWD"/}  # make takes no path with spaces: the project's folder may have some
 ${MAKE:-make} --no-print-directory all DATA=synthetic RUN="$RUN" SPLIT=test WANDB= \
   TRAIN_FLAGS="--width 0.35 --downsample 8 --epochs 6 --batch-size 64 --lr 0.1 --lr-schedule linear \
     --warmup-epochs 1.5 --weight-decay 5e-4 --augment light --start-side 32 --no-amp" \

@@ -11,6 +11,7 @@ absolute() { case $1 in /* | synthetic) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
 DATA=$(absolute "$DATA")
 RUN=$(absolute "$RUN")
 cd "$(dirname "$0")/.."
+RUN=${RUN#"$PWD"/}  # make takes no path with spaces: the project's folder may have some
 ${MAKE:-make} --no-print-directory all DATA="$DATA" RUN="$RUN" \
   TRAIN_FLAGS="--epochs 6 --width 0.5 --downsample 8 --lr 0.1 --lr-schedule linear \
     --warmup-epochs 1 --weight-decay 5e-4 --dropout 0.2 --augment light --start-side 32" \
