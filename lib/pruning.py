@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from lib import ptq, quantizers, rate
 from lib.metrics import weight_layers
 
-STEPS = 6  # obd removes weights in so many steps, and computes the prices anew before each
+STEPS = 6  # obd removes weights in so many steps, and estimates their bits anew before each
 # Estimated bits for the magnitude of a 4-bit weight; its non-zero flag and its sign come on top.
 MAGNITUDE_BITS = 2.0
 
@@ -63,7 +63,7 @@ def _bits(weight: Tensor) -> Tensor:
 
     They depend on which other weights there are.
     """
-    zero, nonzero, _ = rate.prices((weight != 0).flatten(1).float(), 1)
+    zero, nonzero, _ = rate.level_bits((weight != 0).flatten(1).float(), 1)
     return (nonzero - zero + MAGNITUDE_BITS).clamp(min=1).view_as(weight)
 
 
