@@ -188,7 +188,7 @@ def test_a_clip_sees_all_channels(channels, signed):
     x = torch.rand(512, channels, 8, 8) - 0.5 * signed
     x[:, 1::2] *= 10
     quantizer = Quantizer(4, signed)
-    clip = ptq._best_scale(x, x, None, quantizer) * quantizer.high
+    clip = ptq._best_scale(ptq.Pair(x, x), quantizer) * quantizer.high
     assert 0.7 * x.abs().max() < clip < 1.1 * x.abs().max()
 
 
