@@ -13,19 +13,19 @@ one, whose activations carry the errors of all layers before. Each layer is fitt
   channel by its range makes all ranges alike. The layer that gives the channel divides its row and
   bias by the range, the layer that reads it multiplies its column by it, and the network computes
   what it did. (ReLU6 would stand in the way, as 6 is not divided; but the quantizer that replaces
-  it clips at its own largest level.) In front of a depthwise layer this costs nothing: there a
-  column is a whole row, whose own scale takes up the factor.
+  it clips at its own largest level.) Before a depthwise layer this loses nothing: there a column is
+  a whole row, whose own scale takes up the factor.
 
 Three more make the file small:
 
 - **Short scales and biases.** The scales of rows keep a few mantissa bits, and biases lie on a
   grid. They are rounded early, so that what comes later can compensate: the last descent of the
-  levels, and the fits of the layers behind.
+  levels, and the fits of the layers after.
 - **Rate-distortion optimized quantization** (as in DeepCABAC, Wiedemann et al. 2020, section 3.2).
-  The levels minimize distortion + lambda * bits, with the bits of the file's coder (lib/rate.py).
-  So that a bit is worth the same in every layer, distortion is what it does to the logits: a row's
-  error is multiplied by the mean squared gradient of the logits (the approximation of KFC, Grosse
-  and Martens 2016).
+  The levels minimize a cost, error + lambda * bits, with the bits of the file's coder (estimated:
+  lib/rate.py). So that a bit is worth the same in every layer, the error is that of the logits: a
+  row's error is multiplied by its importance, the mean squared gradient of the logits (the
+  approximation of KFC, Grosse and Martens 2016).
 - **Thinning**: before all else, channels that are not worth their bytes go (lib/thinning.py).
 """
 
@@ -49,7 +49,7 @@ from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
 # is a mean over images, or over millions of activations, which a few hundred settle.
 EQUALIZATION_IMAGES, GRADIENT_IMAGES, DISTURBED_IMAGES = 256, 256, 64
 BATCH = 64  # images per backward pass: bounds the memory of its activations
-DISTURBANCE = 0.02  # share of a layer's sum of squares that is left out to see what an error costs
+DISTURBANCE = 0.02  # share of a layer's sum of squares left out to see what that does to the logits
 # Values that a scale is searched on: of each channel, and of a whole tensor.
 CHANNEL_SAMPLE, TENSOR_SAMPLE = 8192, 50_000
 # Of a channel, as a share of the median: a channel that is hardly ever positive would otherwise
@@ -70,15 +70,15 @@ def quantize(
         scale per tensor, for the weights as they are before folding, rounded to nearest. Batch
         norm's factors then multiply that scale, and there is neither equalization nor
         reconstruction, so that weights which lie on a grid keep their integers.
-    scale_bits: mantissa bits of the rows' scales. None: 3, which the levels make up for, or 2 if
-        bits cost something; 5 for `tensor`, where levels cannot make up for it.
+    scale_bits: mantissa bits of the rows' scales. None: 3, which the levels make up for, or 2 with
+        lambda_per_bit; 5 for `tensor`, where levels cannot make up for it.
     bias_bits: biases are multiples of a power of two, about 2^-bias_bits times the scale of the
-        layer's output; 32: float32, as where the output is not quantized. None: 2, or if bits cost
-        something the grid that is best at that price, per layer (see `_Walk.bias_exponent`).
-    lambda_per_bit: the squared error of an image's logits that saving one bit may cost; 0: bits
-        cost nothing. Not for `tensor`. The network returned may have fewer channels.
+        layer's output; 32: float32, as where the output is not quantized. None: 2, or with
+        lambda_per_bit the grid of least cost, per layer (see `_Walk.bias_exponent`).
+    lambda_per_bit: the squared error of an image's logits that saving one bit may add; 0: bits are
+        not counted. Not for `tensor`. The network returned may have fewer channels.
     importance: what `row_importance` returns for the folded model and these images, if it is there
-        already; else it is made if bits cost something.
+        already; else it is computed where lambda_per_bit needs it.
     Returns (network, latent); latent: the weights before rounding, by layer, for lib.qat.
     """
     if lambda_per_bit:
@@ -136,20 +136,21 @@ def make_scheme(weight_bits: int, act_bits: int, **others) -> dict:
 
 
 def calibration_images(split: data.Split, count: int, seed: int) -> Tensor:
-    """Return `count` normalized images of a split; which ones depends on the seed alone."""
+    """Return `count` normalized images of a split, (count, 3, H, W); which ones depends on the seed
+    alone. Fewer if the split has fewer."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     return data.normalize(split.images[order[:count].to(split.images.device)])
 
 
-# ---- what an error costs -------------------------------------------------------------------------
+# ---- what an error does to the logits ------------------------------------------------------------
 
 
 @torch.no_grad()
 def row_importance(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
-    """Return, per layer and row, what an error of variance 1 in the row's outputs costs.
+    """Return {layer: (rows,)}: the squared error of an image's logits, apart from what all logits
+    share, per variance of an error in each row's outputs.
 
-    The cost is the squared error of an image's logits, apart from what all logits share.
-    {layer: (rows,)}, of the folded network.
+    model: folded. images: (n, 3, H, W), normalized.
 
     Between the rows of a layer it is the mean squared gradient of a random direction of the logits,
     which treats errors at different positions as independent (KFC). They are not: the errors of one
@@ -158,7 +159,7 @@ def row_importance(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
     layer's smallest weights are left out.
     """
     layers = weight_layers(model)
-    costs = _mean_squared_gradients(model, layers, images[:GRADIENT_IMAGES])
+    importance = _mean_squared_gradients(model, layers, images[:GRADIENT_IMAGES])
     images = images[:DISTURBED_IMAGES]
     expected = model(images)
     for name, layer in layers.items():
@@ -167,14 +168,15 @@ def row_importance(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
         variance, logits = _without_smallest_weights(model, layer, images)
         error = logits - expected
         observed = (error - error.mean(1, keepdim=True)).square().sum(1).mean()
-        costs[name] *= observed / (costs[name] * variance).sum().clamp(min=1e-20)
-    return costs
+        importance[name] *= observed / (importance[name] * variance).sum().clamp(min=1e-20)
+    return importance
 
 
 def _without_smallest_weights(model, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Leave out a layer's smallest weights, which hold DISTURBANCE of its sum of squares.
 
-    Returns (variance of the error in each row's outputs (rows,), the logits).
+    Errors have no mean, as after bias correction. Returns (variance of the error in each row's
+    outputs (rows,), the logits (n, classes)).
     """
     reduced = copy.deepcopy(layer)
     sizes = layer.weight[layer.weight != 0].abs().sort().values
@@ -246,7 +248,8 @@ class _Options:
     lambda_per_bit: float = 0.0
     # What `row_importance` returns; empty without lambda.
     importance: dict[str, Tensor] = field(default_factory=dict)
-    # {layer: (rows,)}: squared logit error per squared error of a bias; empty: bias_bits decides.
+    # {layer: (rows,)}: squared error of an image's logits per squared error of a bias; empty where
+    # bias_bits decides.
     bias_importance: dict[str, Tensor] = field(default_factory=dict)
     alone: bool = False  # quantize each layer as if all others were fp32
 
@@ -264,7 +267,8 @@ class _Walk:
         """
         self.fp32, self.quantized, self.unfolded = fp32, quantized, unfolded
         self.scheme, self.options = scheme, options
-        # By layer, the mean of bias_importance over its rows, for outputs in units of their ranges.
+        # Mean over a layer's rows: squared logit error per squared error of a bias, in the units of
+        # the quantized layer's outputs.
         self.mean_bias_importance: dict[nn.Module, float] = {}
         self.per_tensor = scheme["weight_scale"] == "tensor"
         self.names = {layer: name for name, layer in weight_layers(fp32).items()}
@@ -326,12 +330,10 @@ class _Walk:
         pair = pair._replace(fp32=fp32_module.activation(pair.fp32))
         return self.calibrate(module.activation, pair, module.conv)
 
-    def calibrate(
-        self, quantizer: nn.Module, pair: Pair, layer: nn.Module | None = None
-    ) -> Pair:  # fmt: skip
+    def calibrate(self, quantizer: nn.Module, pair: Pair, layer: nn.Module | None = None) -> Pair:
         """Choose the scale of an activation quantizer; return the pair after it.
 
-        layer: gives these activations, and has its bias put on the grid that suits the scale.
+        layer: what gives these activations; its bias is put on the grid that suits the scale.
         An Identity (32 bits) changes nothing.
         """
         if isinstance(quantizer, Quantizer):
@@ -341,24 +343,25 @@ class _Walk:
                 pair = pair._replace(quantized=outputs)
         return pair._replace(quantized=quantizer(pair.quantized))
 
-    def put_bias_on_grid(self, layer: nn.Module, quantizer: nn.Module, outputs: Tensor) -> Tensor:
-        """Round the bias of a layer in front of that quantizer to multiples of a power of two.
+    def put_bias_on_grid(self, layer: nn.Module, quantizer: Quantizer, outputs: Tensor) -> Tensor:
+        """Round the bias of the layer before that quantizer to multiples of a power of two.
 
         outputs: the layer's. Returns them as they are with the new bias.
         """
-        # Without weight_scale, at 32 bits, no file will hold it as integers.
+        # A layer of 32 bits has no weight_scale: no file will hold its bias as integers.
         if self.options.bias_bits == 32 or not hasattr(layer, "weight_scale"):
             return outputs
         # On the host, by an exact ldexp: exp2 of a device may be a few units in the last place off.
         layer.bias_scale = math.ldexp(1.0, self.bias_exponent(layer, quantizer))
         return _add_to_bias(layer, quantizers.bias_on_grid(layer) - layer.bias, outputs)
 
-    def bias_exponent(self, layer: nn.Module, quantizer: nn.Module) -> int:
-        """Return of which power of two the biases in front of that quantizer are multiples.
+    def bias_exponent(self, layer: nn.Module, quantizer: Quantizer) -> int:
+        """Return e: the biases of the layer before that quantizer are rounded to multiples of 2^e.
 
-        On a grid of g, the squared error of a bias is g^2 / 12 in the mean, and twice the grid
-        saves a bit. So where a bit has a price, cost * g^2 / 12 - lambda_per_bit * log2(g) is to be
-        least.
+        Where bias_bits decides, 2^e is about 2^-bias_bits times the quantizer's scale. Else lambda
+        does: on a grid of width g, a bias has an expected squared error of g^2 / 12, and doubling g
+        saves one bit. So 2^e is about the g of least cost, importance * g^2 / 12 - lambda * log2 g:
+        g^2 = 6 lambda / (importance * ln 2), with the mean importance of the layer's biases.
         """
         if layer not in self.mean_bias_importance:
             return round(math.log2(float(quantizer.step))) - self.options.bias_bits
@@ -366,12 +369,10 @@ class _Walk:
         squared = 6 * self.options.lambda_per_bit / (math.log(2) * importance)
         return round(math.log2(squared) / 2)
 
-    def layer(
-        self, fp32_layer: nn.Module, pair: Pair, output_ranges: Tensor | None = None
-    ) -> Pair:
+    def layer(self, fp32_layer: nn.Module, pair: Pair, output_ranges: Tensor | None = None) -> Pair:
         """Quantize the layer that corresponds to `fp32_layer`; return the outputs of the two.
 
-        output_ranges: (rows,); None: the outputs are not divided.
+        output_ranges: (rows,), what the quantized outputs are divided by; None: they are not.
         """
         name = self.names[fp32_layer]
         layer, bits = self.layers[name], quantizers.bits_of(name, self.scheme)
@@ -400,7 +401,8 @@ class _Walk:
         return Pair(fp32_y, fp32_layer(pair.quantized) if self.options.alone else y, output_ranges)
 
     def put_on_tensor_grid(self, name: str, layer: nn.Module, bits: int) -> None:
-        """Round a folded layer's weights on the grid that its unfolded weight tensor lies on."""
+        """Round a folded layer's weights to the grid that its weight tensor lies on before folding:
+        see lib.quantizers.grid_scale."""
         if bits == 32:
             return
         weight = self.unfolded.get_submodule(name).weight
@@ -419,7 +421,7 @@ class _Walk:
 def _multiply_ranges_in(
     layer: nn.Module, input_ranges: Tensor | None, output_ranges: Tensor | None
 ) -> None:
-    """Change a layer so that it takes inputs, and gives outputs, in units of their ranges."""
+    """Change a layer so that it takes inputs, and gives outputs, in units of their ranges (C,)."""
     weight = layer.weight
     if input_ranges is not None:
         depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1
@@ -430,7 +432,8 @@ def _multiply_ranges_in(
 
 
 def _add_to_bias(layer: nn.Module, change: Tensor, outputs: Tensor) -> Tensor:
-    """Add to a layer's bias; return its outputs with the new bias as the forward pass rounds it."""
+    """Add `change` (rows,) to a layer's bias; return its outputs with the new bias, as the forward
+    pass rounds it."""
     before = layer.bias.clone()
     layer.bias[:] = layer.bias + change
     if isinstance(layer, quantizers.QuantConv2d | quantizers.QuantLinear):
