@@ -70,12 +70,12 @@ def _bits(weight: Tensor) -> Tensor:
 def _errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return the error of the logits without each weight, by layer, of the shape of the weights.
 
-    It is w^2 * the variance of the weight's input * what an error in the row's outputs costs
+    It is w^2 * the variance of the weight's input * the importance of its row
     (lib.ptq.row_importance), of the folded network. The variance and not the mean square: a
     constant error goes into the batch norm.
     """
     folded = quantizers.fold(model)
-    costs, variances, hooks = ptq.row_importance(folded, images), {}, []
+    importance, variances, hooks = ptq.row_importance(folded, images), {}, []
     for name, layer in weight_layers(folded).items():
 
         def keep_variance(_, inputs, name=name):
@@ -90,8 +90,8 @@ def _errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         others = [1] * (layer.weight.ndim - 1)
         depthwise = getattr(layer, "groups", 1) > 1
         by_input = (-1, *others) if depthwise else (1, -1, *others[1:])
-        variance, cost = variances[name].view(by_input), costs[name].view(-1, *others)
-        return layer.weight.square() * variance * cost
+        variance, of_row = variances[name].view(by_input), importance[name].view(-1, *others)
+        return layer.weight.square() * variance * of_row
 
     return {name: errors(name, layer) for name, layer in weight_layers(folded).items()}
 
