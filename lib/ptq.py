@@ -407,7 +407,7 @@ class _Walk:
             return
         weight = self.unfolded.get_submodule(name).weight
         scale = quantizers.grid_scale(weight, bits)
-        norm = quantizers.norm_behind(self.unfolded, name)
+        norm = quantizers.norm_after(self.unfolded, name)
         factor = torch.ones(len(weight), device=weight.device)
         if norm is not None:
             factor = quantizers.norm_factor(norm).to(weight.dtype)

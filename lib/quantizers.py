@@ -263,7 +263,7 @@ def fold(model: MobileNetV2) -> MobileNetV2:
     state = model.state_dict()
     for name, layer in weight_layers(folded).items():
         weight = state[f"{name}.weight"].double()
-        norm = norm_behind(model, name)
+        norm = norm_after(model, name)
         if norm is None:
             layer.bias.copy_(state[f"{name}.bias"])
         else:
@@ -275,8 +275,8 @@ def fold(model: MobileNetV2) -> MobileNetV2:
     return folded.to(device, memory_format=torch.channels_last).eval()
 
 
-def norm_behind(model: MobileNetV2, layer: str) -> nn.BatchNorm2d | None:
-    """Return the batch norm behind a layer; None for the classifier and in a folded network."""
+def norm_after(model: MobileNetV2, layer: str) -> nn.BatchNorm2d | None:
+    """Return the batch norm after a layer; None for the classifier and in a folded network."""
     name = next(described.norm for described in layers(model.settings) if described.name == layer)
     norm = model.get_submodule(name) if name else None
     return norm if isinstance(norm, nn.BatchNorm2d) else None

@@ -229,7 +229,7 @@ def test_one_scale_per_tensor_is_one_before_folding(small, pixels):
     scheme = ptq.make_scheme(4, 32, weight_scale="tensor")
     found, _ = ptq.quantize(model, pixels, scheme, scale_bits=23)
     for name, layer in weight_layers(found).items():
-        norm = quantizers.norm_behind(model, name)
+        norm = quantizers.norm_after(model, name)
         factor = torch.ones(len(layer.weight)) if norm is None else quantizers.norm_factor(norm)
         live = layer.weight.flatten(1).any(1)
         assert (layer.weight_scale[~live] == 1).all()
