@@ -1,4 +1,4 @@
-"""Take the parts of quantization with --rd-lambda away one by one: what does each bring, in bytes?
+"""Take the parts of rate-distortion quantization away one by one: what does each bring, in bytes?
 
     python benchmarks/price.py --parent FILE --data DIR [--rd-lambda 0.8] [--results FILE]
 
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [row(name, *what, cfg.seeds[0]) for name, what in variants().items()]
     rows += [row(f"all of it, seed {seed}", [], {}, seed) for seed in cfg.seeds[1:]]
     table = tables.table(
-        "Quantization with --rd-lambda without its parts",
+        "Rate-distortion quantization without its parts",
         ["part that is left out", "bytes", f"correct of {len(images.val):,}", "loss",
          "channels of all layers"], rows, device=device,
         text=f"PTQ, 8-bit activations, --rd-lambda {cfg.rd_lambda:g}; the parent has "
