@@ -1,11 +1,12 @@
-"""Take the parts of priced quantization away one by one: what does each bring, in bytes?
+"""Take the parts of rate-distortion quantization away one by one: what does each bring, in bytes?
 
     python benchmarks/price.py --parent FILE --data DIR [--rd-lambda 0.8] [--results FILE]
 
-Every row is one run of lib.ptq.quantize without training, at the same price of a bit: the bytes of
-the file, encoded, and the answers of its network on the validation split. Two files are compared by
-both: at the same price, the loss (mean cross-entropy) may rise by about 5e-6 per byte saved. The
-last rows differ in the calibration images alone: their spread is the noise.
+Every row is one run of lib.ptq.quantize without training, at the same lambda: the bytes of the
+file, encoded, and the answers of its network on the validation split. Two files are compared by
+both: per byte saved, the loss (mean cross-entropy) may rise by --rd-lambda / 1000 *
+lib.qat.loss_per_squared_error, about 1e-6 at 0.8 for release/baseline.pth. The last rows differ in
+the calibration images alone: their spread is the noise.
 """
 
 import contextlib
@@ -45,9 +46,9 @@ class Settings:
 
 
 def least_error_first(fit: Fit, row_lambda, coarseness) -> None:
-    """Start as files without a price do: at the clip of least error."""
+    """Start as a fit without lambda does: at the clip of least error."""
     fit.choose_scales()
-    fit.set_prices(row_lambda)
+    fit.count_bits(row_lambda)
     fit.choose_scales()
 
 
@@ -64,7 +65,7 @@ def variants() -> dict[str, tuple[list, dict]]:
     return {
         "all of it": ([], {}),
         "scales start at the clip of least error": (
-            [replace(Fit, "scales_for_price", least_error_first)], {}
+            [replace(Fit, "scales_for_lambda", least_error_first)], {}
         ),
         "one start, the scale that theory gives": (
             [replace(reconstruct, "COARSENESS", (1.0,)), replace(reconstruct, "MIDDLE", 0)], {}
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [row(name, *what, cfg.seeds[0]) for name, what in variants().items()]
     rows += [row(f"all of it, seed {seed}", [], {}, seed) for seed in cfg.seeds[1:]]
     table = tables.table(
-        "Priced quantization without its parts",
+        "Rate-distortion quantization without its parts",
         ["part that is left out", "bytes", f"correct of {len(images.val):,}", "loss",
          "channels of all layers"], rows, device=device,
         text=f"PTQ, 8-bit activations, --rd-lambda {cfg.rd_lambda:g}; the parent has "

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from lib import ptq, quantizers, rate
 from lib.metrics import weight_layers
 
-STEPS = 6  # obd removes weights in so many steps, and computes the prices anew before each
+STEPS = 6  # obd removes weights in so many steps, and estimates their bits anew before each
 # Estimated bits for the magnitude of a 4-bit weight; its non-zero flag and its sign come on top.
 MAGNITUDE_BITS = 2.0
 
@@ -63,19 +63,19 @@ def _bits(weight: Tensor) -> Tensor:
 
     They depend on which other weights there are.
     """
-    zero, nonzero, _ = rate.prices((weight != 0).flatten(1).float(), 1)
+    zero, nonzero, _ = rate.level_bits((weight != 0).flatten(1).float(), 1)
     return (nonzero - zero + MAGNITUDE_BITS).clamp(min=1).view_as(weight)
 
 
 def _errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return the error of the logits without each weight, by layer, of the shape of the weights.
 
-    It is w^2 * the variance of the weight's input * what an error in the row's outputs costs
+    It is w^2 * the variance of the weight's input * the importance of its row
     (lib.ptq.row_importance), of the folded network. The variance and not the mean square: a
     constant error goes into the batch norm.
     """
     folded = quantizers.fold(model)
-    costs, variances, hooks = ptq.row_importance(folded, images), {}, []
+    importance, variances, hooks = ptq.row_importance(folded, images), {}, []
     for name, layer in weight_layers(folded).items():
 
         def keep_variance(_, inputs, name=name):
@@ -90,8 +90,8 @@ def _errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         others = [1] * (layer.weight.ndim - 1)
         depthwise = getattr(layer, "groups", 1) > 1
         by_input = (-1, *others) if depthwise else (1, -1, *others[1:])
-        variance, cost = variances[name].view(by_input), costs[name].view(-1, *others)
-        return layer.weight.square() * variance * cost
+        variance, of_row = variances[name].view(by_input), importance[name].view(-1, *others)
+        return layer.weight.square() * variance * of_row
 
     return {name: errors(name, layer) for name, layer in weight_layers(folded).items()}
 

@@ -1,8 +1,8 @@
 """Post-training quantization: a network and some images without labels; no training.
 
-Two copies of the network are walked side by side, layer by layer: the target, which is fp32, and
-the quantized one, whose activations carry the errors of all layers before. Each layer is fitted so
-that on its *quantized* inputs it gives the outputs of the fp32 layer.
+Two copies of the network are walked side by side, layer by layer: the fp32 one, and the quantized
+one, whose activations carry the errors of all layers before. Each layer is fitted so that on its
+*quantized* inputs it gives the outputs of the fp32 layer.
 
 - **Layer reconstruction** chooses a layer's levels and scales: see lib/reconstruct.py.
 - **Bias correction** (Nagel et al. 2019, section 4.2) is the intercept of that fit.
@@ -13,25 +13,27 @@ that on its *quantized* inputs it gives the outputs of the fp32 layer.
   channel by its range makes all ranges alike. The layer that gives the channel divides its row and
   bias by the range, the layer that reads it multiplies its column by it, and the network computes
   what it did. (ReLU6 would stand in the way, as 6 is not divided; but the quantizer that replaces
-  it clips at its own largest level.) In front of a depthwise layer this costs nothing: there a
-  column is a whole row, whose own scale takes up the factor.
+  it clips at its own largest level.) Before a depthwise layer this loses nothing: there a column is
+  a whole row, whose own scale takes up the factor.
 
 Three more make the file small:
 
 - **Short scales and biases.** The scales of rows keep a few mantissa bits, and biases lie on a
   grid. They are rounded early, so that what comes later can compensate: the last descent of the
-  levels, and the fits of the layers behind.
+  levels, and the fits of the layers after.
 - **Rate-distortion optimized quantization** (as in DeepCABAC, Wiedemann et al. 2020, section 3.2).
-  The levels minimize distortion + lambda * bits, with the bits of the file's coder (lib/rate.py).
-  So that a bit is worth the same in every layer, distortion is what it does to the logits: a row's
-  error is multiplied by the mean squared gradient of the logits (the approximation of KFC, Grosse
-  and Martens 2016).
+  The levels minimize a cost, error + lambda * bits, with the bits of the file's coder (estimated:
+  lib/rate.py). So that a bit is worth the same in every layer, the error is that of the logits: a
+  row's error is multiplied by its importance, the mean squared gradient of the logits (the
+  approximation of KFC, Grosse and Martens 2016).
 - **Thinning**: before all else, channels that are not worth their bytes go (lib/thinning.py).
 """
 
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +49,7 @@ from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
 # is a mean over images, or over millions of activations, which a few hundred settle.
 EQUALIZATION_IMAGES, GRADIENT_IMAGES, DISTURBED_IMAGES = 256, 256, 64
 BATCH = 64  # images per backward pass: bounds the memory of its activations
-DISTURBANCE = 0.02  # share of a layer's sum of squares that is left out to see what an error costs
+DISTURBANCE = 0.02  # share of a layer's sum of squares left out to see what that does to the logits
 # Values that a scale is searched on: of each channel, and of a whole tensor.
 CHANNEL_SAMPLE, TENSOR_SAMPLE = 8192, 50_000
 # Of a channel, as a share of the median: a channel that is hardly ever positive would otherwise
@@ -68,22 +70,22 @@ def quantize(
         scale per tensor, for the weights as they are before folding, rounded to nearest. Batch
         norm's factors then multiply that scale, and there is neither equalization nor
         reconstruction, so that weights which lie on a grid keep their integers.
-    scale_bits: mantissa bits of the rows' scales. None: 3, which the levels make up for, or 2 if
-        bits cost something; 5 for `tensor`, where levels cannot make up for it.
+    scale_bits: mantissa bits of the rows' scales. None: 3, which the levels make up for, or 2 with
+        lambda_per_bit; 5 for `tensor`, where levels cannot make up for it.
     bias_bits: biases are multiples of a power of two, about 2^-bias_bits times the scale of the
-        layer's output; 32: float32, as where the output is not quantized. None: 2, or if bits cost
-        something the grid that is best at that price, per layer (see `_Walk.bias_exponent`).
-    lambda_per_bit: the squared error of an image's logits that saving one bit may cost; 0: bits
-        cost nothing. Not for `tensor`. The network returned may have fewer channels.
+        layer's output; 32: float32, as where the output is not quantized. None: 2, or with
+        lambda_per_bit the grid of least cost, per layer (see `_Walk.bias_exponent`).
+    lambda_per_bit: the squared error of an image's logits that saving one bit may add; 0: bits are
+        not counted. Not for `tensor`. The network returned may have fewer channels.
     importance: what `row_importance` returns for the folded model and these images, if it is there
-        already; else it is made if bits cost something.
+        already; else it is computed where lambda_per_bit needs it.
     Returns (network, latent); latent: the weights before rounding, by layer, for lib.qat.
     """
     if lambda_per_bit:
         importance = importance or row_importance(quantizers.fold(model), images)
         model, importance = thin(model, images, importance, lambda_per_bit)
-    target = quantizers.fold(model)
-    quantized = copy.deepcopy(target)
+    fp32 = quantizers.fold(model)
+    quantized = copy.deepcopy(fp32)
     quantizers.attach(quantized, scheme)
     per_channel = scheme["weight_scale"] == "channel"
     if scale_bits is None:
@@ -91,13 +93,12 @@ def quantize(
     bias_importance = {}
     if bias_bits is None and lambda_per_bit:
         bias_importance = _mean_squared_gradients(
-            target, weight_layers(target), images[:GRADIENT_IMAGES], of_biases=True
+            fp32, weight_layers(fp32), images[:GRADIENT_IMAGES], of_biases=True
         )
-    walk = _Walk(
-        target, quantized, scheme, model, scale_bits=scale_bits,
-        bias_bits=2 if bias_bits is None else bias_bits, bias_importance=bias_importance,
-        lambda_per_bit=lambda_per_bit, importance=importance if lambda_per_bit else {},
-    )  # fmt: skip
+    walk = _Walk(fp32, quantized, scheme, model, _Options(
+        scale_bits, 2 if bias_bits is None else bias_bits, lambda_per_bit,
+        importance if lambda_per_bit else {}, bias_importance,
+    ))  # fmt: skip
     if scheme["act_bits"] < 32 and per_channel:
         walk.equalize(images[:EQUALIZATION_IMAGES])
     walk.run(images, progress)
@@ -113,14 +114,12 @@ def layers_alone(
     {layer: {"weight", "bias"}}, of the folded network; all other layers are fp32. The scales of the
     rows and the biases are float32, not shortened as `quantize` does by default.
     """
-    target = quantizers.fold(model)
-    quantized = copy.deepcopy(target)
+    fp32 = quantizers.fold(model)
+    quantized = copy.deepcopy(fp32)
     scheme = make_scheme(weight_bits, 32)
     quantizers.attach(quantized, scheme)
-    walk = _Walk(
-        target, quantized, scheme, model, scale_bits=23, bias_bits=32, bias_importance={},
-        lambda_per_bit=0.0, importance={}, alone=True,
-    )  # fmt: skip
+    options = _Options(scale_bits=23, bias_bits=32, alone=True)
+    walk = _Walk(fp32, quantized, scheme, model, options)
     walk.run(images, progress)
     return {
         name: {"weight": layer.weight, "bias": layer.bias}
@@ -137,20 +136,21 @@ def make_scheme(weight_bits: int, act_bits: int, **others) -> dict:
 
 
 def calibration_images(split: data.Split, count: int, seed: int) -> Tensor:
-    """Return `count` normalized images of a split; which ones depends on the seed alone."""
+    """Return `count` normalized images of a split, (count, 3, H, W); which ones depends on the seed
+    alone. Fewer if the split has fewer."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     return data.normalize(split.images[order[:count].to(split.images.device)])
 
 
-# ---- what an error costs -------------------------------------------------------------------------
+# ---- what an error does to the logits ------------------------------------------------------------
 
 
 @torch.no_grad()
 def row_importance(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
-    """Return, per layer and row, what an error of variance 1 in the row's outputs costs.
+    """Return {layer: (rows,)}: the squared error of an image's logits, apart from what all logits
+    share, per variance of an error in each row's outputs.
 
-    The cost is the squared error of an image's logits, apart from what all logits share.
-    {layer: (rows,)}, of the folded network.
+    model: folded. images: (n, 3, H, W), normalized.
 
     Between the rows of a layer it is the mean squared gradient of a random direction of the logits,
     which treats errors at different positions as independent (KFC). They are not: the errors of one
@@ -159,7 +159,7 @@ def row_importance(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
     layer's smallest weights are left out.
     """
     layers = weight_layers(model)
-    costs = _mean_squared_gradients(model, layers, images[:GRADIENT_IMAGES])
+    importance = _mean_squared_gradients(model, layers, images[:GRADIENT_IMAGES])
     images = images[:DISTURBED_IMAGES]
     expected = model(images)
     for name, layer in layers.items():
@@ -168,14 +168,15 @@ def row_importance(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
         variance, logits = _without_smallest_weights(model, layer, images)
         error = logits - expected
         observed = (error - error.mean(1, keepdim=True)).square().sum(1).mean()
-        costs[name] *= observed / (costs[name] * variance).sum().clamp(min=1e-20)
-    return costs
+        importance[name] *= observed / (importance[name] * variance).sum().clamp(min=1e-20)
+    return importance
 
 
 def _without_smallest_weights(model, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Leave out a layer's smallest weights, which hold DISTURBANCE of its sum of squares.
 
-    Returns (variance of the error in each row's outputs (rows,), the logits).
+    Errors have no mean, as after bias correction. Returns (variance of the error in each row's
+    outputs (rows,), the logits (n, classes)).
     """
     reduced = copy.deepcopy(layer)
     sizes = layer.weight[layer.weight != 0].abs().sort().values
@@ -230,55 +231,65 @@ def _mean_squared_gradients(
 # ---- the walk ------------------------------------------------------------------------------------
 
 
-class _Walk:
-    """Walks the fp32 network (target) and the quantized one side by side.
+class Pair(NamedTuple):
+    """The same activations in the two networks, (n, C, H, W), or (n, C) after the average."""
 
-    target_x and quantized_x are the same activations in the two. Behind an equalized ReLU6 the
-    quantized ones are in units of their channels' ranges (channels,): quantized_x = target_x /
-    ranges. `ranges` is None where nothing was divided.
-    """
+    fp32: Tensor
+    quantized: Tensor  # near fp32 / ranges
+    ranges: Tensor | None = None  # of the channels, (C,), after an equalized ReLU6; None: all are 1
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How a walk quantizes, apart from the scheme."""
+
+    scale_bits: int  # as for `quantize`, as is bias_bits
+    bias_bits: int
+    lambda_per_bit: float = 0.0
+    # What `row_importance` returns; empty without lambda.
+    importance: dict[str, Tensor] = field(default_factory=dict)
+    # {layer: (rows,)}: squared error of an image's logits per squared error of a bias; empty where
+    # bias_bits decides.
+    bias_importance: dict[str, Tensor] = field(default_factory=dict)
+    alone: bool = False  # quantize each layer as if all others were fp32
+
+
+class _Walk:
+    """Walks the fp32 network and the quantized one side by side."""
 
     def __init__(
-        self, target: MobileNetV2, quantized: MobileNetV2, scheme: dict, unfolded: MobileNetV2, *,
-        scale_bits: int, bias_bits: int, bias_importance: dict[str, Tensor], lambda_per_bit: float,
-        importance: dict[str, Tensor], alone: bool = False,
+        self, fp32: MobileNetV2, quantized: MobileNetV2, scheme: dict, unfolded: MobileNetV2,
+        options: _Options,
     ):  # fmt: skip
         """Prepare a walk over two folded networks.
 
         unfolded: the network before folding, whose weights may lie on a grid per tensor.
-        scale_bits, bias_bits, lambda_per_bit: see `quantize`.
-        importance: what `row_importance` returns; empty if lambda_per_bit is 0.
-        bias_importance: the squared error of an image's logits per squared error of each bias, by
-            layer; empty if bias_bits decides.
-        alone: quantize each layer as if all others were fp32.
         """
-        self.target, self.quantized, self.scheme, self.unfolded = (
-            target, quantized, scheme, unfolded
-        )  # fmt: skip
-        self.scale_bits, self.bias_bits, self.lambda_per_bit = scale_bits, bias_bits, lambda_per_bit
-        self.importance, self.bias_importance, self.alone = importance, bias_importance, alone
-        # As bias_importance: the mean of the rows, in the units of the quantized layer's outputs.
-        self.bias_costs: dict[nn.Module, float] = {}
+        self.fp32, self.quantized, self.unfolded = fp32, quantized, unfolded
+        self.scheme, self.options = scheme, options
+        # Mean over a layer's rows: squared logit error per squared error of a bias, in the units of
+        # the quantized layer's outputs.
+        self.mean_bias_importance: dict[nn.Module, float] = {}
         self.per_tensor = scheme["weight_scale"] == "tensor"
-        self.names = {layer: name for name, layer in weight_layers(target).items()}
+        self.names = {layer: name for name, layer in weight_layers(fp32).items()}
         self.layers = weight_layers(quantized)
         self.latent: dict[str, Tensor] = {}  # weights before rounding, by layer
-        self.ranges: dict[ConvBNReLU6, Tensor] = {}  # of its output channels; the target's modules
+        self.ranges: dict[ConvBNReLU6, Tensor] = {}  # of output channels, by module of `fp32`
 
     def equalize(self, images: Tensor) -> None:
-        """Choose the range of each channel behind a ReLU6: the clip that loses least at act_bits.
+        """Choose the range of each channel after a ReLU6: the clip that loses least at act_bits.
 
         Residual streams are left out: their ranges would have to suit all blocks of a stage, and
         that did not pay.
         """
         outputs = {}
-        depthwise = [block.depthwise for block in self.target.blocks]
+        depthwise = [block.depthwise for block in self.fp32.blocks]
         hooks = [
             module.register_forward_hook(lambda m, _, y: outputs.__setitem__(m, y))
-            for module in self.target.features[:-1].modules()
+            for module in self.fp32.features[:-1].modules()
             if isinstance(module, ConvBNReLU6)
         ]
-        self.target(images)
+        self.fp32(images)
         for hook in hooks:
             hook.remove()
         for module, output in outputs.items():
@@ -287,151 +298,122 @@ class _Walk:
             # so its scale absorbs the range. A projection has one scale over all its columns, which
             # would have to cover the widest: there only the square root of the range is moved.
             self.ranges[module] = clips.sqrt() if module in depthwise else clips
-        if self.target.blocks[0].residual:  # the stem's outputs are part of a residual stream
-            del self.ranges[self.target.stem]
+        if self.fp32.blocks[0].residual:  # the stem's outputs are part of a residual stream
+            del self.ranges[self.fp32.stem]
 
     def run(self, images: Tensor, progress: Callable) -> None:
         """Quantize all layers, in the order in which they run."""
-        target, quantized = self.target, self.quantized
-        target_x, quantized_x, ranges = images, quantized.image(images), None
-        modules = list(zip(target.features, quantized.features, strict=True))
-        for target_module, quantized_module in progress(modules):
-            if isinstance(target_module, InvertedResidual):
-                target_x, quantized_x = self.block(
-                    target_module, quantized_module, target_x, quantized_x, ranges
-                )
-                ranges = None
-            else:
-                target_x, quantized_x, ranges = self.activated(
-                    target_module, quantized_module, target_x, quantized_x, ranges
-                )
-        target_x, quantized_x = target_x.mean((2, 3)), quantized_x.mean((2, 3))
-        self.calibrate(quantized.pooled, target_x, quantized_x)
-        self.layer(target.linear, target_x, quantized.pooled(quantized_x))
+        pair = Pair(images, self.quantized.image(images))
+        modules = list(zip(self.fp32.features, self.quantized.features, strict=True))
+        for fp32_module, module in progress(modules):
+            quantize = self.block if isinstance(module, InvertedResidual) else self.activated
+            pair = quantize(fp32_module, module, pair)
+        pair = Pair(pair.fp32.mean((2, 3)), pair.quantized.mean((2, 3)))
+        self.layer(self.fp32.linear, self.calibrate(self.quantized.pooled, pair))
 
-    def block(
-        self, target_block: InvertedResidual, quantized_block: InvertedResidual,
-        target_x: Tensor, quantized_x: Tensor, ranges: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Quantize a block; return its outputs in the two networks. ranges: of its inputs."""
-        target_input, quantized_input = target_x, quantized_x
-        self.calibrate(quantized_block.input, target_x, quantized_x)
-        quantized_x = quantized_block.input(quantized_x)
-        for target_part, quantized_part in (
-            (target_block.expand, quantized_block.expand),
-            (target_block.depthwise, quantized_block.depthwise),
-        ):
-            if target_part is not None:
-                target_x, quantized_x, ranges = self.activated(
-                    target_part, quantized_part, target_x, quantized_x, ranges
-                )
-        target_x, quantized_x = self.layer(target_block.project, target_x, quantized_x, ranges)
-        projection, stream = quantized_block.project, quantized_block.stream
-        if target_block.residual:
-            addend = quantized_block.addend
-            self.calibrate(addend, target_x, quantized_x)
-            quantized_x = self.put_bias_on_grid(projection, addend, quantized_x)
-            quantized_x = quantized_input + addend(quantized_x)
-            target_x = target_input + target_x
-            self.calibrate(stream, target_x, quantized_x)
-        else:
-            self.calibrate(stream, target_x, quantized_x)
-            quantized_x = self.put_bias_on_grid(projection, stream, quantized_x)
-        return target_x, stream(quantized_x)
+    def block(self, fp32_block: InvertedResidual, block: InvertedResidual, pair: Pair) -> Pair:
+        """Quantize a block; return its outputs."""
+        inputs, pair = pair, self.calibrate(block.input, pair)
+        if block.expand is not None:
+            pair = self.activated(fp32_block.expand, block.expand, pair)
+        pair = self.activated(fp32_block.depthwise, block.depthwise, pair)
+        pair = self.layer(fp32_block.project, pair)
+        if not block.residual:
+            return self.calibrate(block.stream, pair, block.project)
+        pair = self.calibrate(block.addend, pair, block.project)
+        pair = Pair(inputs.fp32 + pair.fp32, inputs.quantized + pair.quantized)
+        return self.calibrate(block.stream, pair)
 
-    def activated(
-        self, target_module: ConvBNReLU6, quantized_module: ConvBNReLU6,
-        target_x: Tensor, quantized_x: Tensor, input_ranges: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """Quantize a convolution and the quantizer that stands for its ReLU6.
+    def activated(self, fp32_module: ConvBNReLU6, module: ConvBNReLU6, pair: Pair) -> Pair:
+        """Quantize a convolution and the quantizer that replaces its ReLU6; return its outputs."""
+        pair = self.layer(fp32_module.conv, pair, self.ranges.get(fp32_module))
+        pair = pair._replace(fp32=fp32_module.activation(pair.fp32))
+        return self.calibrate(module.activation, pair, module.conv)
 
-        Returns its outputs in the two networks, and their ranges.
+    def calibrate(self, quantizer: nn.Module, pair: Pair, layer: nn.Module | None = None) -> Pair:
+        """Choose the scale of an activation quantizer; return the pair after it.
+
+        layer: what gives these activations; its bias is put on the grid that suits the scale.
+        An Identity (32 bits) changes nothing.
         """
-        ranges, quantizer = self.ranges.get(target_module), quantized_module.activation
-        target_x, quantized_x = self.layer(
-            target_module.conv, target_x, quantized_x, input_ranges, ranges
-        )
-        target_x = target_module.activation(target_x)
-        self.calibrate(quantizer, target_x, quantized_x, ranges)
-        quantized_x = self.put_bias_on_grid(quantized_module.conv, quantizer, quantized_x)
-        return target_x, quantizer(quantized_x), ranges
-
-    def calibrate(
-        self, quantizer: nn.Module, target_x: Tensor, quantized_x: Tensor, ranges=None
-    ) -> None:
-        """Choose the scale of an activation quantizer; an Identity (32 bits) has none."""
         if isinstance(quantizer, Quantizer):
-            quantizer.step.copy_(_best_scale(target_x, quantized_x, ranges, quantizer))
+            quantizer.step.copy_(_best_scale(pair, quantizer))
+            if layer is not None:
+                outputs = self.put_bias_on_grid(layer, quantizer, pair.quantized)
+                pair = pair._replace(quantized=outputs)
+        return pair._replace(quantized=quantizer(pair.quantized))
 
-    def put_bias_on_grid(self, layer: nn.Module, quantizer: nn.Module, outputs: Tensor) -> Tensor:
-        """Round the bias of a layer in front of that quantizer to multiples of a power of two.
+    def put_bias_on_grid(self, layer: nn.Module, quantizer: Quantizer, outputs: Tensor) -> Tensor:
+        """Round the bias of the layer before that quantizer to multiples of a power of two.
 
         outputs: the layer's. Returns them as they are with the new bias.
         """
-        if self.bias_bits == 32 or not isinstance(quantizer, Quantizer):
-            return outputs
-        if not hasattr(layer, "weight_scale"):  # 32 bits: no file will hold it as integers
+        # A layer of 32 bits has no weight_scale: no file will hold its bias as integers.
+        if self.options.bias_bits == 32 or not hasattr(layer, "weight_scale"):
             return outputs
         # On the host, by an exact ldexp: exp2 of a device may be a few units in the last place off.
         layer.bias_scale = math.ldexp(1.0, self.bias_exponent(layer, quantizer))
         return _add_to_bias(layer, quantizers.bias_on_grid(layer) - layer.bias, outputs)
 
-    def bias_exponent(self, layer: nn.Module, quantizer: nn.Module) -> int:
-        """Return of which power of two the biases in front of that quantizer are multiples.
+    def bias_exponent(self, layer: nn.Module, quantizer: Quantizer) -> int:
+        """Return e: the biases of the layer before that quantizer are rounded to multiples of 2^e.
 
-        On a grid of g, the squared error of a bias is g^2 / 12 in the mean, and twice the grid
-        saves a bit. So where a bit has a price, cost * g^2 / 12 - lambda_per_bit * log2(g) is to be
-        least.
+        Where bias_bits decides, 2^e is about 2^-bias_bits times the quantizer's scale. Else lambda
+        does: on a grid of width g, a bias has an expected squared error of g^2 / 12, and doubling g
+        saves one bit. So 2^e is about the g of least cost, importance * g^2 / 12 - lambda * log2 g:
+        g^2 = 6 lambda / (importance * ln 2), with the mean importance of the layer's biases.
         """
-        if layer not in self.bias_costs:
-            return round(math.log2(float(quantizer.step))) - self.bias_bits
-        squared = 6 * self.lambda_per_bit / (math.log(2) * self.bias_costs[layer])
+        if layer not in self.mean_bias_importance:
+            return round(math.log2(float(quantizer.step))) - self.options.bias_bits
+        importance = self.mean_bias_importance[layer]
+        squared = 6 * self.options.lambda_per_bit / (math.log(2) * importance)
         return round(math.log2(squared) / 2)
 
-    def layer(
-        self, target_layer: nn.Module, target_x: Tensor, quantized_x: Tensor,
-        input_ranges: Tensor | None = None, output_ranges: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Quantize the layer that stands for `target_layer`; return the outputs of the two."""
-        name = self.names[target_layer]
+    def layer(self, fp32_layer: nn.Module, pair: Pair, output_ranges: Tensor | None = None) -> Pair:
+        """Quantize the layer that corresponds to `fp32_layer`; return the outputs of the two.
+
+        output_ranges: (rows,), what the quantized outputs are divided by; None: they are not.
+        """
+        name = self.names[fp32_layer]
         layer, bits = self.layers[name], quantizers.bits_of(name, self.scheme)
-        _multiply_ranges_in(layer, input_ranges, output_ranges)
-        if name in self.bias_importance:
+        _multiply_ranges_in(layer, pair.ranges, output_ranges)
+        if name in self.options.bias_importance:
             squared_unit = 1.0 if output_ranges is None else output_ranges**2
-            cost = (self.bias_importance[name] * squared_unit).mean()
-            self.bias_costs[layer] = max(float(cost), 1e-12)
+            mean = (self.options.bias_importance[name] * squared_unit).mean()
+            self.mean_bias_importance[layer] = max(float(mean), 1e-12)
         self.latent[name] = layer.weight.clone()
-        target_y = target_layer(target_x)
-        wanted = target_y if output_ranges is None else target_y / output_ranges.view(-1, 1, 1)
+        fp32_y = fp32_layer(pair.fp32)
+        wanted = fp32_y if output_ranges is None else fp32_y / output_ranges.view(-1, 1, 1)
         if self.per_tensor:
             self.put_on_tensor_grid(name, layer, bits)
         elif bits < 32 or self.scheme["act_bits"] < 32:
-            importance = self.importance.get(name)
+            importance = self.options.importance.get(name)
             if importance is not None and output_ranges is not None:
                 importance = importance * output_ranges**2
             reconstruct(
-                layer, quantized_x, wanted, bits, scale_bits=self.scale_bits,
-                row_importance=importance, lambda_per_bit=self.lambda_per_bit,
+                layer, pair.quantized, wanted, bits, scale_bits=self.options.scale_bits,
+                row_importance=importance, lambda_per_bit=self.options.lambda_per_bit,
             )  # fmt: skip
-        layer.scale_bits = self.scale_bits
-        quantized_y = layer(quantized_x)
-        mean_error = (wanted - quantized_y).movedim(1, -1).flatten(0, -2).mean(0)
-        quantized_y = _add_to_bias(layer, mean_error, quantized_y)
-        return target_y, target_layer(quantized_x) if self.alone else quantized_y
+        layer.scale_bits = self.options.scale_bits
+        y = layer(pair.quantized)
+        mean_error = (wanted - y).movedim(1, -1).flatten(0, -2).mean(0)
+        y = _add_to_bias(layer, mean_error, y)
+        return Pair(fp32_y, fp32_layer(pair.quantized) if self.options.alone else y, output_ranges)
 
     def put_on_tensor_grid(self, name: str, layer: nn.Module, bits: int) -> None:
-        """Round a folded layer's weights on the grid that its unfolded weight tensor lies on."""
+        """Round a folded layer's weights to the grid that its weight tensor lies on before folding:
+        see lib.quantizers.grid_scale."""
         if bits == 32:
             return
         weight = self.unfolded.get_submodule(name).weight
         scale = quantizers.grid_scale(weight, bits)
-        norm = quantizers.norm_behind(self.unfolded, name)
+        norm = quantizers.norm_after(self.unfolded, name)
         factor = torch.ones(len(weight), device=weight.device)
         if norm is not None:
             factor = quantizers.norm_factor(norm).to(weight.dtype)
         levels = quantizers.to_levels(weight, scale, bits)
         levels[factor == 0] = 0  # such a row has no effect, and a scale may not be zero
-        row_scale = quantizers.round_mantissa(scale * factor, self.scale_bits)
+        row_scale = quantizers.round_mantissa(scale * factor, self.options.scale_bits)
         layer.weight_scale.copy_(torch.where(levels.flatten(1).any(1), row_scale, 1.0))
         layer.weight.copy_(levels * per_row(layer.weight_scale, levels) + 0.0)
 
@@ -439,7 +421,7 @@ class _Walk:
 def _multiply_ranges_in(
     layer: nn.Module, input_ranges: Tensor | None, output_ranges: Tensor | None
 ) -> None:
-    """Change a layer so that it takes inputs, and gives outputs, in units of their ranges."""
+    """Change a layer so that it takes inputs, and gives outputs, in units of their ranges (C,)."""
     weight = layer.weight
     if input_ranges is not None:
         depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1
@@ -450,7 +432,8 @@ def _multiply_ranges_in(
 
 
 def _add_to_bias(layer: nn.Module, change: Tensor, outputs: Tensor) -> Tensor:
-    """Add to a layer's bias; return its outputs with the new bias as the forward pass rounds it."""
+    """Add `change` (rows,) to a layer's bias; return its outputs with the new bias, as the forward
+    pass rounds it."""
     before = layer.bias.clone()
     layer.bias[:] = layer.bias + change
     if isinstance(layer, quantizers.QuantConv2d | quantizers.QuantLinear):
@@ -480,22 +463,20 @@ def _channel_clips(outputs: Tensor, bits: int) -> Tensor:
     return torch.where(clips > 0, clips / median, 1.0).clamp(min=SMALLEST_RANGE)
 
 
-def _best_scale(
-    target_x: Tensor, quantized_x: Tensor, ranges: Tensor | None, quantizer: Quantizer
-) -> Tensor:
-    """Return the scale with which the rounded quantized_x comes nearest to target_x: a search."""
-    if ranges is not None:
-        target_x = target_x / ranges.view(-1, 1, 1)
-    top = target_x.abs().amax().clamp(min=1e-6)
-    target_x, quantized_x = (  # (positions, channels), about TENSOR_SAMPLE values
+def _best_scale(pair: Pair, quantizer: Quantizer) -> Tensor:
+    """Return the scale, (), at which rounding the quantized activations gives the least mean
+    squared error against the fp32 ones, in units of their ranges: a search."""
+    wanted = pair.fp32 if pair.ranges is None else pair.fp32 / pair.ranges.view(-1, 1, 1)
+    top = wanted.abs().amax().clamp(min=1e-6)
+    wanted, inputs = (  # (positions, channels), about TENSOR_SAMPLE values
         x.movedim(1, -1).flatten(0, -2)[:: max(1, x.numel() // TENSOR_SAMPLE)]
-        for x in (target_x, quantized_x)
+        for x in (wanted, pair.quantized)
     )
 
     def error(clip: Tensor) -> float:
         scale = clip / quantizer.high
-        rounded = (quantized_x / scale).round_().clamp_(quantizer.low, quantizer.high).mul_(scale)
-        return float(rounded.sub_(target_x).square_().mean())
+        rounded = (inputs / scale).round_().clamp_(quantizer.low, quantizer.high).mul_(scale)
+        return float(rounded.sub_(wanted).square_().mean())
 
     best = min((top * 0.95**i for i in range(45)), key=error)
     return min((best * (1 + i / 100) for i in range(-4, 5)), key=error) / quantizer.high

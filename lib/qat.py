@@ -44,9 +44,6 @@ class _TrainedQuantizer(Quantizer):
     # `log_step`: the logarithm of a scale. States of interrupted runs have it under this name.
     step = property(lambda self: self.log_step.exp())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return FakeQuantize.apply(x, self.step, self.low, self.high)
-
 
 class _Unrounded(Quantizer):
     """Clips to the quantizer's range without rounding; a signed one, which clips hardly anything,

@@ -32,6 +32,26 @@ Weight levels are symmetric and zero is a level, so pruned weights stay zero (Ja
 Nagel et al. 2021, "A white paper on neural network quantization", section 2). Signed activations
 use all levels, -128 to 127 at 8 bits. A bias is a whole number of its accumulator's unit,
 (scale of the input) * (scale of the weight): see `bias_in_accumulator_units`.
+
+What the modules of lib hang on the layers and quantizers of a network:
+
+    attribute        on         set by               read by                          in state dict
+    weight_scale     layer      attach: ones; then   all that needs levels            yes
+                                ptq or reference
+    step             Quantizer  attach: ones (image: all that quantizes activations,  yes
+                                fixed); then ptq     bias_in_accumulator_units
+    act_bits         layer      attach (reference)   its pre-hook, is_dynamic         no
+    input_quantizer  layer      attach               bias_in_accumulator_units, qat   no
+    bias_scale       layer      ptq                  bias_on_grid, qat.fingerprint    no: biases
+                                                                                      are rounded
+    scale_bits       layer      ptq                  qat: mantissa bits of scales     no
+
+For training, qat.begin sets these, and only qat reads them; qat.finish removes log_step:
+
+    log_step         both       instead of weight_scale or step: its logarithm        yes
+    weight_bits      layer      bits of its levels                                    no
+    clip             Quantizer  largest value, where activations are not rounded      no
+    plain            both       the class outside training                            no
 """
 
 import copy
@@ -70,7 +90,7 @@ def to_levels(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def round_mantissa(x: Tensor, bits: int, rounding: Callable = torch.round) -> Tensor:
-    """Round x to so many mantissa bits, not counting the leading one: 23 is float32 itself."""
+    """Round x to `bits` mantissa bits, not counting the leading one: 23 is float32 itself."""
     fraction, exponent = torch.frexp(x)  # 0.5 <= |fraction| < 1
     return torch.ldexp(rounding(fraction * 2 ** (bits + 1)), exponent - (bits + 1))
 
@@ -187,12 +207,12 @@ def bias_in_accumulator_units(layer: nn.Module, bias: Tensor, weight: Tensor) ->
 
 
 def attach(model: MobileNetV2, scheme: dict) -> None:
-    """Give the network what the scheme needs: buffers for scales, quantizers for activations."""
-    reference = scheme["method"] == "reference"
+    """Give the network what the scheme needs: buffers for scales, which are ones, and quantizers
+    for activations. Weights stay as they are. See the table in the module's docstring."""
+    reference, device = scheme["method"] == "reference", next(model.parameters()).device
     for name, layer in weight_layers(model).items():
-        device, out = layer.weight.device, layer.weight.shape[0]
         if bits_of(name, scheme) < 32:
-            scale = torch.ones(() if reference else out, device=device)
+            scale = torch.ones(() if reference else len(layer.weight), device=device)
             layer.register_buffer("weight_scale", scale)
         if reference and scheme["act_bits"] < 32:
             layer.act_bits = scheme["act_bits"]
@@ -243,7 +263,7 @@ def fold(model: MobileNetV2) -> MobileNetV2:
     state = model.state_dict()
     for name, layer in weight_layers(folded).items():
         weight = state[f"{name}.weight"].double()
-        norm = norm_behind(model, name)
+        norm = norm_after(model, name)
         if norm is None:
             layer.bias.copy_(state[f"{name}.bias"])
         else:
@@ -255,8 +275,8 @@ def fold(model: MobileNetV2) -> MobileNetV2:
     return folded.to(device, memory_format=torch.channels_last).eval()
 
 
-def norm_behind(model: MobileNetV2, layer: str) -> nn.BatchNorm2d | None:
-    """Return the batch norm behind a layer; None for the classifier and in a folded network."""
+def norm_after(model: MobileNetV2, layer: str) -> nn.BatchNorm2d | None:
+    """Return the batch norm after a layer; None for the classifier and in a folded network."""
     name = next(described.norm for described in layers(model.settings) if described.name == layer)
     norm = model.get_submodule(name) if name else None
     return norm if isinstance(norm, nn.BatchNorm2d) else None

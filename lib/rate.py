@@ -2,9 +2,9 @@
 rate-distortion optimization.
 
 A static estimate of an adaptive coder: the odds of a non-zero are the odds of its row times the
-odds of its column, divided by the odds of the layer; a sign costs one bit; magnitudes have one
-distribution per layer. Prices come from the present levels, and are treated as constants while
-other levels are compared with them.
+odds of its column, divided by the odds of the layer; a sign takes one bit; magnitudes have one
+distribution per layer. The bits of each level are estimated from how often it occurs among the
+present levels, and are treated as constants while other levels are compared with these.
 """
 
 import math
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LN2 = math.log(2)
-BITS_PER_KILOBYTE = 8000  # --rd-lambda is a price per 1,000 bytes, lambda_per_bit one per bit
+BITS_PER_KILOBYTE = 8000  # --rd-lambda is per 1,000 bytes, lambda_per_bit per bit
 EACH = 16  # magnitudes below this are counted one by one, larger ones in two classes per octave
 CLASSES = EACH + 2 * 11  # of magnitudes up to 32767
 
 
 @torch.no_grad()
-def prices(levels: Tensor, max_level: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the bits that each possible level of a layer would cost.
+def level_bits(levels: Tensor, max_level: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the estimated bits of each possible level at each place of a layer.
 
     levels: (rows, columns), the present ones, magnitudes up to `max_level`.
     Returns (zero, nonzero, magnitude): the bits of a zero at each place (rows, columns); those of
@@ -59,14 +59,14 @@ def _classes(max_level: int, device: torch.device) -> Tensor:
 
 
 def bits(weight: Tensor, scale: Tensor, max_level: int) -> Tensor:
-    """Return the bits of a layer in training, (), interpolated linearly between levels.
+    """Return the estimated bits of a layer in training, (), interpolated linearly between levels.
 
     So it has gradients for the weight (rows, columns) and the scale (rows, 1). Zeros are pruned
-    weights, and cost nothing.
+    weights, which are not counted.
     """
     x = (weight.abs() / scale).clamp(max=max_level)
     with torch.no_grad():
-        zero, nonzero, magnitude = prices(x.round() * weight.sign(), max_level)
+        zero, nonzero, magnitude = level_bits(x.round() * weight.sign(), max_level)
         below = x.floor().clamp(max=max_level - 1)
         level = below.long()
         low = torch.where(level == 0, zero, nonzero + magnitude[level])

@@ -8,11 +8,11 @@ GPTQ). Its minimum over integer levels is approached by coordinate descent on al
 weight in turn goes to the best level given the other weights, and each row's scale to the best
 scale given its levels. Pruned weights (zeros) are not optimized: they stay zero.
 
-With `lambda_per_bit`, error + lambda_per_bit * bits is minimized, with the bits of lib/rate.py.
-What a level costs depends on how often it occurs, so a fine grid makes large levels frequent, hence
-cheap, and stays fine: each start ends in an optimum of its own. The start is therefore the grid
-that theory gives (see `scales_for_price`), in several multiples (COARSENESS), and each row keeps
-the multiple that served it best.
+With `lambda_per_bit`, the cost error + lambda_per_bit * bits is minimized, with the bits of
+lib/rate.py. The bits of a level depend on how often it occurs, so a fine grid makes large levels
+frequent, hence short, and stays fine: each start ends in an optimum of its own. The start is
+therefore the grid that theory gives (see `scales_for_lambda`), in several multiples (COARSENESS),
+and each row keeps the multiple at which its cost is least.
 
 This module knows one layer and nothing of the network around it.
 
@@ -34,22 +34,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.quantizers import max_level, put_on_grid, round_mantissa
-from lib.rate import prices
+from lib.rate import level_bits
 
 POSITIONS = 65536  # positions (pixels of output maps) that a layer is fitted on, at most
 SWEEPS = 3  # over the coordinates, between two fits of the scales
 ROUNDS = 4  # fits of the scales
-SCALES, PRICED_SCALES = 29, 48  # that a search tries
+SCALES, SCALES_WITH_LAMBDA = 29, 48  # that a search tries
 FLOAT_SWEEPS = 4  # over the coordinates at 32 bits, where there is nothing to round
 DEPTHWISE_POSITIONS = POSITIONS // 4  # with nine columns per row, fewer are enough
 # A refit that would shrink a scale below this share of itself is left out: the levels of such a row
 # explain nothing of its outputs, and its scale could end at 0 or below.
 SMALLEST_REFIT = 0.1
-# Multiples of the squared scale that theory gives, from which a fit with prices starts. Theory is
+# Multiples of the squared scale that theory gives, from which a fit with lambda starts. Theory is
 # of fine grids; on coarse ones, where most levels are 0, larger multiples serve many rows better.
 COARSENESS = (0.5, 1.0, 2.0, 4.0)
-MIDDLE = 2  # the multiple whose prices the first choice between them is made at
-CHOICES = 3  # between the multiples, each at the prices of the one before
+# Each choice between the multiples estimates bits from the rows that the one before chose; the
+# first one from those of the multiple with the index MIDDLE.
+CHOICES, MIDDLE = 3, 2
 RIDGE = 1e-2  # share of the mean eigenvalue: how much a weight is held where the images say nothing
 
 
@@ -65,8 +66,8 @@ def reconstruct(
         means are taken out first: the caller corrects the bias for them.
     bits: of the weights; 32 leaves them floats, which are still fitted.
     scale_bits: mantissa bits that the scales are rounded to. A row of zeros gets the scale 1.
-    lambda_per_bit: with row_importance (rows,), what is minimized is the sum over rows of
-        row_importance * squared error, plus lambda_per_bit * bits. 0: bits cost nothing.
+    lambda_per_bit: if over 0, the sum over rows of row_importance * squared error, plus
+        lambda_per_bit * bits, is minimized. row_importance: (rows,), see lib.ptq.row_importance.
     """
     images = slice(0, max(1, POSITIONS * inputs.shape[1] // inputs[0].numel()))
     inputs, outputs = as_matrix_product(layer, inputs[images], outputs[images])
@@ -130,27 +131,26 @@ def _normal_equations(layer: nn.Module, inputs: Tensor, outputs: Tensor):
 def _cheapest_of_several(
     weight: Tensor, gram: Tensor, cross: Tensor, bits: int, row_lambda: Tensor
 ) -> "IntegerLeastSquares":
-    """Return a fit at prices, each row from the start whose error + price is the least.
+    """Return a fit with lambda, each row from the start at which its cost is least.
 
-    weight, gram, cross: see the legend. row_lambda: as for `IntegerLeastSquares.set_prices`.
+    weight, gram, cross: see the legend. row_lambda: as for `IntegerLeastSquares.count_bits`.
     """
     starts, rows = len(COARSENESS), weight.shape[1]
     fit = IntegerLeastSquares(
         weight.repeat(1, starts, 1), gram, cross.repeat(1, starts, 1), bits, starts
     )
     coarseness = torch.tensor(COARSENESS).repeat_interleave(rows).to(weight.device)
-    fit.scales_for_price(row_lambda.repeat(1, starts), coarseness)
+    fit.scales_for_lambda(row_lambda.repeat(1, starts), coarseness)
     fit.settle()
     chosen = IntegerLeastSquares(weight, gram, cross, bits)
     best = torch.full_like(row_lambda, MIDDLE, dtype=torch.long)
-    for _ in range(CHOICES):  # the prices are those of the rows that were chosen last
+    for _ in range(CHOICES):
         chosen.weight, chosen.scale = fit.rows_of_starts(best)
-        chosen.set_prices(row_lambda)
-        fit.take_prices(chosen)
-        objective = fit.error(fit.weight) + (fit.cost(fit.levels()) * fit.mask).sum(2, keepdim=True)
-        best = objective.unflatten(1, (starts, rows)).argmin(1)[:, :, 0]
+        chosen.count_bits(row_lambda)
+        fit.copy_level_bits(chosen)
+        best = fit.cost(fit.weight, fit.scale).unflatten(1, (starts, rows)).argmin(1)[:, :, 0]
     chosen.weight, chosen.scale = fit.rows_of_starts(best)
-    chosen.set_prices(row_lambda)
+    chosen.count_bits(row_lambda)
     chosen.descend(SWEEPS)
     return chosen
 
@@ -158,8 +158,8 @@ def _cheapest_of_several(
 class IntegerLeastSquares:
     """Minimize per row w gram w - 2 cross w over w = level * scale, zeros of the start held.
 
-    After `set_prices`, the bits that the levels cost are added. Shapes: see the module's legend.
-    Start with `choose_scales` or `scales_for_price` (not at 32 bits, where there are no levels),
+    After `count_bits`, row_lambda * bits is added. Shapes: see the module's legend.
+    Start with `choose_scales` or `scales_for_lambda` (not at 32 bits, where there are no levels),
     then call `settle`, or `descend` and `refit_scales` in turn.
     """
 
@@ -169,37 +169,47 @@ class IntegerLeastSquares:
         self.start, self.weight = weight, weight.clone()
         self.mask, self.gram, self.cross = weight != 0, gram, cross
         self.max_level = max_level(bits) if bits < 32 else None
-        self.scale = self.prices = None
+        self.scale = self.level_bits = None
 
     def error(self, weight: Tensor) -> Tensor:
         """Return the squared error of each row, up to a constant: (groups, rows, 1)."""
         return ((weight @ self.gram - 2 * self.cross) * weight).sum(2, keepdim=True)
 
-    def levels(self) -> Tensor:
-        return (self.weight / self.scale).round_()
+    def cost(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Return the error of each row, plus row_lambda * bits once they count: (groups, rows, 1).
+
+        weight: on the grid of `scale`.
+        """
+        cost = self.error(weight)
+        if self.level_bits:
+            bits = self.weighted_bits((weight / scale).round_())
+            cost += (bits * self.mask).sum(2, keepdim=True)
+        return cost
 
     def on_grid(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Round weights to multiples of the scale, clipped to the largest level."""
         return (weight / scale).round_().clamp_(-self.max_level, self.max_level) * scale
 
-    def set_prices(self, row_lambda: Tensor) -> None:
-        """From now on, add the price of bits to the error; prices are those of the present levels.
+    def count_bits(self, row_lambda: Tensor) -> None:
+        """From now on, add row_lambda * bits to the error, with the bits of each level as estimated
+        from the present levels.
 
-        row_lambda: (groups, rows), the squared error of that row that one bit is worth.
+        row_lambda: (groups, rows), the squared error of that row that saving one bit may add.
         """
         self.row_lambda = row_lambda[:, :, None]
-        levels = self.levels().unflatten(1, (self.starts, -1))
-        of_starts = [prices(x.flatten(0, 1), self.max_level) for x in levels.unbind(1)]
+        levels = (self.weight / self.scale).round_().unflatten(1, (self.starts, -1))
+        of_starts = [level_bits(x.flatten(0, 1), self.max_level) for x in levels.unbind(1)]
         zero, nonzero, magnitude = zip(*of_starts, strict=True)
-        self.prices = (
+        self.level_bits = (
             torch.stack([x.view_as(levels[:, 0]) for x in zero], 1).flatten(1, 2),
             torch.stack([x.view_as(levels[:, 0]) for x in nonzero], 1).flatten(1, 2),
             torch.stack(magnitude),  # (starts, levels)
         )
 
-    def take_prices(self, other: "IntegerLeastSquares") -> None:
-        """Take the prices of a fit that has one start, for all starts alike."""
-        zero, nonzero, magnitude = other.prices
-        self.prices = (
+    def copy_level_bits(self, other: "IntegerLeastSquares") -> None:
+        """Take the level bits of a fit that has one start, for all starts alike."""
+        zero, nonzero, magnitude = other.level_bits
+        self.level_bits = (
             zero.repeat(1, self.starts, 1), nonzero.repeat(1, self.starts, 1),
             magnitude.repeat(self.starts, 1),
         )  # fmt: skip
@@ -213,9 +223,12 @@ class IntegerLeastSquares:
 
         return pick(self.weight), pick(self.scale)
 
-    def cost(self, levels: Tensor, columns=slice(None)) -> Tensor:
-        """Return what levels in those columns cost, in units of their rows' squared error."""
-        zero, nonzero, magnitude = self.prices
+    def weighted_bits(self, levels: Tensor, columns=slice(None)) -> Tensor:
+        """Return row_lambda * bits of levels, in units of their rows' squared error.
+
+        levels: (groups, rows, n), one for each of those n columns, or n to choose from for one.
+        """
+        zero, nonzero, magnitude = self.level_bits
         starts = torch.arange(self.starts, device=levels.device)[:, None, None]
         magnitudes = magnitude[
             starts, levels.abs().long().unflatten(1, (self.starts, -1))
@@ -224,36 +237,36 @@ class IntegerLeastSquares:
         return self.row_lambda * torch.where(levels == 0, zero[:, :, columns], nonzero)
 
     def choose_scales(self) -> None:
-        """Search each row's scale: the one at which rounding to nearest costs least.
+        """Search each row's scale: the one at which rounding to nearest has the least cost.
 
-        Clips from the row's largest weight down to 0.3 of it; once bits have prices, up to grids on
-        which the largest weight has level 1, too.
+        Clips from the row's largest weight down to 0.3 of it; once bits count, up to grids on which
+        the largest weight has level 1, too.
         """
         top = self._top()
         least = torch.full_like(top, torch.inf)
-        if self.prices:
-            shares = torch.logspace(math.log10(self.max_level), math.log10(0.3), PRICED_SCALES)
+        if self.level_bits:
+            shares = torch.logspace(
+                math.log10(self.max_level), math.log10(0.3), SCALES_WITH_LAMBDA
+            )
         else:
             shares = torch.linspace(1, 0.3, SCALES)
         self.scale = top / self.max_level
         for share in shares.tolist():
             scale = top * share / self.max_level
             weight = self.on_grid(self.start, scale)
-            error = self.error(weight)
-            if self.prices:
-                error += (self.cost((weight / scale).round_()) * self.mask).sum(2, keepdim=True)
-            self.scale = torch.where(error < least, scale, self.scale)
-            least = torch.minimum(error, least)
+            cost = self.cost(weight, scale)
+            self.scale = torch.where(cost < least, scale, self.scale)
+            least = torch.minimum(cost, least)
         self.weight = self.on_grid(self.start, self.scale)
 
-    def scales_for_price(self, row_lambda: Tensor, coarseness: Tensor) -> None:
-        """Start with each row's scale by what a bit is worth, and let bits cost from now on.
+    def scales_for_lambda(self, row_lambda: Tensor, coarseness: Tensor) -> None:
+        """Start with each row's scale as lambda asks for it, and count bits from now on.
 
-        A scale s makes an error of curvature * s^2 / 12 per weight, and doubling it saves a bit: a
-        bit is worth row_lambda at s^2 = 6 / ln 2 * row_lambda / curvature (Gish and Pierce 1968,
-        the uniform quantizer behind an entropy coder). coarseness: (rows,), multiples of s^2.
-        The scale stays so fine that the largest weight is no zero, and so coarse that it is not
-        clipped. row_lambda: as for `set_prices`.
+        A scale s makes an expected error of curvature * s^2 / 12 per weight, and doubling it saves
+        a bit: error + row_lambda * bits is least at s^2 = 6 / ln 2 * row_lambda / curvature (Gish
+        and Pierce 1968, the uniform quantizer followed by an entropy coder). coarseness: (rows,),
+        multiples of s^2. The scale stays so fine that the largest weight is no zero, and so coarse
+        that it is not clipped. row_lambda: as for `count_bits`.
         """
         diagonal = self.gram.diagonal(dim1=1, dim2=2)[:, None]
         curvature = (self.mask * diagonal).sum(2) / self.mask.sum(2).clamp(min=1)
@@ -261,7 +274,7 @@ class IntegerLeastSquares:
         top = self._top()
         self.scale = scale[:, :, None].clamp(min=top / self.max_level, max=top)
         self.weight = self.on_grid(self.start, self.scale)
-        self.set_prices(row_lambda)
+        self.count_bits(row_lambda)
         self.choose_scales()
 
     def _top(self) -> Tensor:
@@ -270,12 +283,12 @@ class IntegerLeastSquares:
         return torch.where(top > 0, top, self.max_level)
 
     def settle(self) -> None:
-        """Fit levels and scales in turn, and the prices, if there are any, to the new levels."""
+        """Fit levels and scales in turn; if bits count, estimate them from the new levels."""
         for _ in range(ROUNDS):
             self.descend(SWEEPS)
             self.refit_scales()
-            if self.prices:
-                self.set_prices(self.row_lambda[:, :, 0])
+            if self.level_bits:
+                self.count_bits(self.row_lambda[:, :, 0])
 
     def descend(self, sweeps: int) -> None:
         """Move each weight in turn to its best level given the others, `sweeps` times."""
@@ -288,7 +301,7 @@ class IntegerLeastSquares:
                 if self.max_level:
                     scale = self.scale[:, :, 0]
                     level = (new / scale).round_().clamp_(-self.max_level, self.max_level)
-                    if self.prices:
+                    if self.level_bits:
                         present = (weight[:, :, j] / scale).round_()
                         level = self._cheapest(
                             new / scale, level, present, curvature * scale**2, j
@@ -301,13 +314,16 @@ class IntegerLeastSquares:
     def _cheapest(
         self, exact: Tensor, nearest: Tensor, present: Tensor, curvature: Tensor, column: int
     ) -> Tensor:
-        """Return the cheapest of: the nearest level, its neighbour towards zero, zero, the present
-        one."""
+        """Return the level of least cost: the nearest one, its neighbour towards zero, zero, or the
+        present one. exact: the weight in units of its scale, before rounding.
+
+        All are (groups, rows), of one column; curvature: squared error per squared level.
+        """
         zero = torch.zeros_like(nearest)
         levels = torch.stack([nearest, nearest - nearest.sign(), zero, present], 2)
         error = (levels - exact[:, :, None]).square_() * curvature[:, :, None]
-        best = (error + self.cost(levels, slice(column, column + 1))).argmin(2, keepdim=True)
-        return levels.gather(2, best)[:, :, 0]
+        bits = self.weighted_bits(levels, slice(column, column + 1))
+        return levels.gather(2, (error + bits).argmin(2, keepdim=True))[:, :, 0]
 
     def refit_scales(self) -> None:
         """Set each row's scale to the best one for its present levels."""

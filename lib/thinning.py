@@ -4,10 +4,10 @@
 
 A hidden channel of a block is a row of the expansion, a filter and a column of the projection, with
 two scales and two biases; a channel of the head is a row, a column of the classifier, a scale and a
-bias. All of it goes if its error at the logits costs less than a share (CAUTION) of what its bits
-are worth. The layer that reads the channel is then fitted anew by least squares, so that its
-outputs stay what they were as nearly as the other channels allow (He et al. 2017, "Channel pruning
-for accelerating very deep neural networks", section 3.1).
+bias. All of it goes if the squared error of the logits without it is less than a share (CAUTION) of
+lambda_per_bit * its bits. The layer that reads the channel is then fitted anew by least squares, so
+that its outputs stay what they were as nearly as the other channels allow (He et al. 2017, "Channel
+pruning for accelerating very deep neural networks", section 3.1).
 
 The channels of residual streams stay: too many layers share them.
 """
@@ -24,11 +24,11 @@ from models.layers import CLASSIFIER, PROJECT, layers
 from models.mobilenetv2 import MobileNetV2
 
 IMAGES = 512  # that statistics are taken from
-# What a file takes for a non-zero weight, position and sign included, and for the scale and bias of
-# a row: as measured on the reference report's network at W4A8.
+# Bits in a file of a non-zero weight, position and sign included, and of the scale and bias of a
+# row: as measured on the reference report's network at W4A8.
 WEIGHT_BITS, ROW_BITS = 5.5, 11.5
-# A channel goes if its error costs less than this share of its bits: errors of many channels that
-# go together add up to more than their sum, and some of the bits would go without it as well.
+# A channel goes if its error is less than this share of lambda * its bits: errors of many channels
+# that go together add up to more than their sum, and some of the bits would go without it as well.
 CAUTION = 0.1
 
 
@@ -36,12 +36,12 @@ CAUTION = 0.1
 def thin(
     model: MobileNetV2, images: Tensor, importance: dict[str, Tensor], lambda_per_bit: float
 ) -> tuple[MobileNetV2, dict[str, Tensor]]:
-    """Return a network without the channels that cost more than they are worth, and the importance
-    of its rows.
+    """Return a network without the channels that are not worth their bytes, and the importance of
+    its rows, {layer: (rows,)}.
 
     model: with batch norms, in eval mode; it is not changed.
     images: (n, 3, H, W), normalized; the first IMAGES are used.
-    importance: of the model's rows, see lib.ptq.row_importance.
+    importance: of the model's rows, {layer: (rows,)}, see lib.ptq.row_importance.
     lambda_per_bit: see lib.ptq.quantize.
     """
     thinned, described = copy.deepcopy(model), layers(model.settings)
@@ -51,10 +51,10 @@ def thin(
         for group in {layer.input_group for layer in readers.values()}
     }
 
-    def fit_reader(block: int | None, target_x: Tensor, x: Tensor) -> None:
+    def fit_reader(block: int | None, model_x: Tensor, x: Tensor) -> None:
         """Take channels from the inputs of a projection, or of the classifier (None), and refit it.
 
-        target_x, x: these inputs in the model and in the thinned network.
+        model_x, x: these inputs in the model and in the thinned network, (n, C, H, W) or (n, C).
         """
         layer = readers[block]
         old, new = model.get_submodule(layer.name), thinned.get_submodule(layer.name)
@@ -70,7 +70,7 @@ def thin(
         gone = error < CAUTION * lambda_per_bit * saved
         if not gone.any():
             return
-        wanted = old(target_x)
+        wanted = old(model_x)
         new.weight[:, gone] = 0
         reconstruct(new, x, wanted, 32, scale_bits=23)
         shift = (new(x) - wanted).movedim(1, -1).flatten(0, -2).mean(0)
@@ -79,18 +79,18 @@ def thin(
         else:
             norm.running_mean.add_(shift)
 
-    target_x = x = images[:IMAGES]
-    target_x, x = model.stem(target_x), thinned.stem(x)
-    for number, (target_block, block) in enumerate(
+    model_x = x = images[:IMAGES]
+    model_x, x = model.stem(model_x), thinned.stem(x)
+    for number, (model_block, block) in enumerate(
         zip(model.blocks, thinned.blocks, strict=True), start=1
     ):
-        target_y, y = target_block.conv[:-2](target_x), block.conv[:-2](x)
+        model_y, y = model_block.conv[:-2](model_x), block.conv[:-2](x)
         if block.expand is not None:  # else its hidden channels are the stem's
-            fit_reader(number, target_y, y)
-        target_y, y = (b.project_norm(b.project(h))
-                       for b, h in ((target_block, target_y), (block, y)))  # fmt: skip
-        target_x, x = (target_x + target_y, x + y) if block.residual else (target_y, y)
-    fit_reader(None, model.head(target_x).mean((2, 3)), thinned.head(x).mean((2, 3)))
+            fit_reader(number, model_y, y)
+        model_y, y = (b.project_norm(b.project(h))
+                      for b, h in ((model_block, model_y), (block, y)))  # fmt: skip
+        model_x, x = (model_x + model_y, x + y) if block.residual else (model_y, y)
+    fit_reader(None, model.head(model_x).mean((2, 3)), thinned.head(x).mean((2, 3)))
     thinned, kept = compact(thinned)
     return thinned, {
         name: take(value, kept[f"{name}.weight"][:1]) for name, value in importance.items()

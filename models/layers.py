@@ -32,7 +32,7 @@ class Layer:
     block: int | None  # number of its block, from 1 as in `features.<block>`; None outside blocks
     shape: tuple[int, ...]  # of its weight: (out, in / groups, height, width) or (out, in)
     stride: int
-    norm: str | None  # name of the batch norm behind it; None: the classifier's, which has none
+    norm: str | None  # name of the batch norm after it; None: the classifier's, which has none
     input_place: str
     output_place: str  # "" for the classifier, whose outputs are the logits
     input_group: Group
@@ -40,7 +40,7 @@ class Layer:
 
     @property
     def has_relu6(self) -> bool:
-        """Whether a ReLU6 follows: nowhere behind a linear projection or the classifier."""
+        """Whether a ReLU6 follows: nowhere after a linear projection or the classifier."""
         return self.role not in (PROJECT, CLASSIFIER)
 
 
@@ -58,24 +58,24 @@ def _walk(settings: dict) -> Iterator[Layer]:
     for number, block in enumerate(settings["blocks"], start=1):
         hidden, out, stride = block["hidden"], block["out"], block["stride"]
         residual, prefix = block["residual"], f"features.{number}"
-        before = f"{prefix}.input"  # the places before and behind a layer
+        before = f"{prefix}.input"  # the places before and after a layer
         inner, stream = group, group if residual else ("stream", number)
         position = 0  # in the block's Sequential
         if block["expand"]:
-            inner, behind = ("hidden", number), f"{prefix}.conv.0.2"
+            inner, after = ("hidden", number), f"{prefix}.conv.0.2"
             yield Layer(
                 f"{prefix}.conv.0.0", EXPAND, number, (hidden, channels, 1, 1), 1,
-                f"{prefix}.conv.0.1", before, behind, group, inner,
+                f"{prefix}.conv.0.1", before, after, group, inner,
             )  # fmt: skip
-            before, position = behind, 1
-        behind = f"{prefix}.conv.{position}.2"
+            before, position = after, 1
+        after = f"{prefix}.conv.{position}.2"
         yield Layer(
             f"{prefix}.conv.{position}.0", DEPTHWISE, number, (hidden, 1, 3, 3), stride,
-            f"{prefix}.conv.{position}.1", before, behind, inner, inner,
+            f"{prefix}.conv.{position}.1", before, after, inner, inner,
         )  # fmt: skip
         yield Layer(
             f"{prefix}.conv.{position + 1}", PROJECT, number, (out, hidden, 1, 1), 1,
-            f"{prefix}.conv.{position + 2}", behind,
+            f"{prefix}.conv.{position + 2}", after,
             f"{prefix}.addend" if residual else f"{prefix}.stream", inner, stream,
         )  # fmt: skip
         channels, group, stream_place = out, stream, f"{prefix}.stream"
@@ -102,7 +102,7 @@ def blocks(settings: dict) -> list[list[Layer]]:
 def places(settings: dict) -> list[str]:
     """All places of activations, in the order in which tensors pass them.
 
-    `image`; behind each ReLU6; of each block `input`, what its first layer reads; `addend`, what a
+    `image`; after each ReLU6; of each block `input`, what its first layer reads; `addend`, what a
     residual block's projection gives; `stream`, what leaves the block; `pooled`.
     """
     names = ["image", "features.0.2"]

@@ -32,9 +32,9 @@ def test_layers_are_those_of_the_network_in_the_order_in_which_they_run(settings
         if layer.norm:
             norm = model.get_submodule(layer.norm)
             assert isinstance(norm, torch.nn.BatchNorm2d) and norm.num_features == layer.shape[0]
-            assert quantizers.norm_behind(model, layer.name) is norm
+            assert quantizers.norm_after(model, layer.name) is norm
             parent, index = layer.name.rsplit(".", 1)
-            assert layer.norm == f"{parent}.{int(index) + 1}"  # behind it in its Sequential
+            assert layer.norm == f"{parent}.{int(index) + 1}"  # after it in its Sequential
         for place in (layer.input_place, layer.output_place):
             assert place in places(settings) or place == ""
     assert all([layer.role for layer in own][-2:] == ["depthwise", "project"]

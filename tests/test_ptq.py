@@ -188,7 +188,7 @@ def test_a_clip_sees_all_channels(channels, signed):
     x = torch.rand(512, channels, 8, 8) - 0.5 * signed
     x[:, 1::2] *= 10
     quantizer = Quantizer(4, signed)
-    clip = ptq._best_scale(x, x, None, quantizer) * quantizer.high
+    clip = ptq._best_scale(ptq.Pair(x, x), quantizer) * quantizer.high
     assert 0.7 * x.abs().max() < clip < 1.1 * x.abs().max()
 
 
@@ -229,7 +229,7 @@ def test_one_scale_per_tensor_is_one_before_folding(small, pixels):
     scheme = ptq.make_scheme(4, 32, weight_scale="tensor")
     found, _ = ptq.quantize(model, pixels, scheme, scale_bits=23)
     for name, layer in weight_layers(found).items():
-        norm = quantizers.norm_behind(model, name)
+        norm = quantizers.norm_after(model, name)
         factor = torch.ones(len(layer.weight)) if norm is None else quantizers.norm_factor(norm)
         live = layer.weight.flatten(1).any(1)
         assert (layer.weight_scale[~live] == 1).all()
@@ -279,7 +279,7 @@ def test_a_coarser_grid_costs_more_and_takes_less(small, pixels):
 
 
 @torch.no_grad()
-def test_where_bits_have_a_price_it_decides_the_grid_of_the_biases(small, pixels):
+def test_lambda_decides_the_grid_of_the_biases(small, pixels):
     model, grids = small(0), []
     for lambda_per_bit in (1e-6, 1e-6 * 4**3):
         found, _ = ptq.quantize(model, pixels, ptq.make_scheme(8, 8), lambda_per_bit=lambda_per_bit)
@@ -350,7 +350,7 @@ def test_a_lambda_buys_bytes_with_error(small, pixels, bits):
     assert errors[-1] > errors[0] and nonzeros[-1] < nonzeros[0]
 
 
-def test_a_layer_of_zeros_has_no_price(small, pixels):
+def test_a_layer_of_zeros_stays_so_with_lambda(small, pixels):
     model = small(0)
     torch.nn.init.zeros_(model.features[3].conv[2].weight)
     found, _ = ptq.quantize(model, pixels, ptq.make_scheme(4, 8), lambda_per_bit=1e-3)

@@ -19,24 +19,24 @@ def levels(max_level: int, spread: float) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("max_level", "spread"), [(127, 20), (7, 2), (3, 1), (1, 0.8), (9999, 900)]
 )
-def test_prices_are_close_to_what_is_paid(max_level, spread):
+def test_level_bits_are_close_to_what_the_coder_takes(max_level, spread):
     x = levels(max_level, spread)
-    zero, nonzero, size = rate.prices(x, max_level)
+    zero, nonzero, size = rate.level_bits(x, max_level)
     assert size.shape == (max_level + 1,) and zero.shape == nonzero.shape == x.shape
     bits = torch.where(x == 0, zero, nonzero + size[x.abs().long()]).sum()
     assert 0.93 < float(bits) / 8 / len(coder.encode([x.numpy().astype(np.int16)], [1])) < 1.07
     assert nonzero[100].mean() < nonzero[5].mean() and zero[100].mean() > zero[5].mean()
 
 
-def test_prices_of_a_layer_of_zeros_are_finite():
-    for part in rate.prices(torch.zeros(3, 4), 7):
+def test_level_bits_of_a_layer_of_zeros_are_finite():
+    for part in rate.level_bits(torch.zeros(3, 4), 7):
         assert part.isfinite().all() and (part[1:] >= 0).all()
 
 
-def test_bits_on_levels_are_those_of_the_prices():
+def test_bits_on_levels_are_those_of_level_bits():
     x = levels(7, 2)
     step = torch.linspace(0.5, 2, 120)[:, None]
-    zero, nonzero, size = rate.prices(x, 7)
+    zero, nonzero, size = rate.level_bits(x, 7)
     expected = (nonzero + size[x.abs().long()])[x != 0].sum()  # zeros are pruned: free
     torch.testing.assert_close(rate.bits(x * step, step, 7), expected, rtol=1e-5, atol=0)
 
@@ -49,7 +49,7 @@ def test_bits_have_the_gradient_of_their_differences():
     step = (torch.rand(20, 1, dtype=torch.float64) + 0.5).requires_grad_()
     total = rate.bits(weight, step, 3)
     by_weight, by_step = torch.autograd.grad(total, (weight, step))
-    h = 1e-7  # no level changes within it, so the prices do not
+    h = 1e-7  # no level changes within it, so level_bits do not
     for i, j in [(0, 0), (7, 3), (19, 29)]:
         moved = weight.detach().clone()
         moved[i, j] += h
@@ -61,7 +61,7 @@ def test_bits_have_the_gradient_of_their_differences():
     assert change.item() == pytest.approx(by_step[4].item(), rel=1e-3, abs=1e-3)
 
 
-def test_descending_on_bits_makes_levels_cheaper():
+def test_descending_on_bits_makes_files_smaller():
     weight = (levels(7, 2) * 0.9).requires_grad_()
     step = torch.ones(120, 1)
     before = rate.bits(weight, step, 7)

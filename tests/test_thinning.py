@@ -35,14 +35,14 @@ def error(model, other, pixels) -> float:
     return float((wrong - wrong.mean(1, keepdim=True)).square().sum(1).mean())
 
 
-def test_without_a_price_all_channels_stay(network, pixels):
+def test_without_lambda_all_channels_stay(network, pixels):
     model, importance = network
     same = thin(model, pixels, importance, 0.0)
     assert same.settings == model.settings
     torch.testing.assert_close(same(pixels), model(pixels))
 
 
-def test_a_higher_price_takes_more_and_leaves_a_larger_error(network, pixels):
+def test_a_larger_lambda_takes_more_and_leaves_a_larger_error(network, pixels):
     model, importance = network
     before, rows, errors = copy.deepcopy(model.state_dict()), [rows_of(model)], [0.0]
     for lambda_per_bit in (1e-5, 1e-4, 3e-4):
