@@ -199,7 +199,7 @@ class Job:
         size = 0
         if self.cfg.has_lambda:
             source = self.images.provenance()
-            size = len(budget.encode(network, self.scheme, self.parent, source, self.cfg.seed))
+            size = len(self.parent.encode_child(network, self.scheme, source, self.cfg.seed))
         return budget.Attempt(rd_lambda, network, latent, size, result)
 
     def wanted(self, times: float = 1.0) -> budget.Budget:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from lib import budget, checkpoint, config, engine, ptq, quantizers, reconstruct, tables, thinning
+from lib import checkpoint, config, engine, ptq, quantizers, reconstruct, tables, thinning
 from lib.compaction import compact
 from lib.config import flag
 from lib.rate import BITS_PER_KILOBYTE
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
                 small, sample, scheme, engine.progress(name),
                 lambda_per_bit=cfg.rd_lambda / BITS_PER_KILOBYTE, **options,
             )  # fmt: skip
-        raw = budget.encode(network, scheme, parent, images.provenance(), seed)
+        raw = parent.encode_child(network, scheme, images.provenance(), seed)
         result = engine.evaluate(network, images.val)
         engine.say(f"{name}: {len(raw):,} bytes, val {result}, loss {result.loss:.4f}")
         return [name, len(raw), result.correct, f"{result.loss:.4f}", channels(network)]

@@ -9,9 +9,8 @@ lambda whose file fits, and one of accuracy the highest whose file is accurate e
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 
-from lib import compressed, engine
+from lib import engine
 from models.mobilenetv2 import MobileNetV2
 
 FIRST = 0.5  # the lambda that is tried first, as for quantize.py --rd-lambda
@@ -102,19 +101,3 @@ def _share(met: Attempt, failed: Attempt, budget: Budget) -> float:
     # Bytes fall about as a power of lambda: aim a little within the budget.
     wanted = math.log((1 + FULL) / 2 * budget.max_bytes / met.bytes)
     return min(max(wanted / math.log(failed.bytes / met.bytes), 0.1), 0.9)
-
-
-def encode(network: MobileNetV2, scheme: dict, parent, data: dict, seed: int) -> bytes:
-    """Return the .nnz file that a quantized network becomes, by the usual stages.
-
-    parent: the Checkpoint that it was quantized from. Only the hash of the int8.pth in between is
-    missing, which takes the same room whatever it is.
-    """
-    state = {name: tensor.detach() for name, tensor in network.state_dict().items()}
-    child = dataclasses.replace(
-        parent, settings=network.settings, state=state, quantization=scheme, data=data, seed=seed,
-        metrics={}, sha256="0" * 64,
-    )  # fmt: skip
-    quantized = dataclasses.replace(child, stage="quantized", ancestors=parent.lineage())
-    int8 = dataclasses.replace(child, stage="int8", ancestors=quantized.lineage())
-    return compressed.encode(dataclasses.replace(int8, file=Path("int8.pth")))

@@ -97,6 +97,21 @@ class Checkpoint:
         }  # fmt: skip
         return [*self.ancestors, this]
 
+    def encode_child(self, network: MobileNetV2, scheme: dict, data: dict, seed: int) -> bytes:
+        """Return the .nnz file that a quantized version of this network becomes by the usual
+        stages: quantize.py, to_int8.py, sparse_compress.py.
+
+        scheme, data, seed: of that version. The hashes of the files in between are unknown, which
+        changes no length (the format keeps one hash: of the last ancestor that has one).
+        """
+        child = dataclasses.replace(
+            self, settings=network.settings, state=network.state_dict(), quantization=scheme,
+            data=data, seed=seed, metrics={}, sha256=None,
+        )  # fmt: skip
+        quantized = dataclasses.replace(child, stage="quantized", ancestors=self.lineage())
+        int8 = dataclasses.replace(child, stage="int8", ancestors=quantized.lineage())
+        return compressed.encode(dataclasses.replace(int8, file=Path("int8.pth")))
+
     def refuse_quantized(self, advice: str = "start from an fp32 network") -> None:
         """Raise UserError, with the advice, if the network is quantized."""
         if self.quantization:
