@@ -48,20 +48,19 @@ class Training:
         # In the first of two epochs, images have the side that they start with.
         self.recipe = engine.Recipe(2, BATCH, lr=0.01, lr_schedule="constant", start_side=side)
         model = MobileNetV2(standard(dropout=0.0)).to(split.images.device)
-        self.model = model.to(memory_format=torch.channels_last)
-        self.optimizer = engine.build_optimizer(self.model, self.recipe)
+        model = model.to(memory_format=torch.channels_last)
+        self.state = engine.TrainingState.start(model, self.recipe)
 
     def turn(self) -> tuple[float, float]:
         """Train for a turn; return its seconds and its mean loss."""
         replay.WARM_UP = self.warm_up
         self.turns += 1
-        steps, start = len(self.split) // BATCH, time.perf_counter()
+        start = time.perf_counter()
         totals = engine.train_epoch(
-            self.model, self.split, self.recipe, autoaugment.augmentation("auto"), self.optimizer,
-            torch.amp.GradScaler("cuda", enabled=False), None, seed=self.turns, epoch=0,
-            steps=steps, teacher=None, after_step=None, note="",
+            self.state, self.split, self.recipe, autoaugment.augmentation("auto"),
+            seed=self.turns, epoch=0,
         )  # fmt: skip
-        loss = totals.tolist()[0] / (steps * BATCH)  # this waits for the GPU
+        loss = totals.tolist()[0] / len(self.split)  # this waits for the GPU
         return time.perf_counter() - start, loss
 
 

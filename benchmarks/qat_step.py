@@ -20,7 +20,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 
 import autoaugment
 from benchmarks.train_step import images
@@ -54,20 +53,13 @@ class Side:
     """A network, how it is trained, and the next images that it sees."""
 
     def __init__(self, cfg: Settings, model, optimizer: str, teacher, split: data.Split):
-        self.model, self.teacher, self.split = model, teacher, split
+        self.teacher, self.split = teacher, split
         self.recipe = engine.Recipe(
             epochs=1, batch_size=BATCH, lr=1e-4, lr_schedule="constant", optimizer=optimizer,
             amp=cfg.amp, distill=0.5 if teacher else 0.0, decay_norm=optimizer == "sgd",
         )  # fmt: skip
-        groups = engine.parameter_groups(model, self.recipe)
-        if optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(
-                groups, lr=self.recipe.lr, momentum=0.9, nesterov=True, fused=True
-            )
-        else:
-            self.optimizer = torch.optim.AdamW(groups, lr=self.recipe.lr, fused=True)
+        self.state = engine.TrainingState.start(model, self.recipe)
         self.mask, self.count, self.turns = pruning.Mask(model), cfg.turn, 0
-        self.scaler = torch.amp.GradScaler(split.images.device.type, enabled=False)
 
     def turn(self) -> float:
         """Train for one turn; return the seconds per step."""
@@ -78,9 +70,8 @@ class Side:
         self.turns += 1
         start = time.perf_counter()
         engine.train_epoch(
-            self.model, part, self.recipe, autoaugment.augmentation("none"), self.optimizer,
-            self.scaler, None, seed=47, epoch=self.turns, steps=self.count,
-            teacher=self.teacher, after_step=self.mask.apply, note="",
+            self.state, part, self.recipe, autoaugment.augmentation("none"), seed=47,
+            epoch=self.turns, teacher=self.teacher, after_step=self.mask.apply,
         ).tolist()  # fmt: skip
         return (time.perf_counter() - start) / self.count
 

@@ -100,19 +100,18 @@ class Ours:
         self.device = config.device(cfg.device)
         self.clock, self.count, self.turns = Clock(), cfg.turn, 0
         self.split = images(cfg, self.device)
-        self.model = network().to(self.device, memory_format=torch.channels_last)
-        self.optimizer = engine.build_optimizer(self.model, RECIPE)
-        watch_optimizer(self.optimizer, self.clock)
-        self.recipe = autoaugment.augmentation("auto")
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        model = network().to(self.device, memory_format=torch.channels_last)
+        self.state = engine.TrainingState.start(model, RECIPE)
+        watch_optimizer(self.state.optimizer, self.clock)
+        self.augmentation = autoaugment.augmentation("auto")
 
     def draw(self, *args):  # with `apply`, what the engine needs of an augmentation
         with self.clock("data"):
-            return self.recipe.draw(*args)
+            return self.augmentation.draw(*args)
 
     def apply(self, *args):
         with self.clock("data"):
-            return self.recipe.apply(*args)
+            return self.augmentation.apply(*args)
 
     def turn(self) -> dict[str, float]:
         size = self.count * BATCH
@@ -121,10 +120,7 @@ class Ours:
         part = data.Split(self.split.images[part], self.split.labels[part])
         self.turns += 1
         start = time.perf_counter()
-        totals = engine.train_epoch(
-            self.model, part, RECIPE, self, self.optimizer, self.scaler, None,
-            seed=47, epoch=self.turns, steps=self.count, teacher=None, after_step=None, note="",
-        )  # fmt: skip
+        totals = engine.train_epoch(self.state, part, RECIPE, self, seed=47, epoch=self.turns)
         totals.tolist()
         return self.clock.per_step(time.perf_counter() - start, self.count)
 

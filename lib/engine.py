@@ -197,11 +197,7 @@ def fit(
         )
     if world > 1:
         processes.synchronize_batchnorm(model)
-    state = TrainingState(
-        model, build_optimizer(model, recipe, velocity),
-        torch.amp.GradScaler(device.type, enabled=_half(device) and recipe.amp),
-        copy.deepcopy(model) if recipe.ema else None,
-    )  # fmt: skip
+    state = TrainingState.start(model, recipe, velocity)
     # Without batch norm, the teacher is a third less to compute.
     teacher = quantizers.fold(teacher) if teacher and recipe.distill else None
     if not resume:
@@ -226,9 +222,9 @@ def fit(
             # For dropout, which is a different one in each process.
             torch.manual_seed(seed * 1_000_003 + epoch + rank * 999_983)
             totals = train_epoch(
-                forward, images.train, recipe, augment, state.optimizer, state.scaler,
-                state.average, seed, epoch, steps, teacher=teacher, after_step=after_step,
-                penalty=penalty, note=f"{note}epoch {epoch + 1}/{recipe.epochs}",
+                state, images.train, recipe, augment, seed, epoch, forward=forward,
+                teacher=teacher, after_step=after_step, penalty=penalty,
+                note=f"{note}epoch {epoch + 1}/{recipe.epochs}",
             )  # fmt: skip
             if world > 1:
                 dist.all_reduce(totals)
@@ -277,6 +273,18 @@ class TrainingState:
     history: list[dict] = dataclasses.field(default_factory=list)  # one line per epoch
     best: int = -1  # index in history of the highest score
     best_weights: dict[str, Tensor] | None = None  # the state dict of that epoch, on the CPU
+
+    @classmethod
+    def start(
+        cls, model: nn.Module, recipe: Recipe, velocity: dict[str, Tensor] | None = None
+    ) -> "TrainingState":
+        """Return the state of a run that begins. velocity: see `build_optimizer`."""
+        device = next(model.parameters()).device
+        return cls(
+            model, build_optimizer(model, recipe, velocity),
+            torch.amp.GradScaler(device.type, enabled=_half(device) and recipe.amp),
+            copy.deepcopy(model) if recipe.ema else None,
+        )  # fmt: skip
 
     @property
     def final(self) -> nn.Module:
@@ -387,27 +395,28 @@ def match_layouts(optimizer: torch.optim.Optimizer) -> None:
                 state[name] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
 
 
-def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, seed, epoch, steps,
-                 *, teacher, after_step, note, penalty=None) -> Tensor:  # fmt: skip
+def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment, seed: int,
+                epoch: int, *, forward: nn.Module | None = None, teacher: nn.Module | None = None,
+                after_step=None, penalty=None, note: str = "") -> Tensor:  # fmt: skip
     """Train for one epoch; return [sum of losses, correct answers] of this process, float64 (2,).
 
-    forward: the model, or DistributedDataParallel around it. average: the model of averaged
-    weights, or None. steps: batches in the epoch. The rest is as in `fit`.
+    forward: DistributedDataParallel around the model of `state`, or None for that model itself.
+    The rest is as in `fit`; the teacher is taken as it is.
     The host never waits for the device, except to record a step (lib/replay.py): the totals stay
     on the device, and the caller reads them once. The images of an epoch have one size.
     """
     world, rank = processes.world_and_rank()
     device = split.images.device
     totals = torch.zeros(2, dtype=torch.float64, device=device)
+    forward, optimizer, scaler = forward or state.model, state.optimizer, state.scaler
     forward.train()
-    groups = optimizer.param_groups
+    groups, steps = optimizer.param_groups, len(split) // recipe.batch_size
     learning_rates = _learning_rates(groups, recipe, epoch * steps, steps)
     batches = data.batches(
         split, recipe.batch_size, augment, seed, epoch, rank, world, recipe.flip == "alternate"
     )
     side = recipe.side(epoch)
-    # The plain model lies in DistributedDataParallel's `module`.
-    averaged = average and float_tensors(average, getattr(forward, "module", forward))
+    averaged = state.average and float_tensors(state.average, state.model)
 
     def step(x: Tensor, labels: Tensor, group_rates) -> None:
         if side < SIDE:
@@ -440,7 +449,7 @@ def train_epoch(forward, split, recipe, augment, optimizer, scaler, average, see
     numbered = enumerate(zip(shown, learning_rates, strict=True), epoch * steps)
     for i, ((x, labels), group_rates) in numbered:
         run_step(x, labels, group_rates)
-        if average:
+        if averaged:
             # A small decay at first (as in TensorFlow's ExponentialMovingAverage), so that the
             # random start is forgotten.
             torch._foreach_lerp_(*averaged, 1 - min(recipe.ema, (1 + i) / (10 + i)))

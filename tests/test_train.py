@@ -59,13 +59,9 @@ def test_small_images_reach_the_network_in_its_layout(tiny, monkeypatch):
     monkeypatch.setattr(MobileNetV2, "forward", watch)
     images = data.load(str(tiny), 10)
     model = MobileNetV2(standard(0.1, 8)).to(memory_format=torch.channels_last)
-    recipe = engine.Recipe(2, start_side=20)
-    optimizer = torch.optim.SGD(engine.parameter_groups(model, recipe), lr=0.0)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    engine.train_epoch(
-        model, images.train, recipe, augmentation("light"), optimizer, scaler, None, 0, 0, 2,
-        teacher=None, after_step=None, note="",
-    )  # fmt: skip
+    recipe = engine.Recipe(2, start_side=20, lr=0.0)
+    state = engine.TrainingState.start(model, recipe)
+    engine.train_epoch(state, images.train, recipe, augmentation("light"), seed=0, epoch=0)
     assert set(seen) == {(20, True)}
 
 
@@ -170,10 +166,11 @@ def test_average_is_the_exponential_one(tiny):
     split = data.Split(train.images[:80], train.labels[:80])
     model, average = (MobileNetV2(standard(0.1)) for _ in range(2))
     recipe = engine.Recipe(1, batch_size=16, lr=0.1, ema=0.25, amp=False)
+    state = engine.TrainingState.start(model, recipe)
+    state.average = average
     seen, expected = [], average.state_dict()["classifier.1.weight"].clone()
     engine.train_epoch(
-        model, split, recipe, augmentation("none"), engine.build_optimizer(model, recipe),
-        torch.amp.GradScaler("cpu", enabled=False), average, 0, 0, 5, teacher=None, note="",
+        state, split, recipe, augmentation("none"), seed=0, epoch=0,
         after_step=lambda: seen.append(model.classifier[1].weight.detach().clone()),
     )  # fmt: skip
     assert len(seen) == 5
