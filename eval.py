@@ -108,7 +108,7 @@ def results_table(rows: list[dict], correct: list[Tensor], cfg, images: data.Dat
         ])  # fmt: skip
     about = f"{images.source}, {cfg.split} split, n={rows[0]['total']:,}"
     return tables.table(
-        cfg.title, columns, lines, data=about, device=images.test.images.device
+        cfg.title, columns, lines, data=about, device=images.device
     )
 
 

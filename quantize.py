@@ -393,7 +393,7 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
             latent[name][layer.weight == 0] = 0
     qat.begin(model, job.scheme, latent)
     mask, asked = pruning.Mask(model), job.wanted()
-    refuse_different_starts(beginning := qat.fingerprint(model), out, images.val.images.device)
+    refuse_different_starts(beginning := qat.fingerprint(model), out, images.device)
     loss_per_bit, errors_per_bit = cost_of_a_bit(job, start) if cfg.has_lambda else (0.0, 0.0)
 
     def judge(network) -> tuple[engine.Evaluation, dict, float]:
@@ -416,7 +416,7 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
         config=identity, resume=cfg.resume, after_step=mask.apply, log=log,
         # Without dead channels, the parent answers the same and is faster.
-        teacher=teacher.build(images.train.images.device) if cfg.teacher else job.network,
+        teacher=teacher.build(images.device) if cfg.teacher else job.network,
         penalty=(lambda: loss_per_bit * qat.bits(model)) if cfg.has_lambda else None,
         judge=judge if cfg.has_lambda and job.before else None,
     )  # fmt: skip

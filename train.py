@@ -20,6 +20,8 @@ from lib import checkpoint, config, data, engine, metrics, plots, processes
 from lib.config import flag
 from models.mobilenetv2 import MobileNetV2, standard
 
+WIDTHS = [i / 20 for i in range(1, 61)]  # tried, to say which --width a file has
+
 
 @dataclasses.dataclass
 class Settings(config.Common):
@@ -132,41 +134,44 @@ def network(cfg, classes: int, source: checkpoint.Checkpoint | None) -> MobileNe
         settings = standard(cfg.width, cfg.downsample, cfg.dropout, classes)
     except ValueError as error:
         raise config.UserError(error) from None
-    weights = weights_for(settings, source, cfg) if source else {}
+    weights = {}
+    if source:
+        refuse_unfit(source, settings, cfg.width)
+        settings["blocks"] = with_residuals_of(source.settings["blocks"], settings["blocks"])
+        weights, theirs = source.build().state_dict(), source.settings["classes"]
+        said = f"{source.file}: starting from its weights"
+        if theirs != classes:
+            weights = {name: t for name, t in weights.items() if not name.startswith("classifier.")}
+            said += f", without its classifier ({theirs} classes, not {classes})"
+        if strides(source.settings) != strides(settings):
+            said += f", with the strides of --downsample {cfg.downsample}, not its own"
+        engine.say(said)
     torch.manual_seed(cfg.seed)
     model = MobileNetV2(settings)
     model.load_state_dict(model.state_dict() | weights)
     return model
 
 
-def weights_for(settings: dict, source: checkpoint.Checkpoint, cfg) -> dict[str, torch.Tensor]:
-    """Return those weights of a network that one of these settings starts from, and say which.
-
-    The blocks in `settings` whose strides are the file's get its residual connections too: files of
-    earlier versions may have fewer. Raises UserError as `network` does.
-    """
+def refuse_unfit(source: checkpoint.Checkpoint, settings: dict, width: float) -> None:
+    """Raise UserError, with what to do, for a source whose weights do not fit the settings."""
     source.refuse_quantized("--init takes an fp32 network")
-    weights = source.build().state_dict()
-    theirs, classes = source.settings, settings["classes"]
-    if theirs.get("folded"):
+    if source.settings.get("folded"):
         raise config.UserError(f"{source.file} has no batch norms any more: give an earlier file")
-    if channels(theirs) != channels(settings):
-        fits = [w for w in (i / 20 for i in range(1, 61))
-                if channels(standard(w)) == channels(theirs)]  # fmt: skip
+    theirs = channels(source.settings)
+    if theirs != channels(settings):
+        fits = [each for each in WIDTHS if channels(standard(each)) == theirs]
         advice = f"give --width {fits[-1]}" if fits else "no --width has them"
-        text = f"{source.file} has other channels than --width {cfg.width}: {advice}"
+        text = f"{source.file} has other channels than --width {width}: {advice}"
         raise config.UserError(text)
-    said = f"{source.file}: starting from its weights"
-    if theirs["classes"] != classes:
-        weights = {name: t for name, t in weights.items() if not name.startswith("classifier.")}
-        said += f", without its classifier ({theirs['classes']} classes, not {classes})"
-    if strides(theirs) != strides(settings):
-        said += f", with the strides of --downsample {cfg.downsample}, not its own"
-    for block, its in zip(settings["blocks"], theirs["blocks"], strict=True):
-        if block["stride"] == its["stride"]:
-            block["residual"] = its["residual"]
-    engine.say(said)
-    return weights
+
+
+def with_residuals_of(theirs: list[dict], blocks: list[dict]) -> list[dict]:
+    """Return blocks of a network's settings with the residual connections that another network's
+    blocks of the same strides have: files of earlier versions may have fewer."""
+    return [
+        block | {"residual": its["residual"]} if block["stride"] == its["stride"] else block
+        for block, its in zip(blocks, theirs, strict=True)
+    ]
 
 
 def channels(settings: dict) -> list:

@@ -51,6 +51,10 @@ class Data:
     test: Split
     held_out: int | None = None  # the fingerprint of val, if it has images
 
+    @property
+    def device(self) -> torch.device:
+        return self.test.images.device
+
     def split(self, name: str) -> Split:
         """Return the split `train`, `val` or `test`.
 

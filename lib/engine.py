@@ -188,7 +188,7 @@ def fit(
     UserError for a batch size that does not fit and for the state of another run.
     """
     world, rank = processes.world_and_rank()
-    device = images.train.images.device
+    device = images.device
     steps = len(images.train) // recipe.batch_size
     if recipe.batch_size % world or not steps:
         raise UserError(
