@@ -133,7 +133,7 @@ def table(f: dict, layers: bool) -> str:
         f"95% interval {low:.2%} to {high:.2%})",
         *change(f),
         f"  size       {f['bytes']:,} bytes, {bits}",
-        f"  ran as     {f['arithmetic']}",
+        f"  ran as     {f['arithmetic']}" + ", on the CPU" * (f["arithmetic"] != runtime.FLOAT),
         f"  weights    {f['weights']:,} in conv and linear layers, {f['live_weights']:,} in live "
         f"channels, {f['nonzeros']:,} non-zero (sparsity {f['sparsity']:.2%})",
         f"  MACs       {f['macs']:,} per image",

@@ -60,11 +60,15 @@ for _ in sys.stdin:
 
 @dataclass
 class Settings:
-    reference: str = flag("../shared/reference", "folder with pruned.pth and int8.pth")
+    reference: str | None = flag(None, "folder with the report's pruned.pth and int8.pth; needed")
     turns: int = flag(3, "of each side, for the times")
     nncodec: bool = flag(False, f"also {NNCODEC}, installed in an environment of its own")
     environment: str | None = flag(None, "folder of that environment; default: a temporary one")
     scale: int = flag(0, "only: up to so many million weights")
+
+    def __post_init__(self):
+        if not self.reference and not self.scale:
+            raise ValueError("--reference is needed")
 
 
 def reference(folder: str):

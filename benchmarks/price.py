@@ -30,8 +30,8 @@ Fit = reconstruct.IntegerLeastSquares
 @dataclass
 class Settings:
     parent: str | None = flag(None, "an fp32 network, pruned or not; needed")
-    data: str | None = flag(None, "as for train.py")
-    assume_downsample: int | None = flag(None, "as for train.py", choices=(4, 8, 16, 32))
+    data: str | None = flag(None, "as for quantize.py")
+    assume_downsample: int | None = flag(None, "as for quantize.py", choices=(4, 8, 16, 32))
     rd_lambda: float = flag(0.8, "as for quantize.py")
     calibration: int = flag(1024, "training images that PTQ looks at")
     seeds: list[int] = flag([47, 48, 49], "of the calibration images; parts go at the first")

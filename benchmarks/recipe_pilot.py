@@ -6,8 +6,6 @@ Each candidate changes one setting of BASE and is trained once per seed, with th
 full network (a final map of 4x4 for 16x16 pixels). Images are augmented at 32x32 and then averaged
 to 16x16, in training and in validation, so a run costs a tenth of a full run of as many epochs.
 Accuracy is on the validation split. Every worker is a process with one thread.
-
-out: results/recipe_pilot.json, a table
 """
 
 import statistics
@@ -48,10 +46,10 @@ CANDIDATES = {
 @dataclass
 class Settings:
     data: str | None = flag(None, "as for train.py")
-    run_dir: str = flag(".", "folder that holds results/")
     epochs: int = flag(2, "epochs per run")
     seeds: list[int] = flag([47, 48], "one run per candidate and seed")
     workers: int = flag(2, "runs at the same time")
+    results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
 
 
 class Small:
@@ -105,9 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             for name, change in CANDIDATES.items():
                 jobs[name, seed] = pool.submit(run, cfg.data, cfg.epochs, seed, change)
         runs = [{"candidate": name} | job.result() for (name, _), job in jobs.items()]
-    table = table_of(runs)
-    print("\n".join(tables.markdown(table)))
-    tables.write(Path(cfg.run_dir) / "results/recipe_pilot.json", table)
+    tables.show(table_of(runs), cfg.results)
 
 
 def table_of(runs: list[dict]) -> dict:
