@@ -1,7 +1,7 @@
 """Compare lib/nnz/coder.py with entropy, lzma and NNCodec on the same integers: bytes and seconds.
 
-    python benchmarks/coder.py [--reference ../shared/reference] [--turns 3]
-    python benchmarks/coder.py --nncodec [--environment DIR]
+    python benchmarks/coder.py --reference DIR [--turns 3]
+    python benchmarks/coder.py --reference DIR --nncodec [--environment DIR]
     python benchmarks/coder.py --scale 25
 
 The integers are the reference report's int8 weights that are left after exact compaction; the

@@ -359,6 +359,7 @@ def _cells(
 ):  # fmt: skip
     """Code rows of cells, `columns` levels per row, from row `first` of their array on.
 
+    One function, for speed: a call per decision would take as long as the decision in plain Python.
     Plain integers and flat sequences only: lists and bytes, or arrays under numba. All shifts of
     negative numbers round down, and all numbers stay under 2^63. FORMAT.md, sections 5.4 and 5.6,
     specifies this computation; its names are in brackets where they differ.
@@ -383,11 +384,11 @@ def _cells(
     The cell:
         xr, xc, both        log odds of a non-zero by the row, by the column, by both (in 1/4 nat,
                             from 0)
-        mean, m3            mean excess so far (and of magnitudes, for the sign); 3 times that
+        mean, mean3         mean excess so far (and of magnitudes, for the sign); 3 times that
         qr, qc, qm          mean excess of the row, of the column, of both, as shares of 2^width
         depth, node         -1: significance; 0 to width - 1: bit of the excess; width: sign. The
                             node of the bit tree
-        ma, mb              contexts M1 and M2 of the magnitude, but for the node
+        m1, m2              contexts M1 and M2 of the magnitude, but for the node
         size, place         the magnitude in eighths of the largest; column and last sign, for G2
     """
     low, high, value = state[LOW], state[HIGH], state[VALUE]
@@ -397,7 +398,7 @@ def _cells(
     significance_part, magnitude_part = SPENT_SIGNIFICANCE, SPENT_MAGNITUDES
     if kind == _HEADER:
         significance_part = magnitude_part = SPENT_LIVENESS
-    over = magnitude = mean = ma = mb = wa = wb = shift = 0  # defined everywhere, for numba
+    over = magnitude = mean = m1 = m2 = wa = wb = shift = 0  # defined everywhere, for numba
     cell = -1
     for r in range(first, first + len(levels) // columns):
         # The row's and the column's density start from the layer's, weighted as 8 cells. The
@@ -473,12 +474,12 @@ def _cells(
                     over = (level if level > 0 else -level) - smallest
                     mc = column_over[c]
                     mean = (2 * over_sum + half) // (2 * count + 2)
-                    m3 = 3 * mean
-                    qr = (mr + m3 << 4) // (nr + 3) >> width  # of the row, in sixteenths of the
-                    qc = (mc + m3 << 4) // (nc + 3) >> width  # largest; of the column; of both
-                    qm = (mr + mc + m3 << 3) // (nr + nc + 3) >> width
-                    ma = M1 + (qr << 8 | qc << 4)
-                    mb = M2 + (both >> 2 << 10 | qm << 7 | kind << 4)
+                    mean3 = 3 * mean
+                    qr = (mr + mean3 << 4) // (nr + 3) >> width  # of the row, in sixteenths of the
+                    qc = (mc + mean3 << 4) // (nc + 3) >> width  # largest; of the column; of both
+                    qm = (mr + mc + mean3 << 3) // (nr + nc + 3) >> width
+                    m1 = M1 + (qr << 8 | qc << 4)
+                    m2 = M2 + (both >> 2 << 10 | qm << 7 | kind << 4)
                     part = magnitude_part
                 else:
                     break
@@ -486,7 +487,7 @@ def _cells(
                 if depth < width:
                     bit = over >> width - 1 - depth & 1
                     if depth < 4:
-                        a, b = ma + node, mb + node
+                        a, b = m1 + node, m2 + node
                         w, shift = WEIGHTS_M + 2 * (depth << 3 | kind), 16
                     else:
                         a, b = L + (node if depth < 8 else 0), 0
