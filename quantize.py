@@ -87,14 +87,6 @@ class Settings(config.AfterTraining):
         None, "weight bits of layers that differ, such as first=8,last=8; or a JSON file "
         '{"features.3.conv.0.0": 6, ...}; explained above'
     )  # fmt: skip
-    scale_bits: int | None = flag(
-        None, "mantissa bits of the weight scales; 23: float32; default: 3; 2 with a lambda "
-        "(--rd-lambda, --max-bytes, --max-drop); 5 with one scale per tensor"
-    )  # fmt: skip
-    bias_bits: int | None = flag(
-        None, "biases are rounded to multiples of a power of two, about 2^-N times the scale of "
-        "the layer's output; 32: float32; default: 2, or with a lambda what pays best"
-    )  # fmt: skip
     rd_lambda: float = flag(
         0.0, "rate-distortion: the squared error of an image's logits that saving 1,000 bytes of "
         "weights may cost. Levels are chosen by error and size together; in qat the size is part "
@@ -136,10 +128,6 @@ class Settings(config.AfterTraining):
         if self.method == "reference" and self.layer_bits:
             raise ValueError("--layer-bits is not for --method reference")
         layer_bits.parse(self.layer_bits or "")
-        if not 1 <= (23 if self.scale_bits is None else self.scale_bits) <= 23:
-            raise ValueError("--scale-bits must be 1 to 23")
-        if self.bias_bits is not None and not (0 <= self.bias_bits <= 16 or self.bias_bits == 32):
-            raise ValueError("--bias-bits must be 0 to 16, or 32 for off")
         if not 0 <= self.rd_lambda < math.inf:
             raise ValueError("--rd-lambda must be at least 0")
         if self.max_bytes is not None and self.max_bytes < 1:
@@ -308,15 +296,15 @@ def post_training(job: Job) -> PostTraining:
     """
     cfg = job.cfg
     sample = ptq.calibration_images(job.images.train, cfg.calibration, cfg.seed)
-    options = {"scale_bits": cfg.scale_bits, "bias_bits": cfg.bias_bits}
+    importance = None
     if cfg.has_lambda:
-        options["importance"] = ptq.row_importance(quantizers.fold(job.network), sample)
+        importance = ptq.row_importance(quantizers.fold(job.network), sample)
 
     @functools.cache
     def attempt(rd_lambda: float) -> budget.Attempt:
         network, latent = ptq.quantize(
-            job.network, sample, job.scheme, engine.progress("calibrate"), **options,
-            lambda_per_bit=rd_lambda / BITS_PER_KILOBYTE,
+            job.network, sample, job.scheme, engine.progress("calibrate"),
+            importance=importance, lambda_per_bit=rd_lambda / BITS_PER_KILOBYTE,
         )  # fmt: skip
         made = job.measure(network, rd_lambda, latent)
         if cfg.has_lambda:

@@ -59,8 +59,6 @@ class Settings(config.AfterTraining):
         [32, 16, 12, 8, 6, 4], "columns of the grid; 32 is off", also="activation_bits"
     )  # fmt: skip
     rd_lambda: list[float] = flag([0.0], "as in quantize.py; every cell of the grid has each")
-    mark: list[str] = flag([], "points drawn beside the curve, each NAME=BYTES=ACCURACY, such as "
-                               "report=1040842=0.9447")  # fmt: skip
     calibration: int = flag(1024, "training images for ptq, used without their labels")
     split: str = flag("val", "images to evaluate on", choices=("val", "test"))
 
@@ -73,24 +71,9 @@ class Settings(config.AfterTraining):
             raise ValueError("--rd-lambda needs numbers of at least 0")
         if any(self.rd_lambda) and (self.method == "reference" or 32 in self.weight_bits):
             raise ValueError("--rd-lambda is for --method ptq and weights of 2 to 16 bits")
-        self.marks()
         for bits in (*self.weight_bits, *self.act_bits):
             if bits not in quantizers.BITS:
                 raise ValueError(f"{bits} bits: must be 2 to 16, or 32 for off")
-
-    def marks(self) -> dict[str, tuple[int, float]]:
-        """Return --mark as {name: (bytes, accuracy)}; ValueError where it cannot be read."""
-        marks = {}
-        for text in self.mark:
-            name, _, values = text.partition("=")
-            try:
-                size, accuracy = values.split("=")
-                marks[name] = int(size), float(accuracy)
-            except ValueError:
-                raise ValueError(f"--mark {text}: not NAME=BYTES=ACCURACY") from None
-            if marks[name][0] < 1 or not 0 <= marks[name][1] <= 1:
-                raise ValueError(f"--mark {text}: bytes must be over 0, the accuracy 0 to 1")
-        return marks
 
 
 def main(argv=None):
@@ -156,7 +139,7 @@ def draw(cfg, rows: list[dict], parent) -> list[Path]:
     plots.parallel_coordinates(first, parallel, title)
     if len(rows) == len(first):
         return [heatmap, parallel]
-    plots.accuracy_bytes(rows, rate, title, cfg.marks())
+    plots.accuracy_bytes(rows, rate, title)
     return [heatmap, parallel, rate]
 
 
@@ -232,7 +215,7 @@ def log_wandb(cfg, rows: list[dict], charts: list[Path], agent: bool) -> None:
     agent: the one run is an agent's, whose environment names it; otherwise they are in one group.
     """
     of_all = {k: v for k, v in config.identity(cfg).items()
-              if k not in ("weight_bits", "act_bits", "rd_lambda", "mark")}  # fmt: skip
+              if k not in ("weight_bits", "act_bits", "rd_lambda")}  # fmt: skip
     group = f"sweep-{cfg.method}-{cfg.split}-{rows[0]['parent_sha256'][:8]}"
     for row in rows:
         name = name_of(row["weight_bits"], row["act_bits"], row["rd_lambda"]).removesuffix(".nnz")

@@ -226,7 +226,7 @@ def test_impossible_bits_are_wrong_usage(tiny, parent, tmp_path, bad):
 
 
 def test_lambdas_give_a_curve_of_files(tiny, parent, tmp_path):
-    grid = ["--weight-bits=4,3", "--act-bits=8", "--rd-lambda=0,20,400", "--mark=other=5000=0.5"]
+    grid = ["--weight-bits=4,3", "--act-bits=8", "--rd-lambda=0,20,400"]
     sweep.main([*flags(tiny, parent, tmp_path, "ptq"), *grid])
     found = rows(tmp_path)
     assert [(r["weight_bits"], r["rd_lambda"]) for r in found] == [
@@ -256,12 +256,9 @@ def test_cells_of_other_strides_are_measured_again(tiny, tmp_path):
         ("--rd-lambda=-1", "--rd-lambda needs"),
         ("--rd-lambda=nan", "--rd-lambda needs"),
         ("--rd-lambda=0.1", "--rd-lambda is for"),  # 32 bits are in the default grid
-        ("--mark=report", "NAME=BYTES=ACCURACY"),
-        ("--mark=report=0=0.5", "over 0"),
-        ("--mark=report=1000=94.5", "0 to 1"),
     ],
 )
-def test_impossible_lambdas_and_marks_are_refused(flag, message, capsys):
+def test_impossible_lambdas_are_refused(flag, message, capsys):
     with pytest.raises(SystemExit) as stop:
         sweep.main([flag])
     assert stop.value.code == 2 and message in capsys.readouterr().err
