@@ -184,8 +184,8 @@ def _comma_separated(kind):
 # What a driver of NVIDIA leaves on Linux, and under Windows' WSL.
 SIGNS_OF_A_GPU = [Path("/proc/driver/nvidia"), Path("/dev/nvidia0"), Path("/dev/dxg")]
 
-# Flags that say where a stage runs, reads and writes. They are no part of a run's identity: the hashes
-# of the files that it reads are, in place of their names.
+# Flags that say where a stage runs, reads and writes. They are no part of a run's identity: the
+# hashes of the files that it reads are, in place of their names.
 PARENTS = {"parent", "teacher", "init"}
 PLACES = PARENTS | {
     "data", "run_dir", "device", "cuda_graph", "wandb", "wandb_artifact", "out", "resume"
