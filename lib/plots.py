@@ -8,7 +8,6 @@ that their text has its nominal size at a README's 900 pixels.
 """
 
 import math
-import os
 import re
 import textwrap
 import warnings
@@ -22,6 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from lib.files import atomic
 from lib.metrics import wilson
 from models import layers
 
@@ -81,20 +81,11 @@ def _label(ax, text, at, offset, side=False, **style):
 
 
 def _save(figure, path):
-    """Write the PNG to a temporary file, then rename it: half a file is never seen."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # classes may have names that no font holds
-            figure.savefig(file, format="png", dpi=DPI)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    """Write a figure as a PNG file, whole or not at all; return the file's path."""
+    with atomic(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # classes may have names that no font holds
+        figure.savefig(file, format="png", dpi=DPI)
+    return Path(path)
 
 
 def _rows(rows):
