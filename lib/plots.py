@@ -80,6 +80,23 @@ def _label(ax, text, at, offset, side=False, **style):
                 xycoords=("axes fraction", "data") if side else "data", **style)
 
 
+def _accuracy_column(ax, y, correct, total, digits=1):
+    """Draw one accuracy per row, in percent: a dot, its 95% Wilson interval, the number beside it.
+
+    y: where each row is. correct, total: numbers of images per row; without images there is no dot.
+    digits: decimal places of the numbers; None: no numbers and small marks, for very many rows.
+    """
+    width, size = (1, 3) if digits is None else (2, 8)
+    for place, hits, images in zip(y, correct, total, strict=True):
+        if images:
+            low, high = wilson(hits, images)
+            ax.hlines(place, 100 * low, 100 * high, color=BLUE, linewidth=width)
+            ax.plot(100 * hits / images, place, "o", color=BLUE, ms=size)
+        if digits is not None:
+            text = f"{100 * hits / images:.{digits}f}" if images else "none"
+            _label(ax, text, (1, place), (6, 0), side=True)
+
+
 def _save(figure, path):
     """Write a figure as a PNG file, whole or not at all; return the file's path."""
     with atomic(path) as file, warnings.catch_warnings():
@@ -219,14 +236,7 @@ def confusion(matrix, classes, path, title):
     left.set(xlabel="predicted class" + ("" if few else ", in the order of the true classes"),
              ylabel="true class")
     _quiet(right, "accuracy by class", "x")
-    for i, (hit, count) in enumerate(zip(hits, counts, strict=True)):
-        if count:
-            span = [100 * end for end in wilson(hit, count)]
-            right.hlines(i, *span, color=BLUE, linewidth=2 if few else 1)
-            right.plot(100 * hit / count, i, "o", color=BLUE, ms=7 if few else 3)
-        if few:
-            text = f"{100 * hit / count:.1f}" if count else "none"
-            _label(right, text, (1, i), (5, 0), side=True)
+    _accuracy_column(right, range(k), hits, counts, digits=1 if few else None)
     right.set_xlim(right=100)
     right.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     right.set_xlabel("%, with 95% interval")
@@ -601,9 +611,7 @@ def storage(files, path, title):
 def stages(rows, path, title):
     """Draw file sizes (log scale) with ratios to the first, and accuracies with 95% intervals.
 
-    Intervals are Wilson's.
-
-    rows: dicts of stage, bytes, accuracy, total (the number of images), from top to bottom; group,
+    rows: dicts of stage, bytes, correct and total (numbers of images), from top to bottom; group,
         if the ratios are to the first of each group.
     """
     rows = _rows(rows)
@@ -626,11 +634,10 @@ def stages(rows, path, title):
             f"  {_smaller(sizes[firsts[i]], sizes[i])}" if i > firsts[i] else ""
         )
         _label(left, text, (sizes[i], i), (9, 0))
-        accuracy = float(row["accuracy"])
-        span = [100 * end for end in wilson(accuracy * row["total"], row["total"])]
-        right.hlines(i, *span, color=BLUE, linewidth=2)
-        right.plot(100 * accuracy, i, "o", color=BLUE, ms=8)
-        _label(right, f"{100 * accuracy:.2f}", (1, i), (6, 0), side=True)
+    _accuracy_column(
+        right, range(len(rows)), [row["correct"] for row in rows], [row["total"] for row in rows],
+        digits=2,
+    )  # fmt: skip
     decades = [10.0**p for p in range(10) if low <= 10.0**p <= 1.3 * high] or [high]
     left.set_xticks(decades, [_size(decade, 1) for decade in decades])
     left.xaxis.set_minor_locator(NullLocator())
@@ -648,7 +655,7 @@ def speed(rows, path, title):
 
     One bar per thread count, with the ratio to the first network; accuracy with its 95% interval.
 
-    rows: dicts of network, threads, batch, milliseconds, images_a_second, ratio, accuracy, total.
+    rows: dicts of network, threads, batch, milliseconds, images_a_second, ratio, correct, total.
     """
     rows = _rows(rows)
     names = list(dict.fromkeys(row["network"] for row in rows))
@@ -675,12 +682,11 @@ def speed(rows, path, title):
         ax.set_xlim(0, 1.45 * max(row[field] for row in some))
         ax.xaxis.set_major_locator(MaxNLocator(4))
     _quiet(right, "accuracy (%)", "x")
-    for row in {row["network"]: row for row in rows}.values():
-        y, accuracy = names.index(row["network"]), float(row["accuracy"])
-        span = [100 * end for end in wilson(accuracy * row["total"], row["total"])]
-        right.hlines(y, *span, color=BLUE, linewidth=2)
-        right.plot(100 * accuracy, y, "o", color=BLUE, ms=7)
-        _label(right, f"{100 * accuracy:.1f}", (1, y), (5, 0), side=True)
+    networks = {row["network"]: row for row in rows}.values()  # all rows of one are equal in these
+    _accuracy_column(
+        right, range(len(names)), [row["correct"] for row in networks],
+        [row["total"] for row in networks],
+    )  # fmt: skip
     right.xaxis.set_major_locator(MaxNLocator(3))
     left.set_yticks(range(len(names)), [name.replace(", ", "\n") for name in names])
     left.set_ylim(len(names) - 0.5, -0.5)

@@ -60,9 +60,9 @@ FILES = [("baseline.pth", {"weights: values": 8_810_240, "BN, biases, scales": 2
          ("compressed.nnz", {"weights: values": 96_871, "weights: indices": 300_000,
                              "BN, biases, scales": 273_000, "metadata": 6_000}),
          ("coded.nnz", {"weights: values": 50_000, "metadata": 1_400, "nothing": 0})]
-STAGES = [{"stage": stage, "bytes": size, "accuracy": accuracy, "total": 1000}
-          for stage, size, accuracy in (("baseline", 9_195_684, 0.949), ("int8", 2_591_596, 0.938),
-                                        ("compressed", 70_400, 0.94))]
+STAGES = [{"stage": stage, "bytes": size, "correct": correct, "total": 1000}
+          for stage, size, correct in (("baseline", 9_195_684, 949), ("int8", 2_591_596, 938),
+                                       ("compressed", 70_400, 940))]
 CHARTS = {
     "curves": (plots.curves, history(30)),
     "curves, one epoch": (plots.curves, history(1)),
@@ -96,7 +96,7 @@ CHARTS = {
     "storage, empty file": (plots.storage, [("empty", {})]),
     "stages": (plots.stages, STAGES),
     "stages, one": (plots.stages, STAGES[:1]),
-    "stages, zero": (plots.stages, [{"stage": "a", "bytes": 0, "accuracy": 0.0, "total": 0}]),
+    "stages, zero": (plots.stages, [{"stage": "a", "bytes": 0, "correct": 0, "total": 0}]),
 }
 
 
