@@ -24,6 +24,7 @@ from autoaugment import augmentation
 from lib import checkpoint, config, engine, metrics, plots, processes, pruning, ptq
 from lib.compaction import compact, take
 from lib.config import UserError, flag
+from models.layers import roles
 from models.mobilenetv2 import MobileNetV2
 
 SAMPLE = 512  # training images that the score obd is computed on
@@ -304,14 +305,12 @@ def _finish(cfg, out, model, parent_layers, parent, images, rounds, floor) -> No
         cfg.place("plots/prune.png"),
         f"Accuracy against sparsity (validation: n={len(images.val)})", floor,
     )  # fmt: skip
-    layers = [
-        (name, weights, nonzeros)  # of the weights that the layer had
-        for (name, weights, _), (_, _, nonzeros) in zip(
-            parent_layers, metrics.layer_counts(model), strict=True
-        )
-    ]
+    role = roles(model.settings)
+    left = {name: nonzeros for name, _, nonzeros in metrics.layer_counts(model)}
     plots.layer_sparsity(
-        layers, cfg.place("plots/sparsity.png"),
+        [{"layer": name, "role": role[name], "weights": weights, "nonzeros": left[name]}
+         for name, weights, _ in parent_layers],  # of the weights that each layer had
+        cfg.place("plots/sparsity.png"),
         f"Sparsity of every layer of {parent.file.name}, pruned",
     )  # fmt: skip
     print(

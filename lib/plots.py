@@ -8,7 +8,6 @@ that their text has its nominal size at a README's 900 pixels.
 """
 
 import math
-import re
 import textwrap
 import warnings
 from pathlib import Path
@@ -31,7 +30,7 @@ YELLOW, BLUE, RED, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 INK, MUTED, GREY, PALE = "#222222", "#666666", "#999999", "#A9CCE3"
 PARTS = (BLUE, ORANGE, SKY, GREEN, PINK, YELLOW, RED, GREY, PALE, "#7A2E00", "#B7D7A8", MUTED)
 ROLES = {layers.STEM: BLACK, layers.EXPAND: BLUE, layers.DEPTHWISE: RED, layers.PROJECT: SKY,
-         layers.HEAD: ORANGE, layers.CLASSIFIER: GREEN, "other": GREY}
+         layers.HEAD: ORANGE, layers.CLASSIFIER: GREEN}
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#FFFFFF", "#F9C78B", RED, "#7A2E00"])
 # Dark is good. Plasma without its yellow end, which would vanish as a line on white.
 LOST = LinearSegmentedColormap.from_list(
@@ -251,41 +250,26 @@ def confusion(matrix, classes, path, title):
 # ---- pruning -------------------------------------------------------------------------------------
 
 
-def _roles(names):
-    """Return the role of each layer of a MobileNetV2 by models/layers.py, or "other"."""
-    blocks = [int(match[1]) for match in (re.match(r"features\.(\d+)\.conv\.", n) for n in names)
-              if match]
-    # Only names are asked for: any widths will do. A block with expansion projects at position 2.
-    settings = {"stem": 1, "stem_stride": 1, "head": 1, "classes": 1, "blocks": [
-        {"hidden": 1, "out": 1, "stride": 1, "residual": False,
-         "expand": f"features.{number}.conv.2" in names}
-        for number in range(1, max(blocks, default=0) + 1)]}
-    roles = {layer.name: layer.role for layer in layers.layers(settings)}
-    return [roles.get(name, "other") for name in names]
-
-
-def layer_sparsity(counts, path, title):
+def layer_sparsity(rows, path, title):
     """Draw the sparsity of each layer, and each layer's share of the weights that remain.
 
-    counts: (name, weights, non-zeros) per layer in network order, torchvision's names with or
-    without `.weight`.
+    rows: dicts of layer, role (see models/layers.py), weights, nonzeros, in network order.
     """
-    names, weights, left = zip(*_rows(counts), strict=True)
-    names = [name.removesuffix(".weight") for name in names]
-    weights, left = np.array(weights, float), np.array(left, float)
+    rows = _rows(rows)
+    weights, left = _series(rows, "weights"), _series(rows, "nonzeros")
 
     def sparsity(some):
         return 100 * (1 - left[some].sum() / max(weights[some].sum(), 1))
 
-    roles = np.array(_roles(names))
+    roles = np.array([row["role"] for row in rows])
     colours = [ROLES[role] for role in roles]
     key = {f"{role} {sparsity(roles == role):.1f}%": colour
            for role, colour in ROLES.items() if role in roles}
     empty = f" ({(left == 0).sum()} of them empty)" if (left == 0).any() else ""
     figure = _figure(title, f"{left.sum():,.0f} of {weights.sum():,.0f} weights remain in "
-                     f"{len(names)} layers{empty}; sparsity of each kind of layer:", 4.4, key)
+                     f"{len(rows)} layers{empty}; sparsity of each kind of layer:", 4.4, key)
     top, bottom = figure.subplots(2, 1, sharex=True)
-    x, dense = np.arange(len(names)), 100 * weights / max(weights.sum(), 1)
+    x, dense = np.arange(len(rows)), 100 * weights / max(weights.sum(), 1)
     _quiet(top, "sparsity (%)", "y")
     top.bar(x, [sparsity(x == i) for i in x], color=colours, width=0.78)
     top.axhline(sparsity(x >= 0), color=INK, linewidth=1, linestyle=(0, (4, 3)))
@@ -294,56 +278,57 @@ def layer_sparsity(counts, path, title):
     _quiet(bottom, "share (%) of the remaining weights; grey lines: of all weights", "y")
     bottom.bar(x, 100 * left / max(left.sum(), 1), color=colours, width=0.78)
     bottom.hlines(dense, x - 0.45, x + 0.45, color=MUTED, linewidth=1.6)
-
-    _blocks((top, bottom), names, roles)
+    _blocks((top, bottom), rows)
     return _save(figure, path)
 
 
-def _blocks(axes, names, roles):
+def _blocks(axes, rows):
     """Draw the x axis of layers, shared by axes from top to bottom: every second block shaded, the
-    numbers of the blocks below the last."""
-    blocks = ["\nclassifier" if role == layers.CLASSIFIER else re.sub(r"\D*(\d+).*", r"\1", name)
-              for name, role in zip(names, roles, strict=True)]
-    starts = [i for i in range(len(names)) if i == 0 or blocks[i] != blocks[i - 1]]
-    ends = [*starts[1:], len(names)]
+    numbers of the blocks below the last. rows: one per layer."""
+    # Layers are named features.N.(...), apart from the classifier, whose label is too wide for one
+    # line with the numbers.
+    blocks = ["\nclassifier" if row["role"] == layers.CLASSIFIER else row["layer"].split(".")[1]
+              for row in rows]
+    starts = [i for i in range(len(rows)) if i == 0 or blocks[i] != blocks[i - 1]]
+    ends = [*starts[1:], len(rows)]
     for ax in axes:
         for start, end in list(zip(starts, ends, strict=True))[::2]:
             ax.axvspan(start - 0.5, end - 0.5, color="#F5F5F5", zorder=0)
         ax.tick_params(axis="x", length=0)
     middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
     axes[-1].set_xticks(middles, [blocks[i] for i in starts])
-    axes[-1].set_xlim(-0.6, len(names) - 0.4)
+    axes[-1].set_xlim(-0.6, len(rows) - 0.4)
     axes[-1].set_xlabel("block N of features.N")
 
 
 def sensitivity(rows, accuracy, path, title):
     """Draw the points of accuracy that are lost when one layer's weights alone have few bits.
 
-    rows: dicts of layer, weight_bits, accuracy, total, nonzeros; accuracy: of the fp32 network.
     One panel per bit-width, each with its own scale; below them, the layers' non-zero weights.
+
+    rows: dicts of layer, role (see models/layers.py), weight_bits, accuracy, total, nonzeros; the
+    layers in network order. accuracy: of the fp32 network.
     """
     rows = _rows(rows)
-    names = list(dict.fromkeys(row["layer"] for row in rows))
-    roles = _roles(names)
-    colours = [ROLES[role] for role in roles]
+    by_layer = list({row["layer"]: row for row in rows}.values())
+    colours = [ROLES[row["role"]] for row in by_layer]
     widths = sorted({row["weight_bits"] for row in rows}, reverse=True)
-    left = {row["layer"]: row["nonzeros"] for row in rows}
-    key = {role: colour for role, colour in ROLES.items() if role in roles}
+    key = {role: colour for role, colour in ROLES.items() if colour in colours}
     figure = _figure(title, f"all other layers and all activations in fp32 ({100 * accuracy:.2f}%, "
                      f"n={rows[0]['total']}); one image is {100 / rows[0]['total']:g} points",
                      1.5 + 1.7 * len(widths), key)
     axes = np.atleast_1d(figure.subplots(len(widths) + 1, 1, sharex=True))
     for ax, bits in zip(axes, widths, strict=False):
-        lost = {r["layer"]: 100 * (accuracy - r["accuracy"]) for r in rows
-                if r["weight_bits"] == bits}
+        lost = {row["layer"]: 100 * (accuracy - row["accuracy"]) for row in rows
+                if row["weight_bits"] == bits}
         _quiet(ax, f"points lost at {bits} bits", "y")
-        ax.bar(range(len(names)), [lost.get(name, math.nan) for name in names], color=colours,
+        ax.bar(range(len(by_layer)), [lost[row["layer"]] for row in by_layer], color=colours,
                width=0.78)
         ax.axhline(0, color=GREY, linewidth=0.8)
     _quiet(axes[-1], "non-zero weights (thousands)", "y")
-    spared = [left[name] / 1000 for name in names]
-    axes[-1].bar(range(len(names)), spared, color=colours, width=0.78)
-    _blocks(axes, names, roles)
+    axes[-1].bar(range(len(by_layer)), _series(by_layer, "nonzeros") / 1000, color=colours,
+                 width=0.78)
+    _blocks(axes, by_layer)
     return _save(figure, path)
 
 

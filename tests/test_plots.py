@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lib import plots
+from models.layers import roles
+from models.mobilenetv2 import standard
 
 ODD_NAMES = ["$x$", "图", "x" * 90, "$", *map(str, range(96))]
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer",
@@ -32,16 +34,10 @@ def counts(errors):
     return np.diag([100] * 10) + rng.integers(0, errors + 1, (10, 10)) * ~np.eye(10, dtype=bool)
 
 
-def layer_names():
-    """The 53 convolution and linear layers of torchvision's mobilenet_v2, in order."""
-    blocks = [f"features.{n}.conv.{place}" for n in range(2, 18) for place in ("0.0", "1.0", "2")]
-    return ["features.0.0", "features.1.conv.0.0", "features.1.conv.1", *blocks,
-            "features.18.0", "classifier.1"]
-
-
 def layers(share):
-    return [(name, 1000 + 10 * i, int(share * (1000 + 9 * i)))
-            for i, name in enumerate(layer_names())]
+    return [{"layer": name, "role": role, "weights": 1000 + 10 * i,
+             "nonzeros": int(share * (1000 + 9 * i))}
+            for i, (name, role) in enumerate(roles(standard()).items())]
 
 
 def rounds(n):
@@ -75,7 +71,10 @@ CHARTS = {
     "confusion, all wrong": (plots.confusion, np.roll(counts(0), 1, axis=1), CLASSES),
     "layers": (plots.layer_sparsity, layers(0.05)),
     "layers, none left": (plots.layer_sparsity, layers(0)),
-    "layers, one": (plots.layer_sparsity, [("fc.weight", 10, 10)]),
+    "layers, one": (plots.layer_sparsity, layers(1)[:1]),
+    "sensitivity": (plots.sensitivity, [row | {"weight_bits": bits, "accuracy": 0.9 - 0.1 / bits,
+                                               "total": 1000}
+                                        for row in layers(0.05) for bits in (4, 2)], 0.9),
     "rounds": (plots.accuracy_sparsity, rounds(18)),
     "rounds, one": (plots.accuracy_sparsity, rounds(1)),
     "rounds, nothing left": (plots.accuracy_sparsity,
@@ -186,16 +185,6 @@ def test_a_failed_rename_leaves_nothing_behind(tmp_path):
 def test_pyplot_is_never_loaded_by_the_module():
     code = "import sys, lib.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
-
-
-def test_kinds_of_layers():
-    names = layer_names()
-    kinds = plots._roles(names)
-    assert len(kinds) == 53
-    assert {kind: kinds.count(kind) for kind in kinds} == {
-        "stem": 1, "depthwise": 17, "project": 17, "expand": 16, "head": 1, "classifier": 1}
-    assert kinds[:6] == ["stem", "depthwise", "project", "expand", "depthwise", "project"]
-    assert plots._roles(["conv1"]) == ["other"]
 
 
 @pytest.mark.parametrize(("count", "text"), [
