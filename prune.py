@@ -294,16 +294,15 @@ def _describe(line: dict) -> str:
 
 def _finish(cfg, out, model, parent_layers, parent, images, rounds, floor) -> None:
     """Save the pruned network and draw both charts."""
-    last = [line for line in rounds if line["kept"]][-1]
+    last_kept = max(i for i, line in enumerate(rounds) if line["kept"])
+    last = rounds[last_kept]
     figures = {k: last[k] for k in ("round", "sparsity", "val_correct", "val_total")}
     saved = checkpoint.save(
         out, "pruned", model, cfg, parent, metrics=figures, data=images.provenance()
     )
-    best = rounds.index(last)
     plots.accuracy_sparsity(
-        [line | {"kept": i == best} for i, line in enumerate(rounds)],
-        cfg.place("plots/prune.png"),
-        f"Accuracy against sparsity (validation: n={len(images.val)})", floor,
+        rounds, last_kept, floor, cfg.place("plots/prune.png"),
+        f"Accuracy against sparsity (validation: n={len(images.val)})",
     )  # fmt: skip
     role = roles(model.settings)
     left = {name: nonzeros for name, _, nonzeros in metrics.layer_counts(model)}

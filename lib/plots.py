@@ -332,26 +332,21 @@ def sensitivity(rows, accuracy, path, title):
     return _save(figure, path)
 
 
-def accuracy_sparsity(rounds, path, title, floor=None):
+def accuracy_sparsity(rounds, saved, floor, path, title):
     """Draw validation accuracy against sparsity, on a log scale of density.
 
-    rounds: dicts of round, sparsity, val_accuracy. Marked as kept: the round whose `kept` is true,
-    or else the sparsest one at or above the floor.
+    rounds: dicts of round, sparsity, val_accuracy, from the densest to the sparsest. saved: index
+    of the round whose network was saved. floor: the lowest accuracy that may be saved.
     """
-    rounds = _rows(row for row in rounds if row.get("val_accuracy") is not None)
-    rounds.sort(key=lambda row: row["sparsity"])
+    rounds = _rows(rounds)
     sparsity, accuracy = _series(rounds, "sparsity"), 100 * _series(rounds, "val_accuracy")
     x = -np.log10(np.maximum(1 - sparsity, 1e-4))
-    kept = [i for i, row in enumerate(rounds) if row.get("kept")]
-    if not kept and floor is not None:
-        kept = [i for i, row in enumerate(rounds) if row["val_accuracy"] >= floor]
-    note = f"{len(rounds)} point{'s'[:len(rounds) > 1]}, numbered by round"
-    if kept:
-        note += (f"; kept: round {rounds[kept[-1]]['round']}, {100 * sparsity[kept[-1]]:.2f}% "
-                 f"sparse, accuracy {accuracy[kept[-1]]:.2f}%")
+    note = (f"{len(rounds)} point{'s'[:len(rounds) > 1]}, numbered by round; saved: round "
+            f"{rounds[saved]['round']}, {100 * sparsity[saved]:.2f}% sparse, accuracy "
+            f"{accuracy[saved]:.2f}%")
     low, high = accuracy.min(), accuracy.max()
     # A floor far below the points would leave them no room.
-    far = floor is not None and low - 100 * floor > 2 * max(high - low, 1)
+    far = low - 100 * floor > 2 * max(high - low, 1)
     note += f"; floor {100 * floor:.2f}%" if far else ""
     figure = _figure(title, note, 3.9)
     ax = figure.subplots()
@@ -359,14 +354,13 @@ def accuracy_sparsity(rounds, path, title, floor=None):
     ax.plot(x, accuracy, color=BLUE, linewidth=1.5, marker="o", ms=5, zorder=3)
     for i in range(0, len(rounds), math.ceil(len(rounds) / 30)):
         _label(ax, rounds[i]["round"], (x[i], accuracy[i]), (3, 8), size=8.5, color=MUTED)
-    if floor is not None and not far:
+    if not far:
         low, high = min(low, 100 * floor), max(high, 100 * floor)
         ax.axhline(100 * floor, color=RED, linewidth=1.2, linestyle=(0, (5, 3)))
         _label(ax, f"floor {100 * floor:.2f}%", (0, 100 * floor), (4, -9), side=True, color=RED)
-    if kept:
-        at = x[kept[-1]], accuracy[kept[-1]]
-        ax.plot(*at, "o", ms=11, mfc="none", mec=INK, mew=1.8, zorder=4)
-        _label(ax, "kept", at, (0, -19), ha="center", weight="bold")
+    at = x[saved], accuracy[saved]
+    ax.plot(*at, "o", ms=11, mfc="none", mec=INK, mew=1.8, zorder=4)
+    _label(ax, "saved", at, (0, -19), ha="center", weight="bold")
     pad, right = 0.14 * max(high - low, 1), max(x.max(), 0.31) + 0.08
     marks = np.array([0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999])
     marks = marks[-np.log10(1 - marks) <= right]

@@ -1,5 +1,6 @@
 """Every chart: a whole PNG on ordinary and on edge inputs, nothing at all when it fails."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -75,10 +76,11 @@ CHARTS = {
     "sensitivity": (plots.sensitivity, [row | {"weight_bits": bits, "accuracy": 0.9 - 0.1 / bits,
                                                "total": 1000}
                                         for row in layers(0.05) for bits in (4, 2)], 0.9),
-    "rounds": (plots.accuracy_sparsity, rounds(18)),
-    "rounds, one": (plots.accuracy_sparsity, rounds(1)),
+    "rounds": (plots.accuracy_sparsity, rounds(18), 16, 0.93),
+    "rounds, one": (plots.accuracy_sparsity, rounds(1), 0, 0.93),
+    "rounds, many": (plots.accuracy_sparsity, rounds(35), 34, 0.7),
     "rounds, nothing left": (plots.accuracy_sparsity,
-                             [{"round": 1, "sparsity": 1.0, "val_accuracy": 0.0}]),
+                             [{"round": 1, "sparsity": 1.0, "val_accuracy": 0.0}], 0, -0.2),
     "rate": (plots.accuracy_bytes, [{**cell, "rd_lambda": r, "bytes": cell["bytes"] / (1 + r)}
                           for r in (0, 0.1, 0.5) for cell in cells([8, 4], [8])]),
     "rate, one file": (plots.accuracy_bytes, [{**cells([8], [8])[0], "rd_lambda": 0.5}]),
@@ -125,13 +127,10 @@ def test_confusion_of_many_classes_has_a_row_for_each_and_odd_names(tmp_path, cl
         assert image.width == 9 * 60 and 10 * 60 < image.height < 25 * 60
 
 
-def test_floor_and_kept_round_show(tmp_path):
-    def draw(rows, **options):
-        return plots.accuracy_sparsity(rows, tmp_path / "a.png", "t", **options).read_bytes()
-
-    plain, floor = draw(rounds(18)), draw(rounds(18), floor=0.93)
-    kept = [{**row, "kept": row["round"] == 3} for row in rounds(18)]
-    assert len({plain, floor, draw(kept, floor=0.93)}) == 3
+def test_the_floor_and_the_saved_round_show(tmp_path):
+    path, cases = tmp_path / "a.png", ((17, 0.93), (17, 0.92), (3, 0.93), (17, 0.1))
+    charts = [plots.accuracy_sparsity(rounds(18), *case, path, "t").read_bytes() for case in cases]
+    assert len(set(charts)) == 4
 
 
 def test_the_same_data_give_the_same_bytes(tmp_path):
@@ -140,17 +139,19 @@ def test_the_same_data_give_the_same_bytes(tmp_path):
 
 
 def test_the_data_are_not_changed(tmp_path):
-    rows = rounds(5)[::-1]
-    plots.accuracy_sparsity(rows, tmp_path / "a.png", "t")
-    assert rows == rounds(5)[::-1]
+    rows = [{**cell, "rd_lambda": r} for r in (0.5, 0) for cell in cells([4, 8], [8])]
+    before = copy.deepcopy(rows)
+    plots.accuracy_bytes(rows, tmp_path / "a.png", "t")
+    assert rows == before
 
 
-@pytest.mark.parametrize("draw", [plots.curves, plots.layer_sparsity, plots.accuracy_sparsity,
-                                  plots.heatmap, plots.accuracy_bytes, plots.parallel_coordinates,
-                                  plots.storage, plots.stages])
-def test_nothing_to_plot_is_an_error(draw, tmp_path):
+@pytest.mark.parametrize(("draw", "others"), [
+    (plots.curves, ()), (plots.layer_sparsity, ()), (plots.sensitivity, (0.9,)),
+    (plots.accuracy_sparsity, (0, 0.9)), (plots.heatmap, ()), (plots.accuracy_bytes, ()),
+    (plots.parallel_coordinates, ()), (plots.storage, ()), (plots.stages, ()), (plots.speed, ())])
+def test_nothing_to_plot_is_an_error(draw, others, tmp_path):
     with pytest.raises(ValueError, match="nothing to plot"):
-        draw([], tmp_path / "a.png", "t")
+        draw([], *others, tmp_path / "a.png", "t")
     assert not list(tmp_path.iterdir())
 
 
