@@ -634,7 +634,7 @@ def speed(rows, path, title):
 
     One bar per thread count, with the ratio to the first network; accuracy with its 95% interval.
 
-    rows: dicts of network, threads, batch, milliseconds, images_a_second, ratio, correct, total.
+    rows: dicts of network, threads, batch, milliseconds, images_per_second, ratio, correct, total.
     """
     rows = _rows(rows)
     names = list(dict.fromkeys(row["network"] for row in rows))
@@ -642,13 +642,13 @@ def speed(rows, path, title):
     batches = sorted({row["batch"] for row in rows})
     key = {f"{n} thread{'s'[:n > 1]}": PARTS[i % len(PARTS)] for i, n in enumerate(counts)}
     colours, height = list(key.values()), 0.8 / len(counts)
-    note = (f"medians of alternating turns; ×: against {names[0]}, as many threads; "
+    note = (f"medians of alternating turns; ×: relative to {names[0]} at the same thread count; "
             f"accuracy on n = {rows[0]['total']:,} images")
     figure = _figure(title, note, 0.9 + 0.55 * len(names), key)
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 0.55], sharey=True)
     for ax, batch, field, text in (
         (left, batches[0], "milliseconds", f"latency at batch {batches[0]} (ms)"),
-        (middle, batches[-1], "images_a_second", f"images a second at batch {batches[-1]}"),
+        (middle, batches[-1], "images_per_second", f"images per second at batch {batches[-1]}"),
     ):
         _quiet(ax, text, "x")
         some = [row for row in rows if row["batch"] == batch]

@@ -60,6 +60,9 @@ FILES = [("baseline.pth", {"weights: values": 8_810_240, "BN, biases, scales": 2
 STAGES = [{"stage": stage, "bytes": size, "correct": correct, "total": 1000}
           for stage, size, correct in (("baseline", 9_195_684, 949), ("int8", 2_591_596, 938),
                                        ("compressed", 70_400, 940))]
+SPEED = [{"network": network, "threads": threads, "batch": batch, "milliseconds": 8.0 * batch,
+          "images_per_second": 125.0 * threads, "ratio": 1.0, "correct": 949, "total": 1000}
+         for threads in (1, 2) for batch in (1, 250) for network in ("fp32, torch", "int8")]
 CHARTS = {
     "curves": (plots.curves, history(30)),
     "curves, one epoch": (plots.curves, history(1)),
@@ -98,6 +101,8 @@ CHARTS = {
     "stages": (plots.stages, STAGES),
     "stages, one": (plots.stages, STAGES[:1]),
     "stages, zero": (plots.stages, [{"stage": "a", "bytes": 0, "correct": 0, "total": 0}]),
+    "speed": (plots.speed, SPEED),
+    "speed, one": (plots.speed, SPEED[:1]),
 }
 
 
