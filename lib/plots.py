@@ -18,7 +18,7 @@ from matplotlib.colors import FuncNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lib.files import atomic
 from lib.metrics import wilson
@@ -30,8 +30,8 @@ YELLOW, BLUE, RED, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 INK, MUTED, GREY, PALE = "#222222", "#666666", "#999999", "#A9CCE3"
 # For parts of a file and numbers of threads: neighbours are easy to tell apart.
 PALETTE = (BLUE, ORANGE, SKY, GREEN, PINK, YELLOW, RED, GREY, PALE, "#7A2E00", "#B7D7A8", MUTED)
-ROLE_COLOURS = {layers.STEM: BLACK, layers.EXPAND: BLUE, layers.DEPTHWISE: RED, layers.PROJECT: SKY,
-         layers.HEAD: ORANGE, layers.CLASSIFIER: GREEN}
+ROLE_COLOURS = {layers.STEM: BLACK, layers.EXPAND: BLUE, layers.DEPTHWISE: RED,
+                layers.PROJECT: SKY, layers.HEAD: ORANGE, layers.CLASSIFIER: GREEN}
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#FFFFFF", "#F9C78B", RED, "#7A2E00"])
 # Dark is good. Plasma without its yellow end, which would vanish as a line on white.
 BELOW_BEST = LinearSegmentedColormap.from_list(
@@ -467,18 +467,27 @@ def accuracy_bytes(cells, path, title, marks=None, chosen=None):
     best = max(cell["accuracy"] for cell in cells)
     near = [cell for cell in cells if cell["accuracy"] >= best - 0.01 - 1e-9]
     pick = chosen or min(near, key=lambda cell: cell["bytes"])
-    what = "chosen" if chosen else "the smallest within a point of it"
-    note = (f"{_counted(len(cells), 'file')}; best {100 * best:.2f}%; {what}: "
-            f"W{pick['weight_bits']}A{pick['act_bits']} at lambda {pick['rd_lambda']:.3g}, "
-            f"{_size(pick['bytes'])}, {100 * pick['accuracy']:.2f}%")
-    figure = _figure(title, note, 4.4, colours if len(lines) > 1 else None)
+    # What fell far is cut off: the top is where files are chosen.
+    low = max(min(cell["accuracy"] for cell in cells), min(best - 0.03, pick["accuracy"] - 0.01))
+    low = min([low, *(accuracy for _, accuracy in marks.values())])
+    high = max([best, *(accuracy for _, accuracy in marks.values())])
+    pad = 0.12 * (high - low) + 0.003
+    low, high = low - pad, high + pad
+    shown = [cell for cell in cells if cell["accuracy"] >= low]
+    cut = len(cells) - len(shown)
+    what = "chosen" if chosen else "smallest within a point"
+    note = (f"{_counted(len(cells), 'file')}, labelled by lambda"
+            + f" ({cut} under {100 * low:.1f}% not shown)" * (cut > 0)
+            + f"; best {100 * best:.2f}%; {what}: W{pick['weight_bits']}A{pick['act_bits']} "
+            f"at lambda {pick['rd_lambda']:.3g}, {_size(pick['bytes'])}, "
+            f"{100 * pick['accuracy']:.2f}%")
+    key = {name: colours[name] for name, points in lines.items()
+           if any(cell["accuracy"] >= low for cell in points)}
+    figure = _figure(title, note, 4.4, key if len(lines) > 1 else None)
     ax = figure.subplots()
     _style_axes(ax, "accuracy (%)", "both")
-    # What fell far is cut off: the top is where files are chosen.
-    floor = max(min(cell["accuracy"] for cell in cells), min(best - 0.03, pick["accuracy"] - 0.01))
     if chosen:
         ax.plot(pick["bytes"], 100 * pick["accuracy"], "o", ms=12, mfc="none", color=INK, zorder=4)
-    top = max([best, *(accuracy for _, accuracy in marks.values())])
     for number, (name, points) in enumerate(lines.items()):
         points.sort(key=lambda cell: cell["bytes"])
         x, y = _column(points, "bytes"), 100 * _column(points, "accuracy")
@@ -486,30 +495,30 @@ def accuracy_bytes(cells, path, title, marks=None, chosen=None):
         offset, side = ((7, -7), "left") if number % 2 else ((-6, 6), "right")
         last = 0  # labels of points that are nearly one would be too
         for cell in points:
-            if cell["accuracy"] >= floor and cell["bytes"] > 1.04 * last:
+            if cell["accuracy"] >= low and cell["bytes"] > 1.04 * last:
                 last = cell["bytes"]
                 at = last, 100 * cell["accuracy"]
                 _label(ax, f"{cell['rd_lambda']:.3g}", at, offset, ha=side, size=8.5,
                        color=colours[name])
-    sizes = [cell["bytes"] for cell in cells if cell["accuracy"] >= floor]
-    low = min([*sizes, *(size for size, _ in marks.values())]) / 1.12
-    high = 2 * max(sizes)
+    sizes = [cell["bytes"] for cell in shown]
+    left = min([*sizes, *(size for size, _ in marks.values())]) / 1.2
+    right = 2 * max(sizes)
     for name, (size, accuracy) in marks.items():
         text = f"{name}\n{_size(size)}"
-        if size < high:
+        if size < right:
             ax.plot(size, 100 * accuracy, "D", color=INK, ms=6, zorder=4)
-            _label(ax, text, (size, 100 * accuracy), (0, -18), ha="center", size=9)
+            # Away from the lines: below a file that is worse than ours, above one that is better.
+            worse = any(c["bytes"] <= size and c["accuracy"] >= accuracy for c in cells)
+            _label(ax, text, (size, 100 * accuracy), (0, -18 if worse else 18), ha="center", size=9)
         else:  # far to the right: an arrow, so that the rest can be told apart
-            at = high, 100 * accuracy
+            at = right, 100 * accuracy
             ax.plot(*at, ">", color=INK, ms=8, zorder=4, clip_on=False)
             _label(ax, text, at, (-9, 0), ha="right", size=9)
     ax.set_xscale("log")
-    for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-        axis(FuncFormatter(lambda size, _: _size(size, 1)))
-    pad = 12 * (top - floor) + 0.3
-    ax.set(xlim=(low, high), ylim=(100 * floor - pad, 100 * top + pad),
-           xlabel="bytes of the file (log scale)")
-    ax.tick_params(which="minor", labelsize=9.5, color=GREY)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # labels of more would overlap
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _size(size, 1)))
+    ax.set(xlim=(left, right), ylim=(100 * low, 100 * high), xlabel="file size (log scale)")
     return _save(figure, path)
 
 
