@@ -160,7 +160,7 @@ def curves(history, path, title):
     epoch, lr, val = (_column(history, key) for key in ("epoch", "lr", "val_accuracy"))
     best = int(np.nanargmax(val)) if np.isfinite(val).any() else None
     note = "no validation split" if best is None else (
-        f"best validation accuracy {100 * val[best]:.2f}%, at epoch {epoch[best]:g}")
+        f"dotted line: best validation accuracy, {100 * val[best]:.2f}% at epoch {epoch[best]:g}")
     figure = _figure(title, f"{_counted(len(history), 'epoch')}; {note}", 3.9)
     names, ratios = [["loss", "accuracy"]], None
     if np.isfinite(lr).any():
@@ -198,13 +198,8 @@ def curves(history, path, title):
         if best is not None:
             ax.axvline(epoch[best], color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
     if best is not None:
-        at, late = (epoch[best], 100 * val[best]), epoch[best] > epoch.mean()
-        axes["accuracy"].plot(*at, "o", ms=7, mfc="white", mec=BLUE, mew=2, zorder=5)
-        if len(history) > 1:
-            axes["accuracy"].annotate(
-                f"best {at[1]:.2f}%\nepoch {at[0]:g}", (at[0], 0.03), (-5 if late else 5, 0),
-                xycoords=axes["accuracy"].get_xaxis_transform(), textcoords="offset points",
-                ha="right" if late else "left", color=INK, path_effects=HALO)
+        axes["accuracy"].plot(epoch[best], 100 * val[best], "o", ms=7, mfc="white", mec=BLUE,
+                              mew=2, zorder=5)
     return _save(figure, path)
 
 
