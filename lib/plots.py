@@ -214,7 +214,7 @@ def confusion(matrix, classes, path, title):
     over the classes.
     """
     matrix, k = np.asarray(matrix).astype(int), len(classes)
-    few, size = k <= 20, 9.5 if k <= 20 else 6
+    few, size = k <= 20, 9.5 if k <= 12 else 7  # points: what fits into a cell
     names = [name if len(name) < 25 else name[:24] + "…" for name in classes]
     names = [name.replace("$", r"\$") for name in names]  # no formulas
     if matrix.shape != (k, k):
@@ -222,7 +222,7 @@ def confusion(matrix, classes, path, title):
     total, hits, counts = int(matrix.sum()), np.diag(matrix), matrix.sum(1)
     errors = matrix * ~np.eye(k, dtype=bool)
     worst = [divmod(int(i), k) for i in np.argsort(-errors, axis=None, kind="stable")[:3]]
-    worst = [f"{names[i]} → {names[j]} {errors[i, j]:,}" for i, j in worst if errors[i, j]]
+    worst = [f"{names[i]} → {names[j]} ({errors[i, j]:,})" for i, j in worst if errors[i, j]]
     figure = _figure(title, f"{hits.sum():,} of {total:,} correct "
                      f"({100 * hits.sum() / max(total, 1):.2f}%). "
                      + ("Most frequent errors: " + ", ".join(worst) if worst else "No errors"),
@@ -237,7 +237,7 @@ def confusion(matrix, classes, path, title):
         left.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", size=size,
                   weight="bold" if i == j else "normal",
                   color=_contrast(colours[i, j]) if matrix[i, j] else "#BBBBBB")
-    _style_axes(left, "images; the darker, the larger the share of its true class")
+    _style_axes(left, "images; darker: a larger share of the true class")
     left.set_xticks(range(k) if few else [], names if few else [], rotation=35, ha="right",
                     rotation_mode="anchor")
     left.set_yticks(range(k) if k <= 200 else [], names if k <= 200 else [])
