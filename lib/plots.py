@@ -310,7 +310,7 @@ def _layer_axis(axes, rows):
     middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
     axes[-1].set_xticks(middles, [blocks[i] for i in starts])
     axes[-1].set_xlim(-0.6, len(rows) - 0.4)
-    axes[-1].set_xlabel("block N of features.N")
+    axes[-1].set_xlabel("layers in network order, grouped by N in features.N")
 
 
 def sensitivity(rows, accuracy, path, title):
@@ -327,14 +327,15 @@ def sensitivity(rows, accuracy, path, title):
     colours = [ROLE_COLOURS[row["role"]] for row in by_layer]
     widths = sorted({row["weight_bits"] for row in rows}, reverse=True)
     key = {role: colour for role, colour in ROLE_COLOURS.items() if colour in colours}
-    figure = _figure(title, f"all other layers and all activations in fp32 ({100 * accuracy:.2f}%, "
-                     f"n={rows[0]['total']}); one image is {100 / rows[0]['total']:g} points",
-                     1.5 + 1.7 * len(widths), key)
+    images = rows[0]["total"]
+    note = (f"all other layers and all activations in fp32; fp32 network: {100 * accuracy:.2f}% "
+            f"(n = {images:,}); one image is {100 / images:.2g} points")
+    figure = _figure(title, note, 1.5 + 1.7 * len(widths), key)
     axes = np.atleast_1d(figure.subplots(len(widths) + 1, 1, sharex=True))
     for ax, bits in zip(axes, widths, strict=False):
         lost = {row["layer"]: 100 * (accuracy - row["accuracy"]) for row in rows
                 if row["weight_bits"] == bits}
-        _style_axes(ax, f"points lost at {bits} bits", "y")
+        _style_axes(ax, f"accuracy lost at {bits} bits (percentage points)", "y")
         ax.bar(range(len(by_layer)), [lost[row["layer"]] for row in by_layer], color=colours,
                width=0.78)
         ax.axhline(0, color=GREY, linewidth=0.8)
