@@ -355,9 +355,8 @@ def accuracy_sparsity(rounds, saved, floor, path, title):
     rounds = _nonempty(rounds)
     sparsity, accuracy = _column(rounds, "sparsity"), 100 * _column(rounds, "val_accuracy")
     x = -np.log10(np.maximum(1 - sparsity, 1e-4))
-    note = (f"{_counted(len(rounds), 'point')}, numbered by round; saved: round "
-            f"{rounds[saved]['round']}, {100 * sparsity[saved]:.2f}% sparse, accuracy "
-            f"{accuracy[saved]:.2f}%")
+    note = (f"one point per round, 0: the parent; saved: round {rounds[saved]['round']}, "
+            f"{100 * sparsity[saved]:.2f}% sparse, accuracy {accuracy[saved]:.2f}%")
     low, high = accuracy.min(), accuracy.max()
     # A floor far below the points would leave them no room.
     far = low - 100 * floor > 2 * max(high - low, 1)
@@ -367,14 +366,16 @@ def accuracy_sparsity(rounds, saved, floor, path, title):
     _style_axes(ax, "validation accuracy (%)", "both")
     ax.plot(x, accuracy, color=BLUE, linewidth=1.5, marker="o", ms=5, zorder=3)
     for i in range(0, len(rounds), math.ceil(len(rounds) / 30)):
-        _label(ax, rounds[i]["round"], (x[i], accuracy[i]), (3, 8), size=8.5, color=MUTED)
+        offset = (6, 11) if i == saved else (3, 8)  # outside the ring
+        _label(ax, rounds[i]["round"], (x[i], accuracy[i]), offset, size=8.5, color=MUTED)
     if not far:
         low, high = min(low, 100 * floor), max(high, 100 * floor)
         ax.axhline(100 * floor, color=RED, linewidth=1.2, linestyle=(0, (5, 3)))
         _label(ax, f"floor {100 * floor:.2f}%", (0, 100 * floor), (4, -9), side=True, color=RED)
     at = x[saved], accuracy[saved]
     ax.plot(*at, "o", ms=11, mfc="none", mec=INK, mew=1.8, zorder=4)
-    _label(ax, "saved", at, (0, -19), ha="center", weight="bold")
+    rises = saved and accuracy[saved - 1] < accuracy[saved]  # then the line is below the point
+    _label(ax, "saved", at, (0, 24 if rises else -19), ha="center", weight="bold")
     pad, right = 0.14 * max(high - low, 1), max(x.max(), 0.31) + 0.08
     marks = np.array([0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999])
     marks = marks[-np.log10(1 - marks) <= right]
