@@ -427,7 +427,7 @@ def heatmap(cells, path, title):
         sizes = [cell["bytes"] for cell in cells if cell["weight_bits"] == bits]
         ends = dict.fromkeys([_size(min(sizes)), _size(max(sizes))])
         _label(ax, " to\n".join(ends), (1, i), (6, 0), side=True, size=8.5, color=MUTED)
-    _label(ax, "file", (1, -0.5), (6, 7), side=True, size=8.5, color=MUTED)
+    _label(ax, "file size", (1, -0.5), (6, 7), side=True, size=8.5, color=MUTED)
     _style_axes(ax, "accuracy (%)")
     ax.spines[:].set_visible(False)
     ax.set_xticks(range(len(columns)), columns)
@@ -556,9 +556,9 @@ def parallel_coordinates(cells, path, title):
     for x, name in enumerate(("weight bits", "activation bits", "file size", "accuracy (%)")):
         ax.text(x, 1.07, name, ha="center", weight="bold", size=10.5, color=INK)
     for x, write in enumerate(("{:g}".format, "{:g}".format, _size)):
-        used = []
-        for y, value in sorted(zip(ticks[x], columns[x], strict=True)):
-            if not used or y - used[-1] >= 0.045:
+        used, values = [], sorted(zip(ticks[x], columns[x], strict=True))
+        for y, value in (values[0], values[-1], *values):  # the ends first: they have labels
+            if all(abs(y - other) >= 0.045 for other in used):
                 used.append(y)
                 _label(ax, write(value), (x, y), (-6, 0), ha="right", zorder=4)
     best, used = 100 * max(float(cell["accuracy"]) for cell in cells), []
