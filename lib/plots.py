@@ -44,7 +44,7 @@ HALO = [withStroke(linewidth=3, foreground="white")]
 
 def _figure(title, note, height, key=None):
     """Return a figure: a title, a note and a key {label: colour} above `height` inches of axes."""
-    lines, notes = textwrap.wrap(title, 88) or [""], textwrap.wrap(note, 124)
+    lines, notes = textwrap.wrap(title, 84) or [""], textwrap.wrap(note, 130)
     columns = min(len(key), 4 if max(map(len, key)) > 17 else 7) if key else 1
     key_rows = math.ceil(len(key or ()) / columns)
     heads = [0.1, 0.22 * len(lines), 0.18 * len(notes), 0.22 * key_rows]  # inches, from the top
@@ -670,7 +670,7 @@ def speed(rows, path, title):
     key = {_counted(n, "thread"): PALETTE[i % len(PALETTE)] for i, n in enumerate(counts)}
     colours, height = list(key.values()), 0.8 / len(counts)
     note = (f"medians of alternating turns; ×: relative to {names[0]} at the same thread count; "
-            f"accuracy on n = {rows[0]['total']:,} images")
+            f"accuracy with 95% interval, n = {rows[0]['total']:,}")
     figure = _figure(title, note, 0.9 + 0.55 * len(names), key)
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 0.55], sharey=True)
     for ax, batch, field, text in (
