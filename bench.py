@@ -313,7 +313,7 @@ def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:
         to_compacted, cpu_to_compacted = ratios(COMPACTED, name)
         figures[name] = {
             "milliseconds": 1000 * statistics.median(wall), "fastest": 1000 * min(wall),
-            "images_a_second": len(images) / statistics.median(wall), "ratio": ratio,
+            "images_per_second": len(images) / statistics.median(wall), "ratio": ratio,
             "ratio_to_compacted": to_compacted,
             "cpu_milliseconds": 1000 * statistics.median(cpu), "cpu_ratio": cpu_ratio,
             "cpu_ratio_to_compacted": cpu_to_compacted, "turns": len(wall),
@@ -355,7 +355,7 @@ def text_of(rows: list[dict]) -> str:
                      f"{'CPU ms':>10}{'dense':>8}{'compacted':>11}"
                      f"{'accuracy':>10}{'weights':>12}{'activations':>13}")  # fmt: skip
         lines += [
-            f"  {r['network']:28}{r['milliseconds']:>10.2f}{r['images_a_second']:>9.0f}"
+            f"  {r['network']:28}{r['milliseconds']:>10.2f}{r['images_per_second']:>9.0f}"
             f"{r['ratio']:>7.1f}x{r['ratio_to_compacted']:>10.1f}x{r['cpu_milliseconds']:>10.2f}"
             f"{r['cpu_ratio']:>7.1f}x{r['cpu_ratio_to_compacted']:>10.1f}x"
             f"{r['accuracy']:>10.2%}"

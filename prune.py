@@ -24,6 +24,7 @@ from autoaugment import augmentation
 from lib import checkpoint, config, engine, metrics, plots, processes, pruning, ptq
 from lib.compaction import compact, take
 from lib.config import UserError, flag
+from models.layers import roles
 from models.mobilenetv2 import MobileNetV2
 
 SAMPLE = 512  # training images that the score obd is computed on
@@ -293,25 +294,22 @@ def _describe(line: dict) -> str:
 
 def _finish(cfg, out, model, parent_layers, parent, images, rounds, floor) -> None:
     """Save the pruned network and draw both charts."""
-    last = [line for line in rounds if line["kept"]][-1]
+    last_kept = max(i for i, line in enumerate(rounds) if line["kept"])
+    last = rounds[last_kept]
     figures = {k: last[k] for k in ("round", "sparsity", "val_correct", "val_total")}
     saved = checkpoint.save(
         out, "pruned", model, cfg, parent, metrics=figures, data=images.provenance()
     )
-    best = rounds.index(last)
     plots.accuracy_sparsity(
-        [line | {"kept": i == best} for i, line in enumerate(rounds)],
-        cfg.place("plots/prune.png"),
-        f"Accuracy against sparsity (validation: n={len(images.val)})", floor,
+        rounds, last_kept, floor, cfg.place("plots/prune.png"),
+        f"Accuracy against sparsity (validation: n={len(images.val)})",
     )  # fmt: skip
-    layers = [
-        (name, weights, nonzeros)  # of the weights that the layer had
-        for (name, weights, _), (_, _, nonzeros) in zip(
-            parent_layers, metrics.layer_counts(model), strict=True
-        )
-    ]
+    role = roles(model.settings)
+    left = {name: nonzeros for name, _, nonzeros in metrics.layer_counts(model)}
     plots.layer_sparsity(
-        layers, cfg.place("plots/sparsity.png"),
+        [{"layer": name, "role": role[name], "weights": weights, "nonzeros": left[name]}
+         for name, weights, _ in parent_layers],  # of the weights that each layer had
+        cfg.place("plots/sparsity.png"),
         f"Sparsity of every layer of {parent.file.name}, pruned",
     )  # fmt: skip
     print(

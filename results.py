@@ -89,7 +89,7 @@ def draw(measured: dict[str, dict], path: Path) -> None:
             total = int(column.removeprefix("correct of ").replace(",", ""))
             rows.append({
                 "stage": f"{group}\n{cells['file']}", "bytes": cells["bytes"],
-                "accuracy": cells[column] / total, "total": total, "group": group,
+                "correct": cells[column], "total": total, "group": group,
             })  # fmt: skip
     if rows:
         plots.stages(rows, path, "Bytes on disk and accuracy on the test split")

@@ -21,6 +21,7 @@ from lib import checkpoint, config, engine, measure, metrics, plots, ptq, quanti
 from lib.compaction import compact
 from lib.config import flag
 from lib.files import write_csv
+from models.layers import roles
 
 COLUMNS = ("layer", "weight_bits", "weights", "nonzeros", "split", "correct", "total", "accuracy",
            "loss", "gained", "lost")  # fmt: skip
@@ -89,7 +90,11 @@ def main(argv=None):
     rows.sort(key=lambda row: (order.index(row["layer"]), -row["weight_bits"]))
     write_csv(out, COLUMNS, rows)
     title = f"Each layer's weights alone at few bits: {parent.file.name}, {cfg.split}"
-    plots.sensitivity(rows, before.accuracy, cfg.place("plots/sensitivity.png"), title)
+    role = roles(fp32.settings)
+    plots.sensitivity(
+        [row | {"role": role[row["layer"]]} for row in rows], before.accuracy,
+        cfg.place("plots/sensitivity.png"), title,
+    )  # fmt: skip
     worst = min(rows, key=lambda row: row["correct"])
     log.close({"worst": worst["layer"]}, [cfg.place("plots/sensitivity.png")])
     print(

@@ -8,8 +8,6 @@ that their text has its nominal size at a README's 900 pixels.
 """
 
 import math
-import os
-import re
 import textwrap
 import warnings
 from pathlib import Path
@@ -20,8 +18,9 @@ from matplotlib.colors import FuncNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from lib.files import atomic
 from lib.metrics import wilson
 from models import layers
 
@@ -29,13 +28,14 @@ WIDTH, DPI = 9.0, 160  # inches; 1440 pixels, for screens that show more than 90
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, RED, PINK = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 INK, MUTED, GREY, PALE = "#222222", "#666666", "#999999", "#A9CCE3"
-PARTS = (BLUE, ORANGE, SKY, GREEN, PINK, YELLOW, RED, GREY, PALE, "#7A2E00", "#B7D7A8", MUTED)
-ROLES = {layers.STEM: BLACK, layers.EXPAND: BLUE, layers.DEPTHWISE: RED, layers.PROJECT: SKY,
-         layers.HEAD: ORANGE, layers.CLASSIFIER: GREEN, "other": GREY}
+# For parts of a file and numbers of threads: neighbours are easy to tell apart.
+PALETTE = (BLUE, ORANGE, SKY, GREEN, PINK, YELLOW, RED, GREY, PALE, "#7A2E00", "#B7D7A8", MUTED)
+ROLE_COLOURS = {layers.STEM: BLACK, layers.EXPAND: BLUE, layers.DEPTHWISE: RED,
+                layers.PROJECT: SKY, layers.HEAD: ORANGE, layers.CLASSIFIER: GREEN}
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#FFFFFF", "#F9C78B", RED, "#7A2E00"])
 # Dark is good. Plasma without its yellow end, which would vanish as a line on white.
-LOST = LinearSegmentedColormap.from_list(
-    "lost", ["#1B0C87", "#6A00A8", "#B12A90", "#E16462", "#FCA636"])
+BELOW_BEST = LinearSegmentedColormap.from_list(
+    "below best", ["#1B0C87", "#6A00A8", "#B12A90", "#E16462", "#FCA636"])
 HALO = [withStroke(linewidth=3, foreground="white")]
 
 
@@ -44,9 +44,10 @@ HALO = [withStroke(linewidth=3, foreground="white")]
 
 def _figure(title, note, height, key=None):
     """Return a figure: a title, a note and a key {label: colour} above `height` inches of axes."""
-    lines, notes = textwrap.wrap(title, 88) or [""], textwrap.wrap(note, 124)
-    wide = min(len(key), 4 if max(map(len, key)) > 17 else 7) if key else 1
-    heads = [0.1, 0.22 * len(lines), 0.18 * len(notes), 0.22 * math.ceil(len(key or ()) / wide)]
+    lines, notes = textwrap.wrap(title, 84) or [""], textwrap.wrap(note, 130)
+    columns = min(len(key), 4 if max(map(len, key)) > 17 else 7) if key else 1
+    key_rows = math.ceil(len(key or ()) / columns)
+    heads = [0.1, 0.22 * len(lines), 0.18 * len(notes), 0.22 * key_rows]  # inches, from the top
     total = height + sum(heads) + 0.04
     figure = Figure(figsize=(WIDTH, total), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -55,14 +56,14 @@ def _figure(title, note, height, key=None):
     figure.text(0.012, tops[0], "\n".join(lines), va="top", weight="bold", size=12, color=INK)
     figure.text(0.012, tops[1], "\n".join(notes), va="top", size=9.5, color=MUTED)
     if key:
-        figure.legend([Patch(color=colour) for colour in key.values()], list(key), ncols=wide,
+        figure.legend([Patch(color=colour) for colour in key.values()], list(key), ncols=columns,
                       loc="upper left", bbox_to_anchor=(0.006, tops[2]), frameon=False,
                       fontsize=9.5, handlelength=0.9, handletextpad=0.4, columnspacing=1.3,
                       borderaxespad=0.2, borderpad=0.2)
     return figure
 
 
-def _quiet(ax, title="", grid=None):
+def _style_axes(ax, title="", grid=None):
     """Style axes: thin and grey on the sides that carry a scale, grid lines behind the data."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(GREY)
@@ -74,43 +75,60 @@ def _quiet(ax, title="", grid=None):
 
 
 def _label(ax, text, at, offset, side=False, **style):
-    """Write text at a data point plus an offset in points; `side`: x is a fraction of the axes."""
+    """Write text at a data point plus an offset in points of 1/72 inch.
+
+    side: x of the point is a fraction of the axes' width.
+    """
     style = {"size": 10, "va": "center", "color": INK, "path_effects": HALO, **style}
     ax.annotate(text, at, offset, textcoords="offset points", annotation_clip=False,
                 xycoords=("axes fraction", "data") if side else "data", **style)
 
 
+def _accuracy_column(ax, y, correct, total, digits=1):
+    """Draw one accuracy per row, in percent: a dot, its 95% Wilson interval, the number beside it.
+
+    y: where each row is. correct, total: numbers of images per row; without images there is no dot.
+    digits: decimal places of the numbers; None: no numbers and small marks, for very many rows.
+    """
+    width, size = (1, 3) if digits is None else (2, 8)
+    for place, hits, images in zip(y, correct, total, strict=True):
+        if images:
+            low, high = wilson(hits, images)
+            ax.hlines(place, 100 * low, 100 * high, color=BLUE, linewidth=width)
+            ax.plot(100 * hits / images, place, "o", color=BLUE, ms=size)
+        if digits is not None:
+            text = f"{100 * hits / images:.{digits}f}" if images else "none"
+            _label(ax, text, (1, place), (6, 0), side=True)
+
+
 def _save(figure, path):
-    """Write the PNG to a temporary file, then rename it: half a file is never seen."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # classes may have names that no font holds
-            figure.savefig(file, format="png", dpi=DPI)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    """Write a figure as a PNG file, whole or not at all; return the file's path."""
+    with atomic(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # classes may have names that no font holds
+        figure.savefig(file, format="png", dpi=DPI)
+    return Path(path)
 
 
-def _rows(rows):
-    """Return the rows as a list; ValueError if there are none."""
+def _nonempty(rows):
+    """Return the rows as a list; raise ValueError if there are none."""
     rows = list(rows)
     if not rows:
         raise ValueError("nothing to plot: the list is empty")
     return rows
 
 
-def _series(rows, key):
+def _column(rows, key):
+    """Return what the rows have under a key as floats: NaN where it is missing or None."""
     return np.array([math.nan if row.get(key) is None else float(row[key]) for row in rows])
 
 
+def _counted(count, noun):
+    """Format a count with its noun: 1 epoch, 30 epochs."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def _size(count, digits=3):
-    """Format bytes with at least so many digits: 812 B, 70.4 KB, 1.04 MB."""
+    """Format a number of bytes with at least `digits` digits: 812 B, 70.4 KB, 1.04 MB."""
     for unit, scale in (("MB", 1e6), ("KB", 1e3)):
         if count >= 0.9995 * scale:
             whole = len(str(int(float(f"{count / scale:.{digits}g}"))))
@@ -118,7 +136,8 @@ def _size(count, digits=3):
     return f"{count:.0f} B"
 
 
-def _smaller(first, count):
+def _times_smaller(first, count):
+    """Format how many times fewer bytes `count` is than `first`: 2.7× or 129×."""
     ratio = first / max(count, 1)
     return f"{ratio:.{1 if ratio < 99.95 else 0}f}×"
 
@@ -137,12 +156,12 @@ def curves(history, path, title):
     history: dicts of epoch, train_loss, train_accuracy, val_loss, val_accuracy, lr; a val_* or lr
     that is None or missing is left out.
     """
-    history = _rows(history)
-    epoch, lr, val = (_series(history, key) for key in ("epoch", "lr", "val_accuracy"))
+    history = _nonempty(history)
+    epoch, lr, val = (_column(history, key) for key in ("epoch", "lr", "val_accuracy"))
     best = int(np.nanargmax(val)) if np.isfinite(val).any() else None
     note = "no validation split" if best is None else (
-        f"best validation accuracy {100 * val[best]:.2f}%, at epoch {epoch[best]:g}")
-    figure = _figure(title, f"{len(history)} epoch{'s'[:len(history) > 1]}; {note}", 3.9)
+        f"dotted line: best validation accuracy, {100 * val[best]:.2f}% at epoch {epoch[best]:g}")
+    figure = _figure(title, f"{_counted(len(history), 'epoch')}; {note}", 3.9)
     names, ratios = [["loss", "accuracy"]], None
     if np.isfinite(lr).any():
         names, ratios = [["loss", "accuracy"], ["lr", "accuracy"]], [4, 1]
@@ -152,9 +171,9 @@ def curves(history, path, title):
 
     for name, scale, text in (("loss", 1, "cross-entropy loss"), ("accuracy", 100, "accuracy (%)")):
         ax, ends = axes[name], []
-        _quiet(ax, text, "y")
+        _style_axes(ax, text, "y")
         for split, colour in (("train", ORANGE), ("val", BLUE)):
-            line = scale * _series(history, f"{split}_{name}")
+            line = scale * _column(history, f"{split}_{name}")
             seen = np.isfinite(line)
             if seen.any():
                 ax.plot(epoch[seen], line[seen], color=colour, linewidth=1.6, **dots)
@@ -165,7 +184,7 @@ def curves(history, path, title):
         for (y, text, colour), sign in zip(ends, (-1, 1), strict=False):
             _label(ax, text, (epoch.max(), y + sign * push), (9, 0), color=colour, weight="bold")
     if "lr" in axes:
-        _quiet(axes["lr"], "learning rate", "y")
+        _style_axes(axes["lr"], "learning rate", "y")
         axes["lr"].plot(epoch, lr, color=MUTED, linewidth=1.4, **dots)
         peak = max(np.nanmax(lr), 1e-12)
         axes["lr"].set_ylim(0, 1.15 * peak)
@@ -179,26 +198,23 @@ def curves(history, path, title):
         if best is not None:
             ax.axvline(epoch[best], color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
     if best is not None:
-        at, late = (epoch[best], 100 * val[best]), epoch[best] > epoch.mean()
-        axes["accuracy"].plot(*at, "o", ms=7, mfc="white", mec=BLUE, mew=2, zorder=5)
-        if len(history) > 1:
-            axes["accuracy"].annotate(
-                f"best {at[1]:.2f}%\nepoch {at[0]:g}", (at[0], 0.03), (-5 if late else 5, 0),
-                xycoords=axes["accuracy"].get_xaxis_transform(), textcoords="offset points",
-                ha="right" if late else "left", color=INK, path_effects=HALO)
+        axes["accuracy"].plot(epoch[best], 100 * val[best], "o", ms=7, mfc="white", mec=BLUE,
+                              mew=2, zorder=5)
     return _save(figure, path)
 
 
 def confusion(matrix, classes, path, title):
     """Draw a confusion matrix, and each class's accuracy with its 95% Wilson interval.
 
-    matrix: counts, (true class, predicted class). Errors are coloured by their share of the row;
-    the diagonal is grey. Over 20 classes there are no counts in the cells, and predicted classes,
-    in the order of the true ones, have no names; over 200, none have. Raises ValueError if the
-    matrix is not square over the classes.
+    Errors are coloured by their share of the true class's images; the diagonal is grey. With more
+    than 20 classes, cells have no counts and predicted classes, in the order of the true ones, no
+    names; with more than 200, true classes have no names either.
+
+    matrix: numbers of images, (true class, predicted class). Raises ValueError if it is not square
+    over the classes.
     """
     matrix, k = np.asarray(matrix).astype(int), len(classes)
-    few, size = k <= 20, 9.5 if k <= 20 else 6
+    few, size = k <= 20, 9.5 if k <= 12 else 7  # points: what fits into a cell
     names = [name if len(name) < 25 else name[:24] + "…" for name in classes]
     names = [name.replace("$", r"\$") for name in names]  # no formulas
     if matrix.shape != (k, k):
@@ -206,7 +222,7 @@ def confusion(matrix, classes, path, title):
     total, hits, counts = int(matrix.sum()), np.diag(matrix), matrix.sum(1)
     errors = matrix * ~np.eye(k, dtype=bool)
     worst = [divmod(int(i), k) for i in np.argsort(-errors, axis=None, kind="stable")[:3]]
-    worst = [f"{names[i]} → {names[j]} {errors[i, j]:,}" for i, j in worst if errors[i, j]]
+    worst = [f"{names[i]} → {names[j]} ({errors[i, j]:,})" for i, j in worst if errors[i, j]]
     figure = _figure(title, f"{hits.sum():,} of {total:,} correct "
                      f"({100 * hits.sum() / max(total, 1):.2f}%). "
                      + ("Most frequent errors: " + ", ".join(worst) if worst else "No errors"),
@@ -221,21 +237,14 @@ def confusion(matrix, classes, path, title):
         left.text(j, i, f"{matrix[i, j]:,}", ha="center", va="center", size=size,
                   weight="bold" if i == j else "normal",
                   color=_contrast(colours[i, j]) if matrix[i, j] else "#BBBBBB")
-    _quiet(left, "images; the darker, the larger the share of its true class")
+    _style_axes(left, "images; darker: a larger share of the true class")
     left.set_xticks(range(k) if few else [], names if few else [], rotation=35, ha="right",
                     rotation_mode="anchor")
     left.set_yticks(range(k) if k <= 200 else [], names if k <= 200 else [])
     left.set(xlabel="predicted class" + ("" if few else ", in the order of the true classes"),
              ylabel="true class")
-    _quiet(right, "accuracy by class", "x")
-    for i, (hit, count) in enumerate(zip(hits, counts, strict=True)):
-        if count:
-            span = [100 * end for end in wilson(hit, count)]
-            right.hlines(i, *span, color=BLUE, linewidth=2 if few else 1)
-            right.plot(100 * hit / count, i, "o", color=BLUE, ms=7 if few else 3)
-        if few:
-            text = f"{100 * hit / count:.1f}" if count else "none"
-            _label(right, text, (1, i), (5, 0), side=True)
+    _style_axes(right, "accuracy by class", "x")
+    _accuracy_column(right, range(k), hits, counts, digits=1 if few else None)
     right.set_xlim(right=100)
     right.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     right.set_xlabel("%, with 95% interval")
@@ -250,137 +259,123 @@ def confusion(matrix, classes, path, title):
 # ---- pruning -------------------------------------------------------------------------------------
 
 
-def _roles(names):
-    """Return the role of each layer of a MobileNetV2 by models/layers.py, or "other"."""
-    blocks = [int(match[1]) for match in (re.match(r"features\.(\d+)\.conv\.", n) for n in names)
-              if match]
-    # Only names are asked for: any widths will do. A block with expansion projects at position 2.
-    settings = {"stem": 1, "stem_stride": 1, "head": 1, "classes": 1, "blocks": [
-        {"hidden": 1, "out": 1, "stride": 1, "residual": False,
-         "expand": f"features.{number}.conv.2" in names}
-        for number in range(1, max(blocks, default=0) + 1)]}
-    roles = {layer.name: layer.role for layer in layers.layers(settings)}
-    return [roles.get(name, "other") for name in names]
-
-
-def layer_sparsity(counts, path, title):
+def layer_sparsity(rows, path, title):
     """Draw the sparsity of each layer, and each layer's share of the weights that remain.
 
-    counts: (name, weights, non-zeros) per layer in network order, torchvision's names with or
-    without `.weight`.
+    rows: dicts of layer, role (see models/layers.py), weights, nonzeros, in network order.
     """
-    names, weights, left = zip(*_rows(counts), strict=True)
-    names = [name.removesuffix(".weight") for name in names]
-    weights, left = np.array(weights, float), np.array(left, float)
+    rows = _nonempty(rows)
+    weights, left = _column(rows, "weights"), _column(rows, "nonzeros")
 
     def sparsity(some):
         return 100 * (1 - left[some].sum() / max(weights[some].sum(), 1))
 
-    roles = np.array(_roles(names))
-    colours = [ROLES[role] for role in roles]
+    roles = np.array([row["role"] for row in rows])
+    colours = [ROLE_COLOURS[role] for role in roles]
     key = {f"{role} {sparsity(roles == role):.1f}%": colour
-           for role, colour in ROLES.items() if role in roles}
+           for role, colour in ROLE_COLOURS.items() if role in roles}
     empty = f" ({(left == 0).sum()} of them empty)" if (left == 0).any() else ""
     figure = _figure(title, f"{left.sum():,.0f} of {weights.sum():,.0f} weights remain in "
-                     f"{len(names)} layers{empty}; sparsity of each kind of layer:", 4.4, key)
+                     f"{len(rows)} layers{empty}; sparsity of each kind of layer:", 4.4, key)
     top, bottom = figure.subplots(2, 1, sharex=True)
-    x, dense = np.arange(len(names)), 100 * weights / max(weights.sum(), 1)
-    _quiet(top, "sparsity (%)", "y")
+    x, dense = np.arange(len(rows)), 100 * weights / max(weights.sum(), 1)
+    _style_axes(top, "sparsity (%)", "y")
     top.bar(x, [sparsity(x == i) for i in x], color=colours, width=0.78)
     top.axhline(sparsity(x >= 0), color=INK, linewidth=1, linestyle=(0, (4, 3)))
     _label(top, f"all\n{sparsity(x >= 0):.1f}%", (1, sparsity(x >= 0)), (4, 0), side=True)
     top.set_ylim(0, 104)
-    _quiet(bottom, "share (%) of the remaining weights; grey lines: of all weights", "y")
+    _style_axes(bottom, "share (%) of the remaining weights; grey lines: of all weights", "y")
     bottom.bar(x, 100 * left / max(left.sum(), 1), color=colours, width=0.78)
     bottom.hlines(dense, x - 0.45, x + 0.45, color=MUTED, linewidth=1.6)
-
-    _blocks((top, bottom), names, roles)
+    _layer_axis((top, bottom), rows)
     return _save(figure, path)
 
 
-def _blocks(axes, names, roles):
-    """Draw the x axis of layers, shared by axes from top to bottom: every second block shaded, the
-    numbers of the blocks below the last."""
-    blocks = ["\nclassifier" if role == layers.CLASSIFIER else re.sub(r"\D*(\d+).*", r"\1", name)
-              for name, role in zip(names, roles, strict=True)]
-    starts = [i for i in range(len(names)) if i == 0 or blocks[i] != blocks[i - 1]]
-    ends = [*starts[1:], len(names)]
+def _layer_axis(axes, rows):
+    """Draw the x axis of layers that axes share, from top to bottom.
+
+    Every second block is shaded; the numbers of the blocks are below the last axes. rows: dicts of
+    layer and role, one per layer.
+    """
+    # Layers are named features.N.(...), apart from the classifier, whose label is too wide for one
+    # line with the numbers.
+    blocks = ["\nclassifier" if row["role"] == layers.CLASSIFIER else row["layer"].split(".")[1]
+              for row in rows]
+    starts = [i for i in range(len(rows)) if i == 0 or blocks[i] != blocks[i - 1]]
+    ends = [*starts[1:], len(rows)]
     for ax in axes:
         for start, end in list(zip(starts, ends, strict=True))[::2]:
             ax.axvspan(start - 0.5, end - 0.5, color="#F5F5F5", zorder=0)
         ax.tick_params(axis="x", length=0)
     middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
     axes[-1].set_xticks(middles, [blocks[i] for i in starts])
-    axes[-1].set_xlim(-0.6, len(names) - 0.4)
-    axes[-1].set_xlabel("block N of features.N")
+    axes[-1].set_xlim(-0.6, len(rows) - 0.4)
+    axes[-1].set_xlabel("layers in network order, grouped by N in features.N")
 
 
 def sensitivity(rows, accuracy, path, title):
-    """Draw the points of accuracy that are lost when one layer's weights alone have few bits.
+    """Draw the percentage points of accuracy lost when one layer's weights alone have few bits.
 
-    rows: dicts of layer, weight_bits, accuracy, total, nonzeros; accuracy: of the fp32 network.
-    One panel per bit-width, each with its own scale; below them, the layers' non-zero weights.
+    There is one panel per bit-width, each with its own scale, and below them one of the layers'
+    non-zero weights.
+
+    rows: dicts of layer, role (see models/layers.py), weight_bits, accuracy, total (images),
+    nonzeros; the layers in network order. accuracy: of the fp32 network.
     """
-    rows = _rows(rows)
-    names = list(dict.fromkeys(row["layer"] for row in rows))
-    roles = _roles(names)
-    colours = [ROLES[role] for role in roles]
+    rows = _nonempty(rows)
+    by_layer = list({row["layer"]: row for row in rows}.values())
+    colours = [ROLE_COLOURS[row["role"]] for row in by_layer]
     widths = sorted({row["weight_bits"] for row in rows}, reverse=True)
-    left = {row["layer"]: row["nonzeros"] for row in rows}
-    key = {role: colour for role, colour in ROLES.items() if role in roles}
-    figure = _figure(title, f"all other layers and all activations in fp32 ({100 * accuracy:.2f}%, "
-                     f"n={rows[0]['total']}); one image is {100 / rows[0]['total']:g} points",
-                     1.5 + 1.7 * len(widths), key)
+    key = {role: colour for role, colour in ROLE_COLOURS.items() if colour in colours}
+    images = rows[0]["total"]
+    note = (f"all other layers and all activations in fp32; fp32 network: {100 * accuracy:.2f}% "
+            f"(n = {images:,}); one image is {100 / images:.2g} points")
+    figure = _figure(title, note, 1.5 + 1.7 * len(widths), key)
     axes = np.atleast_1d(figure.subplots(len(widths) + 1, 1, sharex=True))
     for ax, bits in zip(axes, widths, strict=False):
-        lost = {r["layer"]: 100 * (accuracy - r["accuracy"]) for r in rows
-                if r["weight_bits"] == bits}
-        _quiet(ax, f"points lost at {bits} bits", "y")
-        ax.bar(range(len(names)), [lost.get(name, math.nan) for name in names], color=colours,
+        lost = {row["layer"]: 100 * (accuracy - row["accuracy"]) for row in rows
+                if row["weight_bits"] == bits}
+        _style_axes(ax, f"accuracy lost at {bits} bits (percentage points)", "y")
+        ax.bar(range(len(by_layer)), [lost[row["layer"]] for row in by_layer], color=colours,
                width=0.78)
         ax.axhline(0, color=GREY, linewidth=0.8)
-    _quiet(axes[-1], "non-zero weights (thousands)", "y")
-    spared = [left[name] / 1000 for name in names]
-    axes[-1].bar(range(len(names)), spared, color=colours, width=0.78)
-    _blocks(axes, names, roles)
+    _style_axes(axes[-1], "non-zero weights (thousands)", "y")
+    axes[-1].bar(range(len(by_layer)), _column(by_layer, "nonzeros") / 1000, color=colours,
+                 width=0.78)
+    _layer_axis(axes, by_layer)
     return _save(figure, path)
 
 
-def accuracy_sparsity(rounds, path, title, floor=None):
-    """Draw validation accuracy against sparsity, on a log scale of density.
+def accuracy_sparsity(rounds, saved, floor, path, title):
+    """Draw validation accuracy against sparsity, on a log scale of the weights that remain.
 
-    rounds: dicts of round, sparsity, val_accuracy. Marked as kept: the round whose `kept` is true,
-    or else the sparsest one at or above the floor.
+    rounds: dicts of round, sparsity, val_accuracy, from the densest to the sparsest. saved: index
+    of the round whose network was saved. floor: the lowest accuracy that may be saved.
     """
-    rounds = _rows(row for row in rounds if row.get("val_accuracy") is not None)
-    rounds.sort(key=lambda row: row["sparsity"])
-    sparsity, accuracy = _series(rounds, "sparsity"), 100 * _series(rounds, "val_accuracy")
+    rounds = _nonempty(rounds)
+    sparsity, accuracy = _column(rounds, "sparsity"), 100 * _column(rounds, "val_accuracy")
     x = -np.log10(np.maximum(1 - sparsity, 1e-4))
-    kept = [i for i, row in enumerate(rounds) if row.get("kept")]
-    if not kept and floor is not None:
-        kept = [i for i, row in enumerate(rounds) if row["val_accuracy"] >= floor]
-    note = f"{len(rounds)} point{'s'[:len(rounds) > 1]}, numbered by round"
-    if kept:
-        note += (f"; kept: round {rounds[kept[-1]]['round']}, {100 * sparsity[kept[-1]]:.2f}% "
-                 f"sparse, accuracy {accuracy[kept[-1]]:.2f}%")
+    note = (f"one point per round, 0: the parent; saved: round {rounds[saved]['round']}, "
+            f"{100 * sparsity[saved]:.2f}% sparse, accuracy {accuracy[saved]:.2f}%")
     low, high = accuracy.min(), accuracy.max()
     # A floor far below the points would leave them no room.
-    far = floor is not None and low - 100 * floor > 2 * max(high - low, 1)
+    far = low - 100 * floor > 2 * max(high - low, 1)
     note += f"; floor {100 * floor:.2f}%" if far else ""
     figure = _figure(title, note, 3.9)
     ax = figure.subplots()
-    _quiet(ax, "validation accuracy (%)", "both")
+    _style_axes(ax, "validation accuracy (%)", "both")
     ax.plot(x, accuracy, color=BLUE, linewidth=1.5, marker="o", ms=5, zorder=3)
     for i in range(0, len(rounds), math.ceil(len(rounds) / 30)):
-        _label(ax, rounds[i]["round"], (x[i], accuracy[i]), (3, 8), size=8.5, color=MUTED)
-    if floor is not None and not far:
+        offset = (6, 11) if i == saved else (3, 8)  # outside the ring
+        _label(ax, rounds[i]["round"], (x[i], accuracy[i]), offset, size=8.5, color=MUTED)
+    if not far:
         low, high = min(low, 100 * floor), max(high, 100 * floor)
         ax.axhline(100 * floor, color=RED, linewidth=1.2, linestyle=(0, (5, 3)))
         _label(ax, f"floor {100 * floor:.2f}%", (0, 100 * floor), (4, -9), side=True, color=RED)
-    if kept:
-        at = x[kept[-1]], accuracy[kept[-1]]
-        ax.plot(*at, "o", ms=11, mfc="none", mec=INK, mew=1.8, zorder=4)
-        _label(ax, "kept", at, (0, -19), ha="center", weight="bold")
+    at = x[saved], accuracy[saved]
+    ax.plot(*at, "o", ms=11, mfc="none", mec=INK, mew=1.8, zorder=4)
+    rises = saved and accuracy[saved - 1] < accuracy[saved]  # then the line is below the point
+    _label(ax, "saved", at, (0, 24 if rises else -19), ha="center", weight="bold")
     pad, right = 0.14 * max(high - low, 1), max(x.max(), 0.31) + 0.08
     marks = np.array([0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999])
     marks = marks[-np.log10(1 - marks) <= right]
@@ -393,30 +388,30 @@ def accuracy_sparsity(rounds, path, title, floor=None):
 # ---- the sweep of bit widths ---------------------------------------------------------------------
 
 
-def _sweep(cells):
-    """Return (cells, points below the best, colour scale, note).
+def _accuracy_scale(cells):
+    """Return the cells as a list, their percentage points below the best, a colour scale, a note.
 
     The scale shows differences of tenths and of tens of points. The note names the best accuracy
     and the smallest file within a point of it.
     """
-    cells = _rows(cells)
-    accuracy = 100 * _series(cells, "accuracy")
+    cells = _nonempty(cells)
+    accuracy = 100 * _column(cells, "accuracy")
     lost = accuracy.max() - accuracy
     log = (lambda p: np.log1p(np.asarray(p) / 0.5), lambda y: 0.5 * np.expm1(np.asarray(y)))
     near = [cell for cell, points in zip(cells, lost, strict=True) if points <= 1 + 1e-9]
     pick = min(near, key=lambda cell: (cell["bytes"], cell["act_bits"]))
-    note = (f"{len(cells)} cell{'s'[:len(cells) > 1]}, best {accuracy.max():.2f}%; smallest file "
+    note = (f"{_counted(len(cells), 'cell')}, best {accuracy.max():.2f}%; smallest file "
             f"within a point of it: W{pick['weight_bits']}A{pick['act_bits']}, "
             f"{_size(pick['bytes'])}, {100 * pick['accuracy']:.2f}%")
     return cells, lost, FuncNorm(log, vmin=0, vmax=max(lost.max(), 2)), note
 
 
 def heatmap(cells, path, title):
-    """Draw accuracy by weight bits (down) and activation bits (across), file sizes beside the rows.
+    """Draw accuracy by weight bits (rows) and activation bits (columns), and file sizes by row.
 
     cells: dicts of weight_bits, act_bits, accuracy, bytes; cells that are missing stay blank.
     """
-    cells, lost, norm, note = _sweep(cells)
+    cells, lost, norm, note = _accuracy_scale(cells)
     rows, columns = (sorted({cell[key] for cell in cells}, reverse=True)
                      for key in ("weight_bits", "act_bits"))
     figure = _figure(title, note, 1.1 + 0.5 * max(len(rows), 4))
@@ -426,14 +421,14 @@ def heatmap(cells, path, title):
         i, j = rows.index(cell["weight_bits"]), columns.index(cell["act_bits"])
         grid[i, j] = points
         ax.text(j, i, f"{100 * cell['accuracy']:.1f}", ha="center", va="center",
-                size=12 if len(columns) < 9 else 9, color=_contrast(LOST(norm(points))))
-    image = ax.imshow(grid, cmap=LOST, norm=norm, aspect="auto")
+                size=12 if len(columns) < 9 else 9, color=_contrast(BELOW_BEST(norm(points))))
+    image = ax.imshow(grid, cmap=BELOW_BEST, norm=norm, aspect="auto")
     for i, bits in enumerate(rows):
         sizes = [cell["bytes"] for cell in cells if cell["weight_bits"] == bits]
         ends = dict.fromkeys([_size(min(sizes)), _size(max(sizes))])
         _label(ax, " to\n".join(ends), (1, i), (6, 0), side=True, size=8.5, color=MUTED)
-    _label(ax, "file", (1, -0.5), (6, 7), side=True, size=8.5, color=MUTED)
-    _quiet(ax, "accuracy (%)")
+    _label(ax, "file size", (1, -0.5), (6, 7), side=True, size=8.5, color=MUTED)
+    _style_axes(ax, "accuracy (%)")
     ax.spines[:].set_visible(False)
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(rows)), rows)
@@ -453,13 +448,15 @@ def heatmap(cells, path, title):
 
 
 def accuracy_bytes(cells, path, title, marks=None, chosen=None):
-    """Draw accuracy against bytes on a log scale: one line per pair of bits, one point per lambda.
+    """Draw accuracy against file size on a log scale.
 
-    cells: dicts of weight_bits, act_bits, rd_lambda, accuracy, total, bytes. marks: {name: (bytes,
+    There is one line per pair of weight and activation bits, and on it one point per lambda.
+
+    cells: dicts of weight_bits, act_bits, rd_lambda, accuracy, bytes. marks: {name: (bytes,
     accuracy)} of other files. chosen: one of the cells, which the note names and a ring marks;
-    None: the note names the smallest file within a point of the best.
+    None: the note names the smallest file within a percentage point of the best.
     """
-    cells, marks = _rows(cells), marks or {}
+    cells, marks = _nonempty(cells), marks or {}
     lines = {}
     for cell in cells:
         lines.setdefault(f"W{cell['weight_bits']}A{cell['act_bits']}", []).append(cell)
@@ -467,62 +464,71 @@ def accuracy_bytes(cells, path, title, marks=None, chosen=None):
     best = max(cell["accuracy"] for cell in cells)
     near = [cell for cell in cells if cell["accuracy"] >= best - 0.01 - 1e-9]
     pick = chosen or min(near, key=lambda cell: cell["bytes"])
-    what = "chosen" if chosen else "the smallest within a point of it"
-    note = (f"{len(cells)} files; best {100 * best:.2f}%; {what}: "
-            f"W{pick['weight_bits']}A{pick['act_bits']} at lambda {pick['rd_lambda']:.3g}, "
-            f"{_size(pick['bytes'])}, {100 * pick['accuracy']:.2f}%")
-    figure = _figure(title, note, 4.4, colours if len(lines) > 1 else None)
-    ax = figure.subplots()
-    _quiet(ax, "accuracy (%)", "both")
     # What fell far is cut off: the top is where files are chosen.
-    floor = max(min(cell["accuracy"] for cell in cells), min(best - 0.03, pick["accuracy"] - 0.01))
+    low = max(min(cell["accuracy"] for cell in cells), min(best - 0.03, pick["accuracy"] - 0.01))
+    low = min([low, *(accuracy for _, accuracy in marks.values())])
+    high = max([best, *(accuracy for _, accuracy in marks.values())])
+    pad = 0.12 * (high - low) + 0.003
+    low, high = low - pad, high + pad
+    shown = [cell for cell in cells if cell["accuracy"] >= low]
+    cut = len(cells) - len(shown)
+    what = "chosen" if chosen else "smallest within a point"
+    note = (f"{_counted(len(cells), 'file')}, labelled by lambda"
+            + f" ({cut} under {100 * low:.1f}% not shown)" * (cut > 0)
+            + f"; best {100 * best:.2f}%; {what}: W{pick['weight_bits']}A{pick['act_bits']} "
+            f"at lambda {pick['rd_lambda']:.3g}, {_size(pick['bytes'])}, "
+            f"{100 * pick['accuracy']:.2f}%")
+    key = {name: colours[name] for name, points in lines.items()
+           if any(cell["accuracy"] >= low for cell in points)}
+    figure = _figure(title, note, 4.4, key if len(lines) > 1 else None)
+    ax = figure.subplots()
+    _style_axes(ax, "accuracy (%)", "both")
     if chosen:
         ax.plot(pick["bytes"], 100 * pick["accuracy"], "o", ms=12, mfc="none", color=INK, zorder=4)
-    top = max([best, *(accuracy for _, accuracy in marks.values())])
     for number, (name, points) in enumerate(lines.items()):
         points.sort(key=lambda cell: cell["bytes"])
-        x, y = _series(points, "bytes"), 100 * _series(points, "accuracy")
+        x, y = _column(points, "bytes"), 100 * _column(points, "accuracy")
         ax.plot(x, y, color=colours[name], linewidth=1.5, marker="o", ms=5, zorder=3)
         offset, side = ((7, -7), "left") if number % 2 else ((-6, 6), "right")
         last = 0  # labels of points that are nearly one would be too
         for cell in points:
-            if cell["accuracy"] >= floor and cell["bytes"] > 1.04 * last:
+            if cell["accuracy"] >= low and cell["bytes"] > 1.04 * last:
                 last = cell["bytes"]
                 at = last, 100 * cell["accuracy"]
                 _label(ax, f"{cell['rd_lambda']:.3g}", at, offset, ha=side, size=8.5,
                        color=colours[name])
-    sizes = [cell["bytes"] for cell in cells if cell["accuracy"] >= floor]
-    low = min([*sizes, *(size for size, _ in marks.values())]) / 1.12
-    high = 2 * max(sizes)
+    sizes = [cell["bytes"] for cell in shown]
+    left = min([*sizes, *(size for size, _ in marks.values())]) / 1.2
+    right = 2 * max(sizes)
     for name, (size, accuracy) in marks.items():
         text = f"{name}\n{_size(size)}"
-        if size < high:
+        if size < right:
             ax.plot(size, 100 * accuracy, "D", color=INK, ms=6, zorder=4)
-            _label(ax, text, (size, 100 * accuracy), (0, -18), ha="center", size=9)
+            # Away from the lines: below a file that is worse than ours, above one that is better.
+            worse = any(c["bytes"] <= size and c["accuracy"] >= accuracy for c in cells)
+            _label(ax, text, (size, 100 * accuracy), (0, -18 if worse else 18), ha="center", size=9)
         else:  # far to the right: an arrow, so that the rest can be told apart
-            at = high, 100 * accuracy
+            at = right, 100 * accuracy
             ax.plot(*at, ">", color=INK, ms=8, zorder=4, clip_on=False)
             _label(ax, text, at, (-9, 0), ha="right", size=9)
     ax.set_xscale("log")
-    for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-        axis(FuncFormatter(lambda size, _: _size(size, 1)))
-    pad = 12 * (top - floor) + 0.3
-    ax.set(xlim=(low, high), ylim=(100 * floor - pad, 100 * top + pad),
-           xlabel="bytes of the file (log scale)")
-    ax.tick_params(which="minor", labelsize=9.5, color=GREY)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # labels of more would overlap
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _size(size, 1)))
+    ax.set(xlim=(left, right), ylim=(100 * low, 100 * high), xlabel="file size (log scale)")
     return _save(figure, path)
 
 
 def parallel_coordinates(cells, path, title):
-    """Draw one line per cell through weight bits, activation bits, file size and accuracy.
+    """Draw one line per cell through four axes: weight bits, activation bits, file size, accuracy.
 
     The accuracy axis is also the colour bar. Lines that share a tick are spread around it, and the
     best is drawn on top.
 
     cells: dicts of weight_bits, act_bits, accuracy, bytes.
     """
-    cells, lost, norm, note = _sweep(cells)
-    columns = [_series(cells, key) for key in ("weight_bits", "act_bits", "bytes")]
+    cells, lost, norm, note = _accuracy_scale(cells)
+    columns = [_column(cells, key) for key in ("weight_bits", "act_bits", "bytes")]
     logs = [np.log(np.maximum(column, 1)) for column in columns]
     # Log scales to 0..1; a value alone on its axis sits in the middle.
     ticks = [(v - v.min()) / np.ptp(v) if np.ptp(v) else np.full(len(v), 0.5) for v in logs]
@@ -542,17 +548,17 @@ def parallel_coordinates(cells, path, title):
     ease = step * step * (3 - 2 * step)  # flat where it meets an axis
     for i in np.argsort(-lost, kind="stable"):
         y = [points[a, i] + (points[a + 1, i] - points[a, i]) * ease for a in range(3)]
-        ax.plot(np.add.outer(range(3), step).ravel(), np.ravel(y), color=LOST(norm(lost[i])),
+        ax.plot(np.add.outer(range(3), step).ravel(), np.ravel(y), color=BELOW_BEST(norm(lost[i])),
                 linewidth=1.5, alpha=0.85)
     ax.vlines(range(3), -0.03, 1.03, color=INK, linewidth=1.2, zorder=3)
-    ax.imshow(norm.inverse(np.linspace(1, 0, 256))[:, None], cmap=LOST, norm=norm, zorder=3,
+    ax.imshow(norm.inverse(np.linspace(1, 0, 256))[:, None], cmap=BELOW_BEST, norm=norm, zorder=3,
               extent=(3, 3.05, 0, 1), origin="lower", aspect="auto")
     for x, name in enumerate(("weight bits", "activation bits", "file size", "accuracy (%)")):
         ax.text(x, 1.07, name, ha="center", weight="bold", size=10.5, color=INK)
     for x, write in enumerate(("{:g}".format, "{:g}".format, _size)):
-        used = []
-        for y, value in sorted(zip(ticks[x], columns[x], strict=True)):
-            if not used or y - used[-1] >= 0.045:
+        used, values = [], sorted(zip(ticks[x], columns[x], strict=True))
+        for y, value in (values[0], values[-1], *values):  # the ends first: they have labels
+            if all(abs(y - other) >= 0.045 for other in used):
                 used.append(y)
                 _label(ax, write(value), (x, y), (-6, 0), ha="right", zorder=4)
     best, used = 100 * max(float(cell["accuracy"]) for cell in cells), []
@@ -572,19 +578,19 @@ def parallel_coordinates(cells, path, title):
 def storage(files, path, title):
     """Draw what the bytes of each file hold: to scale on the left, as shares on the right.
 
-    files: (label, {part: bytes}) from top to bottom; parts named "group: ..." are put together.
+    files: (label, {part: bytes}) from top to bottom; parts named "group: ..." lie side by side.
     """
-    files = _rows(files)
+    files = _nonempty(files)
     parts = list(dict.fromkeys(part for _, sizes in files for part in sizes))
     groups = [part.split(":")[0] for part in parts]
     parts.sort(key=lambda part: groups.index(part.split(":")[0]))
-    key = {part: PARTS[i % len(PARTS)] for i, part in enumerate(parts)}
+    key = {part: PALETTE[i % len(PALETTE)] for i, part in enumerate(parts)}
     totals = [sum(sizes.values()) for _, sizes in files]
     note = "KB and MB: 10³ and 10⁶ bytes" + "; × smaller than the first file" * (len(files) > 1)
     figure = _figure(title, note, 0.9 + 0.46 * len(files), key)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.7], sharey=True)
-    _quiet(left, "size of the file", "x")
-    _quiet(right, "what it consists of", "x")
+    _style_axes(left, "size of the file", "x")
+    _style_axes(right, "what it consists of", "x")
     for y, ((_, sizes), total) in enumerate(zip(files, totals, strict=True)):
         start = 0
         for part in (part for part in parts if sizes.get(part)):
@@ -596,7 +602,7 @@ def storage(files, path, title):
                 right.text(100 * start / total + share / 2, y, text, ha="center", va="center",
                            size=9, color=_contrast(bar.patches[0].get_facecolor()))
             start += sizes[part]
-        text = _size(total) + (f"  {_smaller(totals[0], total)}" if y else "")
+        text = _size(total) + (f"  {_times_smaller(totals[0], total)}" if y else "")
         _label(left, text, (total / 1e6, y), (5, 0), size=9.5)
     left.set_yticks(range(len(files)), [label for label, _ in files])
     left.set(xlim=(0, 1.5 * max(*totals, 1) / 1e6), ylim=(len(files) - 0.5, -0.5), xlabel="MB")
@@ -610,13 +616,11 @@ def storage(files, path, title):
 def stages(rows, path, title):
     """Draw file sizes (log scale) with ratios to the first, and accuracies with 95% intervals.
 
-    Intervals are Wilson's.
-
-    rows: dicts of stage, bytes, accuracy, total (the number of images), from top to bottom; group,
+    rows: dicts of stage, bytes, correct and total (numbers of images), from top to bottom; group,
         if the ratios are to the first of each group.
     """
-    rows = _rows(rows)
-    sizes = np.maximum(_series(rows, "bytes"), 1)
+    rows = _nonempty(rows)
+    sizes = np.maximum(_column(rows, "bytes"), 1)
     counts = " or ".join(f"{n:,}" for n in sorted({int(row["total"]) for row in rows}))
     groups = [row.get("group") for row in rows]
     firsts = [groups.index(group) for group in groups]
@@ -624,22 +628,21 @@ def stages(rows, path, title):
     note *= len(rows) > 1
     figure = _figure(title, f"accuracy on n = {counts} images{note}", 0.9 + 0.44 * len(rows))
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1], sharey=True)
-    _quiet(left, "file size (log scale)", "x")
-    _quiet(right, "accuracy (%), with 95% interval", "x")
+    _style_axes(left, "file size (log scale)", "x")
+    _style_axes(right, "accuracy (%), with 95% interval", "x")
     low, high = sizes.min() / 2.2, sizes.max()
     left.set_xscale("log")
     for i, row in enumerate(rows):
         left.hlines(i, low, sizes[i], color=PALE, linewidth=3)
         left.plot(sizes[i], i, "o", color=BLUE, ms=8)
         text = _size(row["bytes"]) + (
-            f"  {_smaller(sizes[firsts[i]], sizes[i])}" if i > firsts[i] else ""
+            f"  {_times_smaller(sizes[firsts[i]], sizes[i])}" if i > firsts[i] else ""
         )
         _label(left, text, (sizes[i], i), (9, 0))
-        accuracy = float(row["accuracy"])
-        span = [100 * end for end in wilson(accuracy * row["total"], row["total"])]
-        right.hlines(i, *span, color=BLUE, linewidth=2)
-        right.plot(100 * accuracy, i, "o", color=BLUE, ms=8)
-        _label(right, f"{100 * accuracy:.2f}", (1, i), (6, 0), side=True)
+    _accuracy_column(
+        right, range(len(rows)), [row["correct"] for row in rows], [row["total"] for row in rows],
+        digits=2,
+    )  # fmt: skip
     decades = [10.0**p for p in range(10) if low <= 10.0**p <= 1.3 * high] or [high]
     left.set_xticks(decades, [_size(decade, 1) for decade in decades])
     left.xaxis.set_minor_locator(NullLocator())
@@ -653,27 +656,28 @@ def stages(rows, path, title):
 
 
 def speed(rows, path, title):
-    """Draw latency at the smallest batch and images per second at the largest, and accuracy.
+    """Draw latency at the smallest batch, images per second at the largest, and accuracy.
 
-    One bar per thread count, with the ratio to the first network; accuracy with its 95% interval.
+    Each network has a bar per thread count, and its accuracy's 95% interval.
 
-    rows: dicts of network, threads, batch, milliseconds, images_a_second, ratio, accuracy, total.
+    rows: dicts of network, threads, batch (images), milliseconds (per batch), images_per_second,
+    ratio (times faster than the first network), correct and total (numbers of images).
     """
-    rows = _rows(rows)
+    rows = _nonempty(rows)
     names = list(dict.fromkeys(row["network"] for row in rows))
     counts = sorted({row["threads"] for row in rows})
     batches = sorted({row["batch"] for row in rows})
-    key = {f"{n} thread{'s'[:n > 1]}": PARTS[i % len(PARTS)] for i, n in enumerate(counts)}
+    key = {_counted(n, "thread"): PALETTE[i % len(PALETTE)] for i, n in enumerate(counts)}
     colours, height = list(key.values()), 0.8 / len(counts)
-    note = (f"medians of alternating turns; ×: against {names[0]}, as many threads; "
-            f"accuracy on n = {rows[0]['total']:,} images")
+    note = (f"medians of alternating turns; ×: relative to {names[0]} at the same thread count; "
+            f"accuracy with 95% interval, n = {rows[0]['total']:,}")
     figure = _figure(title, note, 0.9 + 0.55 * len(names), key)
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 0.55], sharey=True)
     for ax, batch, field, text in (
         (left, batches[0], "milliseconds", f"latency at batch {batches[0]} (ms)"),
-        (middle, batches[-1], "images_a_second", f"images a second at batch {batches[-1]}"),
+        (middle, batches[-1], "images_per_second", f"images per second at batch {batches[-1]}"),
     ):
-        _quiet(ax, text, "x")
+        _style_axes(ax, text, "x")
         some = [row for row in rows if row["batch"] == batch]
         for row in some:
             i = counts.index(row["threads"])
@@ -683,13 +687,12 @@ def speed(rows, path, title):
             _label(ax, f"{note}  {row['ratio']:.1f}×", (row[field], y), (4, 0), size=8.5)
         ax.set_xlim(0, 1.45 * max(row[field] for row in some))
         ax.xaxis.set_major_locator(MaxNLocator(4))
-    _quiet(right, "accuracy (%)", "x")
-    for row in {row["network"]: row for row in rows}.values():
-        y, accuracy = names.index(row["network"]), float(row["accuracy"])
-        span = [100 * end for end in wilson(accuracy * row["total"], row["total"])]
-        right.hlines(y, *span, color=BLUE, linewidth=2)
-        right.plot(100 * accuracy, y, "o", color=BLUE, ms=7)
-        _label(right, f"{100 * accuracy:.1f}", (1, y), (5, 0), side=True)
+    _style_axes(right, "accuracy (%)", "x")
+    networks = {row["network"]: row for row in rows}.values()  # all rows of one are equal in these
+    _accuracy_column(
+        right, range(len(names)), [row["correct"] for row in networks],
+        [row["total"] for row in networks],
+    )  # fmt: skip
     right.xaxis.set_major_locator(MaxNLocator(3))
     left.set_yticks(range(len(names)), [name.replace(", ", "\n") for name in names])
     left.set_ylim(len(names) - 0.5, -0.5)

@@ -90,6 +90,11 @@ def _walk(settings: dict) -> Iterator[Layer]:
     )  # fmt: skip
 
 
+def roles(settings: dict) -> dict[str, str]:
+    """The role of each layer, by the layer's name."""
+    return {layer.name: layer.role for layer in layers(settings)}
+
+
 def blocks(settings: dict) -> list[list[Layer]]:
     """The layers of each block: expand (not in all), depthwise, project."""
     by_block = [[] for _ in settings["blocks"]]

@@ -43,7 +43,7 @@ def test_all_of_them_run_and_are_written_down(folder, tiny, tmp_path, capsys):
     by_name = {row["network"]: row for row in rows}
     for row in rows:
         assert row["milliseconds"] > 0 and row["cpu_milliseconds"] > 0 and row["total"] == 100
-        assert row["images_a_second"] == pytest.approx(1000 * row["batch"] / row["milliseconds"])
+        assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["milliseconds"])
         assert row["turns"] == 2 and row["weight_bytes"] > 0 and row["peak_bytes"] > 0
     for kind in ("dense fp32", "compacted fp32"):  # one network in two runtimes
         torch_row, onnx_row = (by_name[f"{kind}, {r}"] for r in ("torch", "onnxruntime"))

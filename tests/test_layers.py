@@ -8,7 +8,7 @@ import torch
 from lib import quantizers
 from lib.metrics import weight_layers
 from lib.nnz import v2
-from models.layers import blocks, layers, places
+from models.layers import blocks, layers, places, roles
 from models.mobilenetv2 import MobileNetV2, standard
 
 SETTINGS = [standard(0.1, 8), standard(0.35), standard(1.0), standard(1.4, 32)]
@@ -39,6 +39,14 @@ def test_layers_are_those_of_the_network_in_the_order_in_which_they_run(settings
             assert place in places(settings) or place == ""
     assert all([layer.role for layer in own][-2:] == ["depthwise", "project"]
                for own in blocks(settings))  # fmt: skip
+
+
+def test_roles_of_the_usual_network():
+    found = list(roles(standard()).values())
+    assert {role: found.count(role) for role in found} == {
+        "stem": 1, "depthwise": 17, "project": 17, "expand": 16, "head": 1, "classifier": 1
+    }  # fmt: skip
+    assert found[:6] == ["stem", "depthwise", "project", "expand", "depthwise", "project"]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

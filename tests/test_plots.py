@@ -1,5 +1,6 @@
 """Every chart: a whole PNG on ordinary and on edge inputs, nothing at all when it fails."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lib import plots
+from models.layers import roles
+from models.mobilenetv2 import standard
 
 ODD_NAMES = ["$x$", "图", "x" * 90, "$", *map(str, range(96))]
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer",
@@ -32,16 +35,10 @@ def counts(errors):
     return np.diag([100] * 10) + rng.integers(0, errors + 1, (10, 10)) * ~np.eye(10, dtype=bool)
 
 
-def layer_names():
-    """The 53 convolution and linear layers of torchvision's mobilenet_v2, in order."""
-    blocks = [f"features.{n}.conv.{place}" for n in range(2, 18) for place in ("0.0", "1.0", "2")]
-    return ["features.0.0", "features.1.conv.0.0", "features.1.conv.1", *blocks,
-            "features.18.0", "classifier.1"]
-
-
 def layers(share):
-    return [(name, 1000 + 10 * i, int(share * (1000 + 9 * i)))
-            for i, name in enumerate(layer_names())]
+    return [{"layer": name, "role": role, "weights": 1000 + 10 * i,
+             "nonzeros": int(share * (1000 + 9 * i))}
+            for i, (name, role) in enumerate(roles(standard()).items())]
 
 
 def rounds(n):
@@ -60,9 +57,12 @@ FILES = [("baseline.pth", {"weights: values": 8_810_240, "BN, biases, scales": 2
          ("compressed.nnz", {"weights: values": 96_871, "weights: indices": 300_000,
                              "BN, biases, scales": 273_000, "metadata": 6_000}),
          ("coded.nnz", {"weights: values": 50_000, "metadata": 1_400, "nothing": 0})]
-STAGES = [{"stage": stage, "bytes": size, "accuracy": accuracy, "total": 1000}
-          for stage, size, accuracy in (("baseline", 9_195_684, 0.949), ("int8", 2_591_596, 0.938),
-                                        ("compressed", 70_400, 0.94))]
+STAGES = [{"stage": stage, "bytes": size, "correct": correct, "total": 1000}
+          for stage, size, correct in (("baseline", 9_195_684, 949), ("int8", 2_591_596, 938),
+                                       ("compressed", 70_400, 940))]
+SPEED = [{"network": network, "threads": threads, "batch": batch, "milliseconds": 8.0 * batch,
+          "images_per_second": 125.0 * threads, "ratio": 1.0, "correct": 949, "total": 1000}
+         for threads in (1, 2) for batch in (1, 250) for network in ("fp32, torch", "int8")]
 CHARTS = {
     "curves": (plots.curves, history(30)),
     "curves, one epoch": (plots.curves, history(1)),
@@ -75,11 +75,15 @@ CHARTS = {
     "confusion, all wrong": (plots.confusion, np.roll(counts(0), 1, axis=1), CLASSES),
     "layers": (plots.layer_sparsity, layers(0.05)),
     "layers, none left": (plots.layer_sparsity, layers(0)),
-    "layers, one": (plots.layer_sparsity, [("fc.weight", 10, 10)]),
-    "rounds": (plots.accuracy_sparsity, rounds(18)),
-    "rounds, one": (plots.accuracy_sparsity, rounds(1)),
+    "layers, one": (plots.layer_sparsity, layers(1)[:1]),
+    "sensitivity": (plots.sensitivity, [row | {"weight_bits": bits, "accuracy": 0.9 - 0.1 / bits,
+                                               "total": 1000}
+                                        for row in layers(0.05) for bits in (4, 2)], 0.9),
+    "rounds": (plots.accuracy_sparsity, rounds(18), 16, 0.93),
+    "rounds, one": (plots.accuracy_sparsity, rounds(1), 0, 0.93),
+    "rounds, many": (plots.accuracy_sparsity, rounds(35), 34, 0.7),
     "rounds, nothing left": (plots.accuracy_sparsity,
-                             [{"round": 1, "sparsity": 1.0, "val_accuracy": 0.0}]),
+                             [{"round": 1, "sparsity": 1.0, "val_accuracy": 0.0}], 0, -0.2),
     "rate": (plots.accuracy_bytes, [{**cell, "rd_lambda": r, "bytes": cell["bytes"] / (1 + r)}
                           for r in (0, 0.1, 0.5) for cell in cells([8, 4], [8])]),
     "rate, one file": (plots.accuracy_bytes, [{**cells([8], [8])[0], "rd_lambda": 0.5}]),
@@ -96,7 +100,9 @@ CHARTS = {
     "storage, empty file": (plots.storage, [("empty", {})]),
     "stages": (plots.stages, STAGES),
     "stages, one": (plots.stages, STAGES[:1]),
-    "stages, zero": (plots.stages, [{"stage": "a", "bytes": 0, "accuracy": 0.0, "total": 0}]),
+    "stages, zero": (plots.stages, [{"stage": "a", "bytes": 0, "correct": 0, "total": 0}]),
+    "speed": (plots.speed, SPEED),
+    "speed, one": (plots.speed, SPEED[:1]),
 }
 
 
@@ -126,13 +132,10 @@ def test_confusion_of_many_classes_has_a_row_for_each_and_odd_names(tmp_path, cl
         assert image.width == 9 * 60 and 10 * 60 < image.height < 25 * 60
 
 
-def test_floor_and_kept_round_show(tmp_path):
-    def draw(rows, **options):
-        return plots.accuracy_sparsity(rows, tmp_path / "a.png", "t", **options).read_bytes()
-
-    plain, floor = draw(rounds(18)), draw(rounds(18), floor=0.93)
-    kept = [{**row, "kept": row["round"] == 3} for row in rounds(18)]
-    assert len({plain, floor, draw(kept, floor=0.93)}) == 3
+def test_the_floor_and_the_saved_round_show(tmp_path):
+    path, cases = tmp_path / "a.png", ((17, 0.93), (17, 0.92), (3, 0.93), (17, 0.1))
+    charts = [plots.accuracy_sparsity(rounds(18), *case, path, "t").read_bytes() for case in cases]
+    assert len(set(charts)) == 4
 
 
 def test_the_same_data_give_the_same_bytes(tmp_path):
@@ -141,17 +144,19 @@ def test_the_same_data_give_the_same_bytes(tmp_path):
 
 
 def test_the_data_are_not_changed(tmp_path):
-    rows = rounds(5)[::-1]
-    plots.accuracy_sparsity(rows, tmp_path / "a.png", "t")
-    assert rows == rounds(5)[::-1]
+    rows = [{**cell, "rd_lambda": r} for r in (0.5, 0) for cell in cells([4, 8], [8])]
+    before = copy.deepcopy(rows)
+    plots.accuracy_bytes(rows, tmp_path / "a.png", "t")
+    assert rows == before
 
 
-@pytest.mark.parametrize("draw", [plots.curves, plots.layer_sparsity, plots.accuracy_sparsity,
-                                  plots.heatmap, plots.accuracy_bytes, plots.parallel_coordinates,
-                                  plots.storage, plots.stages])
-def test_nothing_to_plot_is_an_error(draw, tmp_path):
+@pytest.mark.parametrize(("draw", "others"), [
+    (plots.curves, ()), (plots.layer_sparsity, ()), (plots.sensitivity, (0.9,)),
+    (plots.accuracy_sparsity, (0, 0.9)), (plots.heatmap, ()), (plots.accuracy_bytes, ()),
+    (plots.parallel_coordinates, ()), (plots.storage, ()), (plots.stages, ()), (plots.speed, ())])
+def test_nothing_to_plot_is_an_error(draw, others, tmp_path):
     with pytest.raises(ValueError, match="nothing to plot"):
-        draw([], tmp_path / "a.png", "t")
+        draw([], *others, tmp_path / "a.png", "t")
     assert not list(tmp_path.iterdir())
 
 
@@ -186,16 +191,6 @@ def test_a_failed_rename_leaves_nothing_behind(tmp_path):
 def test_pyplot_is_never_loaded_by_the_module():
     code = "import sys, lib.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
-
-
-def test_kinds_of_layers():
-    names = layer_names()
-    kinds = plots._roles(names)
-    assert len(kinds) == 53
-    assert {kind: kinds.count(kind) for kind in kinds} == {
-        "stem": 1, "depthwise": 17, "project": 17, "expand": 16, "head": 1, "classifier": 1}
-    assert kinds[:6] == ["stem", "depthwise", "project", "expand", "depthwise", "project"]
-    assert plots._roles(["conv1"]) == ["other"]
 
 
 @pytest.mark.parametrize(("count", "text"), [

@@ -1,4 +1,4 @@
-"""sensitivity.py: a row a layer, of that layer alone; a killed run goes on."""
+"""sensitivity.py: one row per layer, of that layer alone; a killed run goes on."""
 
 import csv
 
