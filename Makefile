@@ -62,10 +62,12 @@ C := $(RUN)/checkpoints
 # the work of hours.
 .PRECIOUS: $(C)/baseline.pth $(C)/pruned.pth $(C)/quantized.pth $(C)/int8.pth $(C)/compressed.nnz
 COMMON = --run-dir $(RUN) $(if $(DATA),--data "$(DATA)") $(if $(WANDB),--wandb) \
-	$(if $(DEVICE),--device $(DEVICE))
+	$(DEVICE_FLAG)
+DEVICE_FLAG = $(if $(DEVICE),--device $(DEVICE))
 # The stages that several processes share, and how they are started if PROCESSES says how many.
 SHARED = train.py prune.py quantize.py sweep.py
-LAUNCH = $(if $(PROCESSES),-m torch.distributed.run --standalone --nproc-per-node $(PROCESSES))
+LAUNCH = -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES)
+launch = $(if $(PROCESSES),$(if $(filter $(1),$(SHARED)),$(LAUNCH) ))
 
 # A waiting thread that sleeps leaves its core to others. On cores that are yours alone, ACTIVE
 # trains 1.15 times faster; if others use them too, it is slower by more than that.
@@ -80,8 +82,8 @@ export PYTHONUNBUFFERED = 1
 # code would hide a failure of the stage.
 stage = @set -eu -o pipefail; \
 	mkdir -p $(RUN)/logs; \
-	echo $(call quote,$$ python $(1) $(COMMON) $(2)); \
-	$(PYTHON) $(if $(filter $(1),$(SHARED)),$(LAUNCH)) $(HERE)$(1) $(COMMON) $(2) | tee -ia $(RUN)/logs/$(basename $(firstword $(1))).log
+	echo $(call quote,$$ python $(call launch,$(1))$(1) $(COMMON) $(2)); \
+	$(PYTHON) $(call launch,$(1))$(HERE)$(1) $(COMMON) $(2) | tee -ia $(RUN)/logs/$(basename $(firstword $(1))).log
 
 .PHONY: all train prune quantize int8 compress sweep sensitivity eval report bench predict verify \
 	publish status help clean demo results test venv check-python
@@ -121,10 +123,10 @@ bench: $(C)/int8.pth  ## speed of the fp32 networks and of int8.onnx -> plots/be
 	$(call stage,bench.py,$(BENCH_FLAGS))
 
 predict: $(VENV)  ## classify IMAGES="photo.jpg folder" (PREDICT_FLAGS="--model FILE")
-	@$(PYTHON) $(HERE)predict.py --run-dir $(RUN) $(PREDICT_FLAGS) $(call names,$(IMAGES))
+	@$(PYTHON) $(HERE)predict.py --run-dir $(RUN) $(DEVICE_FLAG) $(PREDICT_FLAGS) $(call names,$(IMAGES))
 
 verify: $(VENV)  ## check the published file: its hash, that it decodes, its accuracy on your data
-	@$(PYTHON) $(HERE)verify.py $(if $(DATA),--data "$(DATA)")
+	@$(PYTHON) $(HERE)verify.py $(if $(DATA),--data "$(DATA)") $(DEVICE_FLAG)
 
 publish: $(VENV)  ## copy the compressed file, and what eval.py measured on both splits, to release/
 	@$(PYTHON) $(HERE)publish.py --run-dir $(RUN)
@@ -167,7 +169,8 @@ help:  ## this list
 	@echo '  A file is made again only if the file it is made from is newer; flags do not count: to'
 	@echo '  make it with others, delete it.'
 	@echo '  DATA=DIR (default: download)  WANDB=1  RUN=DIR (default .)  SPLIT=val|test  PYTHON=...'
-	@echo '  DEVICE=cuda:1  PROCESSES=4: so many processes or GPUs train, prune, quantize and sweep'
+	@echo '  DEVICE=cuda:1 (default: the first GPU that works, or the CPU)'
+	@echo '  PROCESSES=4: so many processes train, prune, quantize and sweep, each on a GPU of its own'
 	@echo "  One file with spaces: IMAGES='a b.png'; several: IMAGES=\"'a b.png' c.png\"; FILES= alike."
 	@echo '  Paths are as seen from where make is called, also with make -f elsewhere/Makefile.'
 	@echo '  e.g.  make all DATA=$$HOME/cifar10 TRAIN_FLAGS="--epochs 300" PRUNE_FLAGS="--target 0.97"'

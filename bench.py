@@ -86,6 +86,7 @@ class Contestant:
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
+    results = cfg.path(cfg.results, "results/bench.json")
     dense, pruned = (
         runtime.load(cfg.path(given, f"checkpoints/{name}.pth"), cfg.assume_downsample)
         for given, name in ((cfg.dense, "baseline"), (cfg.pruned, "pruned"))
@@ -126,7 +127,7 @@ def main(argv=None):
     log.close({}, [plot])
     print(f"{text_of(rows)}\n\naccuracy on {len(split):,} {cfg.split} images; {plot}")
     if cfg.results:
-        tables.write(Path(cfg.results), summary(rows, images.source, device))
+        tables.write(results, summary(rows, images.source))
 
 
 # ---- who runs ------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:
     return figures
 
 
-def summary(rows: list[dict], source: str, device) -> dict:
+def summary(rows: list[dict], source: str) -> dict:
     """Return the table for RESULTS.md: a row per network, a column per batch size and thread count.
 
     source: where the images come from.
@@ -335,7 +336,8 @@ def summary(rows: list[dict], source: str, device) -> dict:
          f"correct of {rows[0]['total']:,}", "bytes of weights", "bytes of activations"],
         [[r["network"], *(f"{ratios[r['network'], *case]:.1f}x" for case in cases), r["correct"],
           r["weight_bytes"], r["peak_bytes"]] for r in networks],
-        device=device, data=f"{source}, {rows[0]['split']} split, n={rows[0]['total']:,}",
+        device=torch.device("cpu"),  # but for the rows of CUDA, which say so
+        data=f"{source}, {rows[0]['split']} split, n={rows[0]['total']:,}",
         text=f"Times faster than the network of the row `{COMPACTED}`; medians of "
         f"{rows[0]['turns']} alternating turns.",
     )  # fmt: skip

@@ -59,21 +59,20 @@ def main(argv=None):
     expected = engine.evaluate(model, images.val) if len(images.val) else None
     figures = {"val_correct": expected.correct, "val_total": expected.total} if expected else {}
     out = cfg.path(cfg.out, "checkpoints/int8.pth")
-    # The .pth comes last: an interrupted run leaves no new one beside an older .onnx.
     unchecked = out.with_name(out.name + ".unchecked")
-    out.with_suffix(".onnx").unlink(missing_ok=True)
     try:
         saved = checkpoint.save(
             unchecked, "int8", model, cfg, parent, metrics=figures, data=images.provenance(),
             quantization=scheme, state=state,
         )  # fmt: skip
         check(saved, model, images.val, expected)
-        print(f"{out}: {saved.bytes:,} bytes (parent {parent.bytes:,}), val {expected}, checked")
-        saved.file = out
-        figures |= export(saved, out.with_suffix(".onnx"), images.val, cfg.target)
-        unchecked.replace(out)
+        # Before the .pth is replaced: an interruption leaves no new one beside an older .onnx.
+        out.with_suffix(".onnx").unlink(missing_ok=True)
+        saved.file = unchecked.replace(out)
     finally:
         unchecked.unlink(missing_ok=True)
+    print(f"{out}: {saved.bytes:,} bytes (parent {parent.bytes:,}), val {expected}, checked")
+    figures |= export(saved, out.with_suffix(".onnx"), images.val, cfg.target)
     metrics.log_stage(cfg, "int8", {"bytes": saved.bytes, **figures})
 
 

@@ -92,6 +92,8 @@ def main(argv=None):
     source = checkpoint.load(cfg.init, cfg.downsample) if cfg.init else None
     with processes.main_first():
         images = data.load(cfg.data, cfg.val_size, device)
+    if source and source.data.get("source") == images.source:
+        source.check_held_out(images)
     if not len(images.val) and processes.is_main():  # now, and not after days of training
         print(f"train.py: no validation split: {without_validation(images)}", file=sys.stderr)
     model = network(cfg, len(images.classes), source)

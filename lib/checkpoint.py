@@ -101,12 +101,12 @@ class Checkpoint:
         """Return the .nnz file that a quantized version of this network becomes by the usual
         stages: quantize.py, to_int8.py, sparse_compress.py.
 
-        scheme, data, seed: of that version. The hashes of the files in between are unknown, which
-        changes no length (the format keeps one hash: of the last ancestor that has one).
+        scheme, data, seed: of that version. The hash of the int8.pth in between is unknown, and
+        zeros in its place.
         """
         child = dataclasses.replace(
             self, settings=network.settings, state=network.state_dict(), quantization=scheme,
-            data=data, seed=seed, metrics={}, sha256=None,
+            data=data, seed=seed, metrics={}, sha256="0" * 64,
         )  # fmt: skip
         quantized = dataclasses.replace(child, stage="quantized", ancestors=self.lineage())
         int8 = dataclasses.replace(child, stage="int8", ancestors=quantized.lineage())
@@ -157,20 +157,31 @@ class Checkpoint:
     def check_images(self, images: Data) -> None:
         """Raise UserError if the network was trained on another data set than these images, or on
         some of those that are held out here for validation, or if it has other classes."""
-        trained_on, val_size = self.data.get("source"), self.data.get("val_size")
+        trained_on = self.data.get("source")
         if trained_on not in (None, images.source):
             text = f"{self.file} was trained on {trained_on}, the images are {images.source}"
             raise UserError(text)
         if self.data.get("split_seed", SPLIT_SEED) != SPLIT_SEED:
             raise UserError(f"{self.file} was trained on another validation split")
-        expected = held_out(self.data)
-        if len(images.val) == val_size and expected not in (None, images.held_out):
+        self.check_held_out(images)
+        self.check_classes(images.classes)
+
+    def check_held_out(self, images: Data) -> None:
+        """Raise UserError if the network was trained on some of the images that are held out here.
+
+        That is known where this file says how many were held out then: more now are too many, and
+        as many must be the same ones. Where they are fewer now, another order goes unnoticed.
+        """
+        then, now = self.data.get("val_size"), len(images.val)
+        if then is not None and now > then:
+            raise UserError(f"{self.file} was trained with --val-size {then}: of the {now} images "
+                            "that are held out now, it has learned some")  # fmt: skip
+        if then == now and held_out(self.data) not in (None, images.held_out):
             raise UserError(
                 f"{self.file} was trained on images that would be held out for validation here: "
                 "these are other images, or the same in another order; give the data as they were "
                 "then (CIFAR-10: as torchvision has it). Test images alone need no order"
             )
-        self.check_classes(images.classes)
 
     def check_classes(self, names: tuple[str, ...]) -> None:
         """Raise UserError if the network has not as many classes as there are names, or others than

@@ -238,6 +238,8 @@ def device(name: str, share: bool = False) -> torch.device:
         name = "cpu" if why is not None else "cuda"
     if name == "cuda":
         name = _gpu(share)
+    elif name.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not share:
+        raise UserError(f"--device {name} is one GPU, for several processes: give --device cuda")
     try:
         chosen = torch.device(name)
         _probe(chosen)

@@ -209,12 +209,6 @@ def fit(
     if log:
         log.begin(state.history)
     forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-
-    def by_accuracy(network) -> tuple[Evaluation, dict, float]:
-        result = evaluate(network, images.val, recipe.amp)
-        return result, {}, result.accuracy
-
-    judge = judge or by_accuracy
     saved_epochs = len(state.history)
     try:
         for epoch in range(saved_epochs, recipe.epochs):
@@ -237,13 +231,14 @@ def fit(
                 "lr": recipe.learning_rate((epoch + 1) * steps - 1, steps),
             }  # fmt: skip
             if len(images.val):
-                result, figures, score = judge(state.final)
-                accuracy, score = (
-                    processes.from_main_process(x, device) for x in (result.accuracy, score)
-                )
-                line |= figures | {
+                if judge:
+                    result, figures, score = judge(state.final)
+                    line |= figures | {"score": processes.from_main_process(score, device)}
+                else:
+                    result = evaluate(state.final, images.val, recipe.amp)
+                accuracy = processes.from_main_process(result.accuracy, device)
+                line |= {
                     "val_loss": result.loss, "val_accuracy": accuracy, "val_total": result.total,
-                    "score": score,
                 }  # fmt: skip
             line["seconds"] = round(time.monotonic() - start, 1)
             state.add(line)
@@ -254,10 +249,10 @@ def fit(
                 log(line)
             say(_summary(line, f"{note}epoch {epoch + 1}/{recipe.epochs}"))
     except KeyboardInterrupt:
-        held = "before the first epoch was saved"
+        held = f"{note}before its first epoch was saved"
         if saved_epochs:
-            held = f"{state_file} holds {note}epoch {saved_epochs}; the same command continues"
-        raise KeyboardInterrupt(held) from None
+            held = f"{state_file} holds {note}epoch {saved_epochs}"
+        raise KeyboardInterrupt(f"{held}; the same command continues") from None
     model.load_state_dict(state.best_weights)
     return state.history, state.best
 
@@ -295,8 +290,7 @@ class TrainingState:
         """Append the line of a finished epoch; keep its weights if it is the best so far."""
         best = self.history[self.best] if self.history else None
         self.history.append(line)
-        score = "score" if "score" in line else "epoch"  # without validation the last one wins
-        if best is None or line[score] > best[score]:
+        if best is None or _score(line) > _score(best):
             self.best = len(self.history) - 1
             weights = self.final.state_dict()
             self.best_weights = {name: t.cpu().clone() for name, t in weights.items()}
@@ -322,6 +316,11 @@ class TrainingState:
             self.average.load_state_dict(saved["average"])
         self.history, self.best = saved["history"], saved["best"]
         self.best_weights = saved["best_state"]
+
+
+def _score(line: dict) -> float:
+    """Return what the epochs of a run are compared by; without validation the last one wins."""
+    return line.get("score", line.get("val_accuracy", line["epoch"]))
 
 
 def refuse_other_run(path: Path, saved: dict, wanted: dict) -> None:

@@ -32,17 +32,25 @@ fi
 mkdir -p "$C"
 [ -e "$C/baseline.pth" ] || cp release/baseline.pth "$C"
 
+# prune NUMBER FILE FLAGS...: one pruning; each has its own log.
+prune() {
+  run "$C/$2" prune.py --out "$C/$2" --score obd --max-drop 20 --weight-decay 1e-4 \
+    --label-smoothing 0 --distill 0.9 "${@:3}"
+  [ ! -e "$RUN/logs/prune.jsonl" ] || mv "$RUN/logs/prune.jsonl" "$RUN/logs/prune-$1.jsonl"
+}
+
 # The published pruned_a.pth is of a run with `--epochs 1 --last-epochs 40` on a GPU and a CPU that was
 # cut short after 13 of the 40: its learning rate never fell. Here it falls.
-run "$C/pruned_a.pth" prune.py --score obd --rounds 4 --target 0.95 --epochs 1 --last-epochs 13 \
-  --max-drop 20 --weight-decay 1e-4 --label-smoothing 0 --distill 0.9 --out "$C/pruned_a.pth"
-run "$C/pruned.pth" prune.py --parent "$C/pruned_a.pth" --teacher "$C/baseline.pth" --score obd \
-  --rounds 1 --target 0.965 --last-epochs 10 --lr 0.035 --max-drop 20 --weight-decay 1e-4 \
-  --label-smoothing 0 --distill 0.9
-run "$C/quantized.pth" quantize.py --rd-lambda 3
+prune 1 pruned_a.pth --rounds 4 --target 0.95 --epochs 1 --last-epochs 13
+prune 2 pruned_b.pth --parent "$C/pruned_a.pth" --teacher "$C/baseline.pth" --rounds 1 \
+  --target 0.965 --last-epochs 10 --lr 0.035
+prune 3 pruned.pth --parent "$C/pruned_b.pth" --teacher "$C/baseline.pth" --rounds 1 \
+  --target 0.972 --last-epochs 18 --lr 0.04
+run "$C/quantized.pth" quantize.py --method qat --rd-lambda 3 --epochs 3 --distill 1 \
+  --teacher "$C/baseline.pth"
 run "$C/int8.pth" to_int8.py
 run "$C/compressed.nnz" sparse_compress.py
-FILES=("$C"/{baseline,pruned_a,pruned,quantized,int8}.pth "$C/compressed.nnz")
+FILES=("$C"/{baseline,pruned_a,pruned_b,pruned,quantized,int8}.pth "$C/compressed.nnz")
 for split in val test; do
   "$PYTHON" eval.py "${FILES[@]}" --data "$DATA" --run-dir "$RUN" --split $split
 done

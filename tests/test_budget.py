@@ -87,7 +87,9 @@ def parent(small, pixels, tmp_path_factory):
         classifier.weight.div_(spread[:, None])
         classifier.bias.sub_(logits.mean(0)).div_(spread)
     source = {"source": "cifar10", "val_size": 100}
-    checkpoint.save(path, "pruned", model, quantize.Settings(), None, metrics={}, data=source)
+    cfg, given = quantize.Settings(), {"metrics": {}, "data": source}
+    dense = checkpoint.save(path.with_name("baseline.pth"), "baseline", model, cfg, None, **given)
+    checkpoint.save(path, "pruned", model, cfg, dense, **given)
     return path
 
 

@@ -351,6 +351,13 @@ def test_images_in_an_order_that_holds_out_others_are_refused(orders, tmp_path):
         taught.teacher(str(tmp_path / "x.pth"), None, sets["c"])
 
 
+def test_more_images_held_out_than_in_training_are_refused(tiny, tmp_path):
+    saved = save(tmp_path / "x.pth", data=data.load(tiny, 20).provenance())
+    assert len(saved.images(tiny, 10, "cpu").val) == 10
+    with pytest.raises(UserError, match="was trained with --val-size 20: of the 30 images"):
+        saved.images(tiny, 30, "cpu")
+
+
 def test_cifar10_in_its_usual_order_needs_no_record(tmp_path):
     usual = {"source": "cifar10", "val_size": 5000}
     saved = save(tmp_path / "x.pth", data=usual)

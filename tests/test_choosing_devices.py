@@ -207,7 +207,7 @@ def test_the_grid_of_biases_is_a_power_of_two_also_where_exp2_is_not(monkeypatch
     """A GPU's exp2 may be off by a few units in the last place."""
     inexact = lambda x: torch.full_like(x, 2 ** x.item() * (1 + 2e-7))  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "exp2", inexact)
-    walk = types.SimpleNamespace(bias_bits=2, bias_costs={})
+    walk = types.SimpleNamespace(options=ptq._Options(23, 2), mean_bias_importance={})
     walk.bias_exponent = functools.partial(ptq._Walk.bias_exponent, walk)
     layer = nn.Conv2d(2, 2, 1).requires_grad_(False)
     layer.weight_scale = torch.ones(2)

@@ -528,12 +528,7 @@ def test_an_interruption_leaves_no_pair_of_two_networks(run, chain, tiny, tmp_pa
     folder = tmp_path / "checkpoints"
     shutil.copytree(chain / "checkpoints", folder)
     common, before = [f"--data={tiny}", f"--run-dir={tmp_path}"], sha256_of(folder / "int8.pth")
-    with monkeypatch.context() as patch:
-        patch.setattr(to_int8, "export", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            to_int8.main(common)
-    assert sha256_of(folder / "int8.pth") == before and not (folder / "int8.onnx").exists()
-    save = checkpoint.save
+    save, files_then = checkpoint.save, files(folder)
 
     def spoilt(*args, **kwargs):
         saved = save(*args, **kwargs)
@@ -543,8 +538,17 @@ def test_an_interruption_leaves_no_pair_of_two_networks(run, chain, tiny, tmp_pa
     monkeypatch.setattr(checkpoint, "save", spoilt)
     code, _, err = run("to_int8", *common)
     assert code == 1 and one_line("to_int8", err) and "was not the same network" in err
-    assert sha256_of(folder / "int8.pth") == before
-    assert not list(folder.glob("*unchecked"))
+    assert sha256_of(folder / "int8.pth") == before and files(folder) == files_then
+    monkeypatch.setattr(checkpoint, "save", save)
+    for interrupted, has_graph in (("export", False), ("network", True)):  # before it, after it
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, interrupted, lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                to_int8.main([*common, f"--seed={has_graph:d}"])
+        assert sha256_of(folder / "int8.pth") != before
+        assert (folder / "int8.onnx").exists() == has_graph
+    graph = runtime.load(folder / "int8.onnx")
+    assert graph.ancestors[-1]["sha256"] == sha256_of(folder / "int8.pth")
 
 
 def test_an_output_that_is_a_folder_is_refused_before_the_work(run, chain, tiny, tmp_path):

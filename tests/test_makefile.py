@@ -68,6 +68,17 @@ def test_clean_that_fails_stops_make(tmp_path):
     assert make("clean", f"RUN={tmp_path}/nowhere").returncode == 0
 
 
+def test_several_processes_share_the_stages_that_can(tmp_path):
+    run = make("-n", "compress", "PROCESSES=2", "DEVICE=cpu", f"RUN={tmp_path}", "PYTHON=python3")
+    launched = re.findall(r"; (python3 [^;|]*) \|", run.stdout)
+    several = "-m torch.distributed.run --standalone --nproc-per-node 2 "
+    assert [line.split("--run-dir")[0].replace(f"{ROOT}/", "") for line in launched] == [
+        f"python3 {several}train.py ", f"python3 {several}prune.py ",
+        f"python3 {several}quantize.py ", "python3 to_int8.py ", "python3 sparse_compress.py ",
+    ]  # fmt: skip
+    assert all(" --device cpu" in line for line in launched)
+
+
 # ---- interpreters --------------------------------------------------------------------------------
 
 
