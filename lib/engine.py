@@ -183,9 +183,11 @@ def fit(
     log: gets a line per epoch.
     note: a prefix of what is shown for each epoch.
 
-    Returns the history, one dict per epoch, and the index of the best epoch in it (the last one
-    if there is no validation split). Raises DivergedError if the loss is no longer finite, and
-    UserError for a batch size that does not fit and for the state of another run.
+    Returns the history, one dict per epoch, and the index of the best epoch in it (the last one if
+    there is no validation split). `images_per_second` there is of the training alone; `peak_bytes`,
+    on a GPU, is the most of its memory that this process has taken so far. Raises DivergedError if
+    the loss is no longer finite, and UserError for a batch size that does not fit and for the state
+    of another run.
     """
     world, rank = processes.world_and_rank()
     device = images.device
@@ -222,14 +224,18 @@ def fit(
             )  # fmt: skip
             if world > 1:
                 dist.all_reduce(totals)
-            loss, correct = (totals / (steps * recipe.batch_size)).tolist()
+            count = steps * recipe.batch_size
+            loss, correct = (totals / count).tolist()
             if not math.isfinite(loss):
                 where = f"at epoch {epoch + 1}"
                 raise DivergedError(f"the loss is {loss} {where}: lower --lr, or --no-amp")
             line = {
                 "epoch": epoch + 1, "train_loss": loss, "train_accuracy": correct,
                 "lr": recipe.learning_rate((epoch + 1) * steps - 1, steps),
+                "images_per_second": round(count / (time.monotonic() - start), 1),
             }  # fmt: skip
+            if device.type == "cuda":
+                line["peak_bytes"] = torch.cuda.max_memory_allocated(device)
             if len(images.val):
                 if judge:
                     result, figures, score = judge(state.final)
@@ -551,4 +557,4 @@ def _summary(line: dict, note: str) -> str:
     text = f"{note}  loss {line['train_loss']:.4f}  train {line['train_accuracy']:.2%}"
     if "val_accuracy" in line:
         text += f"  val {line['val_accuracy']:.2%} (n={line['val_total']})"
-    return f"{text}  {line['seconds']:.0f} s"
+    return f"{text}  {line['seconds']:.0f} s  {line['images_per_second']:,.0f} images/s"

@@ -161,7 +161,8 @@ def fit(make, source, device, state_file, log=None, amp=False, **options):
         after_step=pruning.Mask(model).apply, log=log,
     )  # fmt: skip
     for line in history:
-        del line["seconds"]
+        for key in ("seconds", "images_per_second", "peak_bytes"):
+            line.pop(key, None)
     return history, {name: t.cpu() for name, t in model.state_dict().items()}
 
 
