@@ -19,7 +19,7 @@ head it goes into the classifier's bias.
   reads the stream has zeros in its column.
 - A head channel is constant if its row is zero.
 
-One removal may make others possible, before and behind it: the rules are repeated until nothing
+One removal may make others possible, before and after it: the rules are repeated until nothing
 changes. All sums are in float64; the shifted means and biases are rounded back to float32.
 """
 
@@ -115,7 +115,7 @@ class _Parts:
         return self.blocks[0].residual
 
     def reader(self, number: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-        """Return the layer, and its norm, that reads the stream behind block `number`."""
+        """Return the layer, and its norm, that reads the stream after block `number`."""
         if number + 1 == len(self.blocks):
             return self.head, self.head_norm
         after = self.blocks[number + 1]

@@ -2,8 +2,8 @@
 
 The graphs have standard operators of opset 17 only, contain their weights, take any batch size, and
 are the same bytes for the same network. The integer graph is in QDQ form: Conv, Add,
-GlobalAveragePool and Gemm are written in floating point, with a DequantizeLinear in front of each
-input and a QuantizeLinear behind (none behind Gemm, whose outputs are the logits). onnxruntime
+GlobalAveragePool and Gemm are written in floating point, with a DequantizeLinear before each
+input and a QuantizeLinear after it (none after Gemm, whose outputs are the logits). onnxruntime
 fuses each such group into one integer kernel (QLinearConv, QLinearAdd, QLinearGlobalAveragePool,
 QGemm); OpenVINO reads the form too. The kernels compute what lib.integer does, but:
 
@@ -102,7 +102,7 @@ def fp32(model: MobileNetV2, meta: dict) -> onnx.ModelProto:
     g = _Graph()
 
     def conv(layer: layers.Layer, x: str) -> str:
-        """Add a convolution, and the ReLU6 behind it if there is one."""
+        """Add a convolution, and the ReLU6 after it if there is one."""
         module, name = model.get_submodule(layer.name), layer.name
         inputs = [x, g.constant(f"{name}.weight", module.weight.contiguous()),
                   g.constant(f"{name}.bias", module.bias)]  # fmt: skip

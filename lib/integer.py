@@ -145,7 +145,7 @@ class Block:
     sum: Sum | None  # None: the block is not residual
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the stream's levels behind the block, int16, from those in front of it."""
+        """Return the stream's levels after the block, int16, from those before it."""
         y = x if self.requantize_input is None else self.requantize_input(x.long())
         for layer in self.layers:
             y = layer(y)
@@ -182,7 +182,7 @@ class IntegerNetwork:
             x_grid, stream_grid = stream_grid, grid(block.stream)
             total = Sum(x_grid, parts[-1].output_grid, stream_grid) if block.residual else None
             self.blocks.append(Block(requantize, parts, total))
-        size = SIZE  # side of the map; behind the loop, that of the head's
+        size = SIZE  # side of the map; after the loop, that of the head's
         for layer in self.layers():
             size = (size + 2 * layer.padding - layer.kernel.shape[-1]) // layer.stride + 1
         self.pooled = grid(model.pooled)

@@ -113,7 +113,7 @@ def lines_of(folder) -> list[dict]:
 
 
 def chain(answered, parent, folder, *flags) -> tuple[dict, int]:
-    """Run quantize.py and the stages behind it; return its log's line and the file's bytes."""
+    """Run quantize.py and the stages after it; return its log's line and the file's bytes."""
     where = [f"--data={answered}", f"--run-dir={folder}", "--val-size=100"]
     quantize.main([f"--parent={parent}", "--calibration=64", *where, *flags])
     to_int8.main(where)

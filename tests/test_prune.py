@@ -76,11 +76,11 @@ def outputs_of(model, name: str, images) -> torch.Tensor:
     hook = model.get_submodule(name).register_forward_hook(lambda *x: seen.append(x[2]))
     model(images)
     hook.remove()
-    return seen[0].clone()  # a ReLU6 behind it may work in place
+    return seen[0].clone()  # a ReLU6 after it may work in place
 
 
 def test_obd_scores_say_what_the_loss_of_a_weight_does_to_the_logits(small, pixels):
-    """Each weight of a sample is left out, and the batch norm behind it takes up the constant part
+    """Each weight of a sample is left out, and the batch norm after it takes up the constant part
     of the error, as it does in fine-tuning."""
     model = quantizers.fold(small(0))
     scores = pruning._errors(small(0), pixels)

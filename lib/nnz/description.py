@@ -123,7 +123,7 @@ def _width(reader):
 
 
 def inflate(payload: bytes, limit: int) -> tuple[bytes, bytes]:
-    """Return (the JSON, the bytes behind its deflate stream) of the section.
+    """Return (the JSON, the bytes after its deflate stream) of the section.
 
     Raises Malformed or LimitExceeded, as frame.inflate does.
     """

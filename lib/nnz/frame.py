@@ -151,7 +151,7 @@ def parse_canonical(text: bytes, section: str):
 def inflate(stream, payload, limit: int, section: str) -> bytes:
     """Return the text of the whole stream that a `zlib.decompressobj` finds in a payload.
 
-    limit: of the text, in bytes. Bytes behind the stream are left in `stream.unused_data`.
+    limit: of the text, in bytes. Bytes after the stream are left in `stream.unused_data`.
 
     Raises Malformed for a stream that is damaged or not whole, LimitExceeded for a longer text, of
     which no more than limit + 1 bytes are made.

@@ -194,7 +194,7 @@ def _inflate_meta(payload, limit):
     stream = zlib.decompressobj()
     text = inflate(stream, payload, limit, "META")
     if stream.unused_data:
-        raise Malformed("section META has bytes behind its stream")
+        raise Malformed("section META has bytes after its stream")
     return text
 
 
