@@ -127,7 +127,10 @@ def main(argv=None):
     log.close({}, [plot])
     print(f"{text_of(rows)}\n\naccuracy on {len(split):,} {cfg.split} images; {plot}")
     if cfg.results:
-        tables.write(results, summary(rows, images.source))
+        bits = ours.quantization
+        about = (f"The network of {pruned.file.name} ({pruned.bytes:,} bytes); int8.onnx: "
+                 f"W{bits['weight_bits']}A{bits['act_bits']}, target {ours.target}")  # fmt: skip
+        tables.write(results, summary(rows, images.source, about))
 
 
 # ---- who runs ------------------------------------------------------------------------------------
@@ -322,10 +325,10 @@ def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:
     return figures
 
 
-def summary(rows: list[dict], source: str) -> dict:
+def summary(rows: list[dict], source: str, about: str) -> dict:
     """Return the table for RESULTS.md: a row per network, a column per batch size and thread count.
 
-    source: where the images come from.
+    source: where the images come from. about: the networks, in words.
     """
     ratios = {(r["network"], r["batch"], r["threads"]): r["ratio_to_compacted"] for r in rows}
     cases = sorted({(r["batch"], r["threads"]) for r in rows})
@@ -338,7 +341,7 @@ def summary(rows: list[dict], source: str) -> dict:
           r["weight_bytes"], r["peak_bytes"]] for r in networks],
         device=torch.device("cpu"),  # but for the rows of CUDA, which say so
         data=f"{source}, {rows[0]['split']} split, n={rows[0]['total']:,}",
-        text=f"Times faster than the network of the row `{COMPACTED}`; medians of "
+        text=f"{about}. Times faster than the network of the row `{COMPACTED}`; medians of "
         f"{rows[0]['turns']} alternating turns.",
     )  # fmt: skip
 

@@ -28,7 +28,6 @@ FILES = {"reference": "the report's network:", "release": "our own network:"}
 # Charts of the published chain, in release/: what they show.
 CHARTS = {
     "train.png": "Training: loss, accuracy and learning rate by epoch.",
-    "prune.png": "The first pruning, whose last round was cut short: accuracy against sparsity.",
 }
 
 

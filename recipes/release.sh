@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The network in release/: from its dense network to the published file. About three and a half
-# hours on 2 CPU cores with bf16.
+# The network in release/: from its dense network to the published file. About five and a
+# half hours on 2 CPU cores with bf16.
 #
 #     recipes/release.sh DATA [RUN]     DATA as for train.py, RUN a folder (runs/release)
 #
@@ -46,8 +46,7 @@ prune 2 pruned_b.pth --parent "$C/pruned_a.pth" --teacher "$C/baseline.pth" --ro
   --target 0.965 --last-epochs 10 --lr 0.035
 prune 3 pruned.pth --parent "$C/pruned_b.pth" --teacher "$C/baseline.pth" --rounds 1 \
   --target 0.972 --last-epochs 18 --lr 0.04
-run "$C/quantized.pth" quantize.py --method qat --rd-lambda 3 --epochs 3 --distill 1 \
-  --teacher "$C/baseline.pth"
+run "$C/quantized.pth" quantize.py --rd-lambda 3.1
 run "$C/int8.pth" to_int8.py
 run "$C/compressed.nnz" sparse_compress.py
 FILES=("$C"/{baseline,pruned_a,pruned_b,pruned,quantized,int8}.pth "$C/compressed.nnz")
