@@ -86,7 +86,6 @@ class Contestant:
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
-    results = cfg.path(cfg.results, "results/bench.json")
     dense, pruned = (
         runtime.load(cfg.path(given, f"checkpoints/{name}.pth"), cfg.assume_downsample)
         for given, name in ((cfg.dense, "baseline"), (cfg.pruned, "pruned"))
@@ -130,7 +129,7 @@ def main(argv=None):
         bits = ours.quantization
         about = (f"The network of {pruned.file.name} ({pruned.bytes:,} bytes); int8.onnx: "
                  f"W{bits['weight_bits']}A{bits['act_bits']}, target {ours.target}")  # fmt: skip
-        tables.write(results, summary(rows, images.source, about))
+        tables.write(Path(cfg.results), summary(rows, images.source, about))
 
 
 # ---- who runs ------------------------------------------------------------------------------------

@@ -49,7 +49,6 @@ def main(argv=None):
                           if p.exists()]  # fmt: skip
     if not files:
         raise UserError(f"no files: none named, and none in {cfg.place('checkpoints')}")
-    results = cfg.path(cfg.results, "results/eval.json")
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [runtime.load(file, cfg.assume_downsample) for file in files]
     log = metrics.Log(cfg.place(f"logs/eval-{cfg.split}.jsonl"), vars(cfg), cfg.wandb)
@@ -78,7 +77,7 @@ def main(argv=None):
     log.close(figures)
     if cfg.results:
         correct = [correct_by_file[row["sha256"]] for row in rows]
-        tables.write(results, results_table(rows, correct, cfg, images))
+        tables.write(Path(cfg.results), results_table(rows, correct, cfg, images))
 
 
 def chart_names(sources: list) -> Iterator[str]:

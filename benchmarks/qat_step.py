@@ -20,7 +20,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 import autoaugment
 from benchmarks.train_step import images
 from lib import checkpoint, config, data, engine, pruning, ptq, qat, tables

@@ -82,12 +82,7 @@ class Common:
     wandb: bool = flag(False, "log to Weights & Biases too; offline if there is no key")
 
     def path(self, given: str | None, default: str) -> Path:
-        """Return the file that a flag names, or else its usual place in the run's folder.
-
-        Raises UserError for a flag that names a folder: it is said before hours of work, not after.
-        """
-        if given and Path(given).is_dir():
-            raise UserError(f"{given} is a folder, not a file")
+        """Return the file that a flag names, or else its usual place in the run's folder."""
         return Path(given) if given else self.place(default)
 
     def place(self, name: str) -> Path:
@@ -109,7 +104,8 @@ class AfterTraining(Common):
 def parse(settings, doc: str, argv: list[str] | None = None):
     """Make an instance of the dataclass `settings` from the command line.
 
-    doc: the stage's docstring, for --help. Wrong usage exits with code 2.
+    doc: the stage's docstring, for --help. Wrong usage exits with code 2. Raises UserError where a
+    folder is given for a file.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -120,6 +116,9 @@ def parse(settings, doc: str, argv: list[str] | None = None):
             groups[heading] = parser.add_argument_group(heading)
         _add(groups.get(heading, parser), field)
     values = vars(parser.parse_args(argv))
+    for name, value in values.items():  # before hours of work, not after
+        if METAVARS.get(name) == "FILE" and value and Path(value).is_dir():
+            raise UserError(f"{value} is a folder, not a file")
     if not 0 <= values.get("seed", 0) <= LARGEST_SEED:
         parser.error(f"--seed must be 0 to {LARGEST_SEED}")
     try:

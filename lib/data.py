@@ -132,9 +132,9 @@ def load(
     held = _stratified(train.labels, len(names), 0 if test_only else val_size)
     splits = [Split(train.images[i], train.labels[i]) for i in (~held, held)] + [test]
     kind = arrays.source or ("cifar10" if names == CLASSES else "images")
-    print_of_val = fingerprint(splits[1].images) if held.any() else None
+    held_out = fingerprint(splits[1].images) if held.any() else None
     splits = [Split(s.images.to(device), s.labels.to(device)) for s in splits]
-    return Data(kind, names, *splits, print_of_val)
+    return Data(kind, names, *splits, held_out)
 
 
 def _checked(name: str, images: np.ndarray, labels: np.ndarray) -> Split:
