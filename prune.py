@@ -27,7 +27,7 @@ from lib.config import UserError, flag
 from models.layers import roles
 from models.mobilenetv2 import MobileNetV2
 
-SAMPLE = 512  # training images that the score obd is computed on
+SAMPLE = 512  # training images that the score obd and the width of logits are computed on
 
 
 @dataclasses.dataclass
@@ -65,7 +65,8 @@ class Settings(config.AfterTraining):
     label_smoothing: float = flag(0.1, "share of each label spread over all classes")
     distill: float = flag(0.5, "weight of the teacher's soft labels against the true ones; 0: none")
     teacher: str | None = flag(
-        None, "fp32 network to learn from, for a parent that is pruned already; default: the parent"
+        None, "fp32 network to learn from, for a parent that is pruned already; its logits are "
+        "scaled to be as wide as the parent's; default: the parent"
     )
     temperature: float = flag(2.0, "softmax temperature of the soft labels")
     augment: str = flag("cutout", "see train.py", choices=("none", "light", "cutout", "auto"))
@@ -144,6 +145,9 @@ def main(argv=None):
     parent_layers = metrics.layer_counts(model)  # for the chart
     teacher_file = parent.teacher(cfg.teacher, cfg.assume_downsample, images)
     teacher = teacher_file.build(device)
+    sample = ptq.calibration_images(images.train, SAMPLE, cfg.seed)
+    if cfg.teacher:
+        engine.match_logits(teacher, model, sample)
     total = parent.original_weights  # what sparsity is a share of
     start = sparsity_of(model, total)
     if cfg.schedule == "cubic" and cfg.rounds and cfg.target < start + 1e-4:
@@ -167,8 +171,6 @@ def main(argv=None):
         engine.say(f"parent: {_describe(state.rounds[0])}")
     floor = state.rounds[0]["val_accuracy"] - cfg.max_drop / 100
     floor = processes.from_main_process(floor, device)
-    needs_images = cfg.score == "obd"
-    sample = ptq.calibration_images(images.train, SAMPLE, cfg.seed) if needs_images else None
     log.begin(state.rounds)
 
     for number in range(len(state.rounds), cfg.rounds + 1):
@@ -236,7 +238,7 @@ def _prune(state: State, cfg, number: int, start: float, total: int, sample) -> 
     zeroed, without the channels that die with them; and its momentum, whose buffers shrink alike.
 
     start: the parent's sparsity. total: weights of the network that the chain began with, of which
-    sparsity is a share. sample: normalized training images, for the score obd; else None.
+    sparsity is a share. sample: normalized training images, for the score obd.
     """
     if cfg.schedule == "cubic":
         sparsity = pruning.cubic(start, cfg.target, number, cfg.rounds)

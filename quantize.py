@@ -62,7 +62,7 @@ from lib.config import UserError, flag
 from lib.rate import BITS_PER_KILOBYTE
 from models.mobilenetv2 import MobileNetV2
 
-LOGITS = 512  # training images that tell what an error in the logits costs in loss
+LOGITS = 512  # training images whose logits tell what an error costs in loss, and how wide they are
 # With --max-drop, qat starts from a network that loses so many times as much.
 DROP_BEFORE_QAT = 2.0
 
@@ -111,7 +111,10 @@ class Settings(config.AfterTraining):
     distill: float = flag(
         0.5, "weight of the teacher's soft labels against the true ones; 0: none"
     )
-    teacher: str | None = flag(None, "fp32 network that qat learns from; default: the parent")
+    teacher: str | None = flag(
+        None, "fp32 network that qat learns from, its logits scaled to be as wide as the parent's; "
+        "default: the parent"
+    )
     temperature: float = flag(2.0, "temperature of the soft labels")
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
     augment: str = flag("light", "see train.py", choices=("none", "light", "cutout", "auto"))
@@ -400,11 +403,16 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
     recipe = engine.Recipe.of(
         cfg, optimizer="adam", lr_schedule="linear", decay_norm=False, warmup_epochs=0.2
     )
+    # Without dead channels, the parent answers the same and is faster.
+    teacher_network = job.network
+    if cfg.teacher:
+        teacher_network = teacher.build(images.device)
+        sample = ptq.calibration_images(images.train, LOGITS, cfg.seed)
+        engine.match_logits(teacher_network, job.network, sample)
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
         config=identity, resume=cfg.resume, after_step=mask.apply, log=log,
-        # Without dead channels, the parent answers the same and is faster.
-        teacher=teacher.build(images.device) if cfg.teacher else job.network,
+        teacher=teacher_network,
         penalty=(lambda: loss_per_bit * qat.bits(model)) if cfg.has_lambda else None,
         judge=judge if cfg.has_lambda and job.before else None,
     )  # fmt: skip

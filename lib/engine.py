@@ -498,6 +498,22 @@ def _loss(logits: Tensor, labels: Tensor, soft: Tensor | None, recipe: Recipe) -
     return (1 - recipe.distill) * hard + recipe.distill * t * t * kl
 
 
+@torch.no_grad()
+def match_logits(teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
+    """Multiply a teacher's classifier, in place, so that its logits are as wide as a student's.
+
+    The width is the standard deviation over the classes. Label smoothing keeps it small, a long
+    training makes it large. Taken as they are, wide logits give soft labels that are nearly hard at
+    the usual temperature, and the student would learn their size first of all (Sun et al. 2024,
+    "Logit Standardization in Knowledge Distillation", algorithm 1; here one factor per network).
+    images: (n, 3, H, W), normalized.
+    """
+    wanted, width = (net.eval()(images).var(1).mean().sqrt() for net in (student, teacher))
+    if width > 0:
+        for parameter in teacher.classifier.parameters():
+            parameter.mul_(wanted / width)
+
+
 def float_tensors(average: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Return the floating-point tensors of both networks, batch norm statistics included."""
     return tuple(

@@ -238,6 +238,21 @@ def test_another_network_may_be_the_teacher(tiny, parent, whole, tmp_path):
         run(tiny, parent, tmp_path / "bad", f"--teacher={whole[0].file}")
 
 
+def test_a_teacher_of_wide_logits_teaches_what_one_of_the_parents_does(
+    tiny, parent, whole, tmp_path
+):
+    start = checkpoint.load(parent)
+    other = start.build()
+    with torch.no_grad():
+        for parameter in other.classifier.parameters():
+            parameter.mul_(3)
+    file = tmp_path / "wide.pth"
+    checkpoint.save(file, "pruned", other, train.Settings(), None, metrics={}, data=start.data)
+    _, lines = run(tiny, parent, tmp_path, f"--teacher={file}")
+    for line, expected in zip(lines[1:], whole[1][1:], strict=True):
+        assert line["train_loss"] == pytest.approx(expected["train_loss"], rel=0.02)
+
+
 @pytest.mark.parametrize("dies_in", ["the second epoch", "the end"])
 def test_resumed_equals_uninterrupted(tiny, parent, whole, tmp_path, monkeypatch, dies_in):
     expected, lines = whole
