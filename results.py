@@ -5,7 +5,7 @@
 
 in:  results/*.json, which stages and benchmarks write (--results FILE); RESULTS.md's order is ORDER
 out: RESULTS.md; README.md between lines `<!-- table: NAME -->` and `<!-- end -->`;
-     results/files.png, size and accuracy
+     results/files.png, size and accuracy; results/curve.png, of one network at many lambdas
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from lib.files import write_bytes
 
 # Section: its tables, in the order in which RESULTS.md shows them.
 ORDER = {
-    "The reference report's network": ["reference"],
+    "The reference report's network": ["reference", "curve"],
     "Our own network": ["release"],
     "Training recipe": ["recipe_pilot"],
     "Speed": ["bench", "train_step", "cuda_graph", "qat_step", "compaction", "augment"],
@@ -25,6 +25,8 @@ ORDER = {
 }
 # Tables of files, written by eval.py, that results/files.png shows, and whose network is in them.
 FILES = {"reference": "the report's network:", "release": "our own network:"}
+# A table of files, "GROUP at lambda X" each, that results/curve.png shows.
+CURVE = "curve"
 # Charts of the published chain, in release/: what they show.
 CHARTS = {
     "train.png": "Training: loss, accuracy and learning rate by epoch.",
@@ -49,7 +51,7 @@ def main(argv=None):
     for path in stale:
         write_bytes(path, texts[path].encode())
     if not cfg.check:
-        draw(known, folder / "results/files.png")
+        draw(known, folder / "results")
     print(f"{len(known)} tables; {', '.join(p.name for p in stale) or 'nothing'} written")
 
 
@@ -71,27 +73,41 @@ def page(measured: dict[str, dict]) -> str:
             lines += [f"## {section}", ""]
         for name in present:
             lines += described(name, measured[name])
+            if name == CURVE:
+                title = measured[name]["title"]
+                lines += [f"![{title}](results/curve.png)", ""]
     lines += ["## Charts of the published chain", ""]
     for chart, caption in CHARTS.items():
         lines += [caption, "", f"![{caption}](release/{chart})", ""]
     return "\n".join(lines[:-1]) + "\n"
 
 
-def draw(measured: dict[str, dict], path: Path) -> None:
-    """Draw size and accuracy of the files in the tables of FILES, if there are any."""
-    rows = []
-    for name, group in FILES.items():
-        table = measured.get(name, {"columns": [], "rows": []})
-        for row in table["rows"]:
-            cells = dict(zip(table["columns"], row, strict=True))
-            (column,) = (c for c in cells if c.startswith("correct of "))
-            total = int(column.removeprefix("correct of ").replace(",", ""))
-            rows.append({
-                "stage": f"{group}\n{cells['file']}", "bytes": cells["bytes"],
-                "correct": cells[column], "total": total, "group": group,
-            })  # fmt: skip
+def draw(measured: dict[str, dict], folder: Path) -> None:
+    """Draw size and accuracy of the files in the tables of FILES and of CURVE, if there are any."""
+    rows = [
+        file | {"group": group, "stage": f"{group}\n{file['name']}"}
+        for name, group in FILES.items() if name in measured for file in files_of(measured[name])
+    ]  # fmt: skip
     if rows:
-        plots.stages(rows, path, "Bytes on disk and accuracy on the test split")
+        plots.stages(rows, folder / "files.png", "Bytes on disk and accuracy on the test split")
+    if CURVE in measured:
+        rows = []
+        for file in files_of(measured[CURVE]):
+            group, _, label = file["name"].partition(" at lambda ")
+            rows.append(file | {"group": group, "label": label})
+        plots.size_curve(rows, folder / "curve.png", measured[CURVE]["title"])
+
+
+def files_of(table: dict) -> list[dict]:
+    """Return the files of a table that eval.py wrote: name, bytes, correct and total of each."""
+    files = []
+    for row in table["rows"]:
+        cells = dict(zip(table["columns"], row, strict=True))
+        (column,) = (c for c in cells if c.startswith("correct of "))
+        total = int(column.removeprefix("correct of ").replace(",", ""))
+        files.append({"name": cells["file"], "bytes": cells["bytes"], "correct": cells[column],
+                      "total": total})  # fmt: skip
+    return files
 
 
 def described(name: str, table: dict) -> list[str]:

@@ -655,6 +655,38 @@ def stages(rows, path, title):
     return _save(figure, path)
 
 
+def size_curve(rows, path, title):
+    """Draw accuracy, with 95% intervals, against file size on a log scale: a line per group.
+
+    rows: dicts of group, label, bytes, correct and total (numbers of images).
+    """
+    rows = _nonempty(rows)
+    counts = " or ".join(f"{n:,}" for n in sorted({int(row["total"]) for row in rows}))
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    key = dict(zip(groups, (BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK) * 9, strict=False))
+    note = f"{_counted(len(rows), 'file')}; accuracy on n = {counts} images, with 95% interval"
+    figure = _figure(title, note, 4.4, key if len(groups) > 1 else None)
+    ax = figure.subplots()
+    _style_axes(ax, "accuracy (%)", "both")
+    for number, group in enumerate(groups):
+        points = sorted((r for r in rows if r["group"] == group), key=lambda row: row["bytes"])
+        sizes, hits, totals = (_column(points, name) for name in ("bytes", "correct", "total"))
+        accuracy = 100 * hits / totals
+        ends = [wilson(*pair) for pair in zip(hits, totals, strict=True)]
+        ax.vlines(sizes, *(100 * np.array(end) for end in zip(*ends, strict=True)),
+                  color=key[group], linewidth=1, alpha=0.4)
+        ax.plot(sizes, accuracy, color=key[group], linewidth=1.5, marker="o", ms=5, zorder=3)
+        offset, side = ((7, -8), "left") if number % 2 == 0 else ((-6, 8), "right")
+        for size, height, point in zip(sizes, accuracy, points, strict=True):
+            _label(ax, point["label"], (size, height), offset, ha=side, size=8.5, color=key[group])
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _size(size, 1)))
+    ax.set_xlabel("file size (log scale)")
+    return _save(figure, path)
+
+
 def speed(rows, path, title):
     """Draw latency at the smallest batch, images per second at the largest, and accuracy.
 

@@ -101,6 +101,12 @@ CHARTS = {
     "stages": (plots.stages, STAGES),
     "stages, one": (plots.stages, STAGES[:1]),
     "stages, zero": (plots.stages, [{"stage": "a", "bytes": 0, "correct": 0, "total": 0}]),
+    "curve": (plots.size_curve, [{"group": group, "label": f"{size}", "bytes": size, "total": 1000,
+                                  "correct": 900 + 10 * gain + size // 2000}
+                                 for gain, group in enumerate(("PTQ", "QAT"))
+                                 for size in (50_000, 60_000, 80_000)]),
+    "curve, one file": (plots.size_curve, [{"group": "", "label": "", "bytes": 9, "correct": 0,
+                                            "total": 10}]),
     "speed": (plots.speed, SPEED),
     "speed, one": (plots.speed, SPEED[:1]),
 }
@@ -153,7 +159,8 @@ def test_the_data_are_not_changed(tmp_path):
 @pytest.mark.parametrize(("draw", "others"), [
     (plots.curves, ()), (plots.layer_sparsity, ()), (plots.sensitivity, (0.9,)),
     (plots.accuracy_sparsity, (0, 0.9)), (plots.heatmap, ()), (plots.accuracy_bytes, ()),
-    (plots.parallel_coordinates, ()), (plots.storage, ()), (plots.stages, ()), (plots.speed, ())])
+    (plots.parallel_coordinates, ()), (plots.storage, ()), (plots.stages, ()), (plots.speed, ()),
+    (plots.size_curve, ())])
 def test_nothing_to_plot_is_an_error(draw, others, tmp_path):
     with pytest.raises(ValueError, match="nothing to plot"):
         draw([], *others, tmp_path / "a.png", "t")
