@@ -25,7 +25,7 @@ ORDER = {
 }
 # Tables of files, written by eval.py, that results/files.png shows, and whose network is in them.
 FILES = {"reference": "the report's network:", "release": "our own network:"}
-# A table of files, "GROUP at lambda X" each, that results/curve.png shows.
+# A table of files, "GROUP at lambda X" each but for what they were made from, in results/curve.png.
 CURVE = "curve"
 # Charts of the published chain, in release/: what they show.
 CHARTS = {
@@ -91,11 +91,14 @@ def draw(measured: dict[str, dict], folder: Path) -> None:
     if rows:
         plots.stages(rows, folder / "files.png", "Bytes on disk and accuracy on the test split")
     if CURVE in measured:
-        rows = []
+        rows, heights = [], {}
         for file in files_of(measured[CURVE]):
-            group, _, label = file["name"].partition(" at lambda ")
-            rows.append(file | {"group": group, "label": label})
-        plots.size_curve(rows, folder / "curve.png", measured[CURVE]["title"])
+            group, at, label = file["name"].partition(" at lambda ")
+            if at:
+                rows.append(file | {"group": group, "label": label})
+            else:
+                heights[group] = file["correct"] / file["total"]
+        plots.size_curve(rows, folder / "curve.png", measured[CURVE]["title"], heights)
 
 
 def files_of(table: dict) -> list[dict]:

@@ -655,10 +655,11 @@ def stages(rows, path, title):
     return _save(figure, path)
 
 
-def size_curve(rows, path, title):
+def size_curve(rows, path, title, heights=None):
     """Draw accuracy, with 95% intervals, against file size on a log scale: a line per group.
 
-    rows: dicts of group, label, bytes, correct and total (numbers of images).
+    rows: dicts of group, label, bytes, correct and total (numbers of images). heights: {name:
+    accuracy} of other files, whose size is beside the point: dashed lines.
     """
     rows = _nonempty(rows)
     counts = " or ".join(f"{n:,}" for n in sorted({int(row["total"]) for row in rows}))
@@ -679,6 +680,9 @@ def size_curve(rows, path, title):
         offset, side = ((7, -8), "left") if number % 2 == 0 else ((-6, 8), "right")
         for size, height, point in zip(sizes, accuracy, points, strict=True):
             _label(ax, point["label"], (size, height), offset, ha=side, size=8.5, color=key[group])
+    for name, accuracy in (heights or {}).items():
+        ax.axhline(100 * accuracy, color=MUTED, linewidth=1, linestyle="--")
+        _label(ax, name, (0.01, 100 * accuracy), (0, 7), side=True, size=8.5, color=MUTED)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))
     ax.xaxis.set_minor_locator(NullLocator())

@@ -92,14 +92,16 @@ def test_files_are_drawn_from_their_tables(folder, monkeypatch):
     rows = [["dense", 9000, "1x", 900, ""], ["small", 90, "100x", 890, ""]]
     table = tables.table("x", columns, rows, device=CPU)
     tables.write(folder / "results/reference.json", table)
-    rows = [["PTQ at lambda 0.3", 60, "150x", 880, ""], ["QAT at lambda 0.3", 59, "152x", 890, ""]]
+    rows = [rows[0], ["PTQ at lambda 0.3", 60, "150x", 880, ""],
+            ["QAT at lambda 0.3", 59, "152x", 890, ""]]
     tables.write(folder / "results/curve.json", tables.table("y", columns, rows, device=CPU))
     drawn = []
     monkeypatch.setattr(plots, "size_curve", lambda *args: drawn.append(args))
     results.main([f"--folder={folder}"])
     assert (folder / "results/files.png").stat().st_size > 10_000
     assert "![y](results/curve.png)" in (folder / "RESULTS.md").read_text()
-    ((points, path, title),) = drawn
+    ((points, path, title, heights),) = drawn
+    assert heights == {"dense": 0.9}
     assert title == "y" and path == folder / "results/curve.png"
     assert [[point[key] for key in ("group", "label", "bytes", "correct", "total")]
             for point in points] == [["PTQ", "0.3", 60, 880, 1000], ["QAT", "0.3", 59, 890, 1000]]
