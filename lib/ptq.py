@@ -50,8 +50,9 @@ from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
 EQUALIZATION_IMAGES, GRADIENT_IMAGES, DISTURBED_IMAGES = 256, 256, 64
 BATCH = 64  # images per backward pass: bounds the memory of its activations
 DISTURBANCE = 0.02  # share of a layer's sum of squares left out to see what that does to the logits
-# Values that a scale is searched on: of each channel, and of a whole tensor.
-CHANNEL_SAMPLE, TENSOR_SAMPLE = 8192, 50_000
+# Positions (pixels of a map of an image, chosen at random) that a scale is searched on: of each
+# channel, and of a whole tensor.
+CHANNEL_SAMPLE, TENSOR_SAMPLE = 8192, 4096
 # Of a channel, as a share of the median: a channel that is hardly ever positive would otherwise
 # divide its row by next to nothing.
 SMALLEST_RANGE = 0.02
@@ -450,8 +451,7 @@ def _channel_clips(outputs: Tensor, bits: int) -> Tensor:
     """
     values = outputs.transpose(0, 1).flatten(1)
     high, top = 2**bits - 1, values.amax(1)
-    sample = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0))
-    values = values[:, sample[:CHANNEL_SAMPLE].to(outputs.device)]
+    values = values[:, _some_of(values.shape[1], CHANNEL_SAMPLE).to(outputs.device)]
     least, clips = torch.full_like(top, torch.inf), top.clone()
     for share in torch.linspace(1, 0.2, 33).tolist():
         scale = (top * share / high).clamp(min=1e-12)[:, None]
@@ -463,15 +463,21 @@ def _channel_clips(outputs: Tensor, bits: int) -> Tensor:
     return torch.where(clips > 0, clips / median, 1.0).clamp(min=SMALLEST_RANGE)
 
 
+def _some_of(count: int, wanted: int) -> Tensor:
+    """Return at most `wanted` numbers below `count`, at random but always the same, on the CPU."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
+
+
 def _best_scale(pair: Pair, quantizer: Quantizer) -> Tensor:
     """Return the scale, (), at which rounding the quantized activations gives the least mean
     squared error against the fp32 ones, in units of their ranges: a search."""
     wanted = pair.fp32 if pair.ranges is None else pair.fp32 / pair.ranges.view(-1, 1, 1)
     top = wanted.abs().amax().clamp(min=1e-6)
-    wanted, inputs = (  # (positions, channels), about TENSOR_SAMPLE values
-        x.movedim(1, -1).flatten(0, -2)[:: max(1, x.numel() // TENSOR_SAMPLE)]
-        for x in (wanted, pair.quantized)
-    )
+    # (positions, channels). Not every k-th: where k and the width of the map have a common factor,
+    # these would be the same few columns of every image, perhaps those at the border.
+    wanted, inputs = (x.movedim(1, -1).flatten(0, -2) for x in (wanted, pair.quantized))
+    sample = _some_of(len(wanted), TENSOR_SAMPLE).to(wanted.device)
+    wanted, inputs = wanted[sample], inputs[sample]
 
     def error(clip: Tensor) -> float:
         scale = clip / quantizer.high

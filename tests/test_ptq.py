@@ -355,3 +355,13 @@ def test_a_layer_of_zeros_stays_so_with_lambda(small, pixels):
     torch.nn.init.zeros_(model.features[3].conv[2].weight)
     found, _ = ptq.quantize(model, pixels, ptq.make_scheme(4, 8), lambda_per_bit=1e-3)
     assert not found.features[3].conv[2].weight.any() and found(pixels).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_scale_suits_all_columns_of_a_map_not_those_at_its_border_alone():
+    """Every 40th position of these maps, 50,000 values in all, would be in the first column."""
+    x = torch.rand(512, 62, 8, 8, generator=torch.Generator().manual_seed(1))
+    x[..., 0] *= 0.01
+    quantizer = Quantizer(8, signed=False)
+    scale = ptq._best_scale(ptq.Pair(x, x), quantizer)
+    assert scale == pytest.approx(1 / 255, rel=0.05)
