@@ -79,6 +79,8 @@ class Settings(config.AfterTraining):
     def __post_init__(self):
         if not 0 < self.target < 1 or not 0 < self.prune_fraction < 1:
             raise ValueError("--target and --prune-fraction must lie between 0 and 1")
+        if not 0 <= self.max_drop <= 100:
+            raise ValueError("--max-drop must be 0 to 100 percentage points")
         if self.last_epochs is not None and self.last_epochs < 1:
             raise ValueError("--last-epochs must be at least 1")
         if self.rounds < 0 or self.epochs < 1 or self.batch_size < 1:
