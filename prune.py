@@ -221,7 +221,9 @@ def main(argv=None):
             "give it more --epochs, more --rounds or a larger --max-drop"
         )
     if processes.is_main():
-        _finish(cfg, out, state.last_good, parent_layers, parent, images, rounds, floor)
+        _finish(
+            cfg, out, state.last_good, parent_layers, parent, teacher_file, images, rounds, floor
+        )
         charts = [cfg.place(f"plots/{name}.png") for name in ("prune", "sparsity")]
         log.close({"sparsity": sparsity_of(state.last_good, total)}, charts)
         for file in (round_file, state_file):  # last: until here, the run could be continued
@@ -296,11 +298,13 @@ def _describe(line: dict) -> str:
     )
 
 
-def _finish(cfg, out, model, parent_layers, parent, images, rounds, floor) -> None:
+def _finish(cfg, out, model, parent_layers, parent, teacher, images, rounds, floor) -> None:
     """Save the pruned network and draw both charts."""
     last_kept = max(i for i, line in enumerate(rounds) if line["kept"])
     last = rounds[last_kept]
     figures = {k: last[k] for k in ("round", "sparsity", "val_correct", "val_total")}
+    if cfg.teacher:
+        figures["teacher_sha256"] = teacher.sha256
     saved = checkpoint.save(
         out, "pruned", model, cfg, parent, metrics=figures, data=images.provenance()
     )

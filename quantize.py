@@ -62,9 +62,13 @@ from lib.config import UserError, flag
 from lib.rate import BITS_PER_KILOBYTE
 from models.mobilenetv2 import MobileNetV2
 
+LARGEST_IN_FILE = 8  # weight bits: to_int8.py takes no more, so no .nnz has more
+SMALLEST_LOSS = 1e-6  # of a network without errors
 LOGITS = 512  # training images whose logits tell what an error costs in loss, and how wide they are
 # With --max-drop, qat starts from a network that loses so many times as much.
 DROP_BEFORE_QAT = 2.0
+# How a state names the hash of what training began with: it is part of an error, too.
+PTQ_NETWORK = "the network that ptq made (another processor or number of threads rounds otherwise)"
 
 
 @dataclasses.dataclass
@@ -143,8 +147,9 @@ class Settings(config.AfterTraining):
         if self.has_lambda and (self.weight_scale == "tensor" or self.method == "reference"):
             raise ValueError("--rd-lambda, --max-bytes and --max-drop are for --method ptq or qat "
                              "with --weight-scale channel")
-        if self.has_lambda and self.weight_bits == 32:
-            raise ValueError("--rd-lambda, --max-bytes and --max-drop are for 2 to 16 weight bits")
+        if self.has_lambda and self.weight_bits > LARGEST_IN_FILE:
+            raise ValueError("--rd-lambda, --max-bytes and --max-drop are for 2 to "
+                             f"{LARGEST_IN_FILE} weight bits")  # fmt: skip
         if not 1 <= self.calibration <= 50_000:
             raise ValueError("--calibration must be 1 to 50000 images")
         if self.epochs < 1 or self.batch_size < 1:
@@ -241,6 +246,8 @@ def main(argv=None):
         if cfg.has_lambda:
             sizes, words = size_figures(cfg, made, attempts)
             figures, text = figures | sizes, text + words
+        if cfg.teacher:
+            figures["teacher_sha256"] = teacher.sha256
         saved = checkpoint.save(
             out, "quantized", made.network, cfg, parent, metrics=figures, data=images.provenance(),
             quantization=scheme,
@@ -364,6 +371,10 @@ def scheme_of(cfg, model) -> dict:
         return {"method": "reference", "weight_bits": cfg.weight_bits, "act_bits": cfg.act_bits}
     layers = list(metrics.weight_layers(model))
     bits, others = layer_bits.by_layer(cfg.layer_bits, layers, cfg.act_bits)
+    for layer, count in bits.items():
+        if cfg.has_lambda and count > LARGEST_IN_FILE:
+            raise UserError(f"--layer-bits: {layer} at {count} bits: --rd-lambda, --max-bytes and "
+                            f"--max-drop are for 2 to {LARGEST_IN_FILE} weight bits")  # fmt: skip
     others |= {"method": cfg.method, "weight_scale": cfg.weight_scale, "layer_bits": bits}
     return ptq.make_scheme(cfg.weight_bits, cfg.act_bits, **others)
 
@@ -391,11 +402,11 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
         """Judge a network in training as a file; see engine.fit."""
         made = job.measure(qat.finished(network), start.rd_lambda)
         score = asked.score(made.bytes, made.result, errors_per_bit)
-        return made.result, {"bytes": made.bytes}, score
+        return made.result, {"bytes": made.bytes} if cfg.has_lambda else {}, score
 
     identity = config.identity(cfg) | {
         "scheme": job.scheme, "parent": job.parent.sha256, "teacher": teacher.sha256,
-        "data": images.provenance(), "beginning": beginning,
+        "data": images.provenance(), PTQ_NETWORK: beginning,
     }  # fmt: skip
     log = metrics.Log(cfg.place("logs/quantize.jsonl"), identity, cfg.wandb)
     # Adam: without batch norm, rows of all magnitudes share one learning rate, and SGD diverges.
@@ -414,7 +425,7 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
         config=identity, resume=cfg.resume, after_step=mask.apply, log=log,
         teacher=teacher_network,
         penalty=(lambda: loss_per_bit * qat.bits(model)) if cfg.has_lambda else None,
-        judge=judge if cfg.has_lambda and job.before else None,
+        judge=judge if job.before else None,
     )  # fmt: skip
     qat.finish(model)
     if processes.is_main():
@@ -445,8 +456,10 @@ def cost_of_a_bit(job: Job, start: budget.Attempt) -> tuple[float, float]:
     )  # fmt: skip
     if not start.result:
         return loss, 0.0
-    # Wrong answers rise with the cross-entropy, in about their present proportion.
-    return loss, cross_entropy * (1 - start.result.accuracy) / start.result.loss
+    # Wrong answers rise with the cross-entropy, in about their present proportion. Where there are
+    # none yet, one is taken: else bytes would count nothing.
+    wrong = max(1, start.result.total - start.result.correct) / start.result.total
+    return loss, cross_entropy * wrong / max(start.result.loss, SMALLEST_LOSS)
 
 
 def refuse_different_starts(beginning: str, out: Path, device) -> None:

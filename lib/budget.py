@@ -3,7 +3,8 @@
     best, attempts = search(attempt, Budget(max_bytes=64_000))
 
 A higher lambda makes a smaller file that is less accurate. So a budget of bytes wants the lowest
-lambda whose file fits, and one of accuracy the highest whose file is accurate enough.
+lambda whose file fits, and one of accuracy the highest whose file is accurate enough. At a lambda
+of 0 bytes count nothing: the most accurate network, and the largest.
 """
 
 import dataclasses
@@ -73,10 +74,16 @@ def search(
     """
     attempts, met, failed, rd_lambda = [], None, None, FIRST
     upwards = budget.floor is not None  # the highest lambda that meets it, not the lowest
-    while LOWEST <= rd_lambda <= HIGHEST and not (met and failed and _ends(met, failed, budget)):
+
+    def meets(rd_lambda: float) -> bool:
         attempts.append(attempt(rd_lambda))
-        if budget.met(attempts[-1].bytes, attempts[-1].result):
+        return budget.met(attempts[-1].bytes, attempts[-1].result)
+
+    while LOWEST <= rd_lambda <= HIGHEST and not _ends(met, failed, budget):
+        if meets(rd_lambda):
             met = attempts[-1]
+            if len(attempts) == 1 and not upwards and not _ends(met, failed, budget) and meets(0.0):
+                return attempts[-1], attempts  # the budget is a generous one: nothing need be saved
         else:
             failed = attempts[-1]
         if met and failed:
@@ -84,14 +91,17 @@ def search(
             rd_lambda = met.rd_lambda * ratio ** _share(met, failed, budget)
         else:
             rd_lambda *= FACTOR if bool(met) == upwards else 1 / FACTOR
+    if not met and upwards and meets(0.0):
+        met = attempts[-1]
     return met, attempts
 
 
-def _ends(met: Attempt, failed: Attempt, budget: Budget) -> bool:
-    """Whether an attempt that meets the budget and one that does not are near enough."""
-    if budget.max_bytes is not None and met.bytes > FULL * budget.max_bytes:
+def _ends(met: Attempt | None, failed: Attempt | None, budget: Budget) -> bool:
+    """Whether a budget of bytes is used up, or attempts that meet a budget and do not are near
+    enough."""
+    if met and budget.max_bytes is not None and met.bytes > FULL * budget.max_bytes:
         return True
-    return 1 / CLOSE < met.rd_lambda / failed.rd_lambda < CLOSE
+    return bool(met and failed) and 1 / CLOSE < met.rd_lambda / failed.rd_lambda < CLOSE
 
 
 def _share(met: Attempt, failed: Attempt, budget: Budget) -> float:

@@ -214,8 +214,11 @@ def command(cfg) -> str:
         elif isinstance(value, list):
             words += [f"--{name}", ",".join(map(str, value))]
         else:
-            is_file = METAVARS.get(field.name) == "FILE"
-            words += [f"--{name}", Path(value).name if is_file else str(value)]
+            if METAVARS.get(field.name) == "FILE":
+                value = Path(value).name
+            elif METAVARS.get(field.name) == "BITS":  # files may be among its items
+                value = ",".join(Path(item).name for item in value.split(","))
+            words += [f"--{name}", str(value)]
     return shlex.join(words)
 
 
@@ -312,6 +315,10 @@ def run(main) -> typing.NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"{name}: error: {reason(error)}")
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        sys.exit(f"{name}: error: not enough memory: {str(error).split(': ')[-1]}")
     except KeyboardInterrupt as error:
         print(f"{name}: interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         sys.exit(130)

@@ -119,7 +119,7 @@ def loss_per_squared_error(logits: Tensor, distill: float, temperature: float) -
     temperature. The mean over all directions that change the probabilities is taken.
     """
     def of(p: Tensor) -> float:
-        return float((1 - p.square().sum(1)).mean()) / 2 / (logits.shape[1] - 1)
+        return float((1 - p.square().sum(1)).mean()) / 2 / max(1, logits.shape[1] - 1)
 
     soft = of((logits / temperature).softmax(1))
     return (1 - distill) * of(logits.softmax(1)) + distill * soft

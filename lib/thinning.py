@@ -61,7 +61,7 @@ def thin(
         norm = thinned.get_submodule(layer.norm) if layer.norm else None
         weight = new.weight.flatten(1)
         folded = weight if norm is None else per_row(norm_factor(norm), weight).to(weight) * weight
-        variance = x.movedim(1, -1).flatten(0, -2).var(0)
+        variance = x.movedim(1, -1).flatten(0, -2).var(0, correction=0)
         error = variance * (importance[layer.name][:, None] * folded.square()).sum(0)
         saved = WEIGHT_BITS * (weight != 0).sum(0)
         for name in makers[layer.input_group]:

@@ -1,6 +1,8 @@
 """lib/budget.py and the budgets of quantize.py: what is asked for is what comes."""
 
+import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -34,7 +36,8 @@ def test_the_search_ends_just_on_the_right_side(edge, asked):
 @pytest.mark.parametrize("limit", [30_000, 46_000, 64_000, 200_000])
 def test_a_budget_of_bytes_is_used_up_in_few_attempts(limit):
     def attempt(rd_lambda):
-        return budget.Attempt(rd_lambda, None, {}, round(48_000 * rd_lambda**-0.27) + 3000, None)
+        size = round(48_000 * max(rd_lambda, 1e-6) ** -0.27) + 3000
+        return budget.Attempt(rd_lambda, None, {}, size, None)
 
     found, tried = budget.search(attempt, budget.Budget(max_bytes=limit))
     assert 0.99 * limit < found.bytes <= limit and len(tried) <= 8
@@ -43,8 +46,17 @@ def test_a_budget_of_bytes_is_used_up_in_few_attempts(limit):
 def test_a_budget_that_all_rd_lambdas_meet_takes_the_last_one_tried():
     found, _ = budget.search(attempts_at(1.0), budget.Budget(floor=4))
     assert budget.HIGHEST / budget.FACTOR < found.rd_lambda <= budget.HIGHEST
-    found, _ = budget.search(attempts_at(1.0), budget.Budget(max_bytes=10))
-    assert budget.LOWEST <= found.rd_lambda < budget.LOWEST * budget.FACTOR
+
+
+def test_without_need_nothing_is_saved():
+    found, tried = budget.search(attempts_at(1.0), budget.Budget(max_bytes=1000))
+    assert found.rd_lambda == 0 and len(tried) == 2
+    # The first attempt already uses the budget up.
+    found, tried = budget.search(attempts_at(1.0), budget.Budget(max_bytes=10))
+    assert found.rd_lambda == budget.FIRST and len(tried) == 1
+    # No lambda is small enough, and 0 is.
+    found, tried = budget.search(attempts_at(budget.LOWEST / 2), budget.Budget(floor=6))
+    assert found.rd_lambda == 0 and len({a.rd_lambda for a in tried}) == len(tried)
 
 
 @pytest.mark.parametrize("asked", [budget.Budget(max_bytes=4), budget.Budget(floor=9)])
@@ -145,6 +157,18 @@ def test_max_drop_is_kept_on_validation(answered, parent, tmp_path):
     assert sizes[1] < 0.9 * sizes[0]
 
 
+def test_a_byte_has_a_price_where_nothing_is_wrong_yet(answered, parent):
+    file = checkpoint.load(parent)
+    network, cfg = file.build(), quantize.Settings(rd_lambda=1.0)
+    images = file.images(answered, 100, torch.device("cpu"))
+    result = engine.evaluate(network, images.val)
+    assert result.correct == result.total
+    job = quantize.Job(cfg, file, network, {}, images, result)
+    for loss in (result.loss, 0.0):
+        start = budget.Attempt(1.0, network, None, 0, dataclasses.replace(result, loss=loss))
+        assert all(0 < price < math.inf for price in quantize.cost_of_a_bit(job, start))
+
+
 QAT = ["--method=qat", "--epochs=2", "--batch-size=20", "--distill=1", "--no-amp"]
 
 
@@ -183,6 +207,7 @@ def test_training_that_ruins_the_network_leaves_what_it_started_from(
         (["--max-bytes=300"], "at most 300 bytes: the search came to [0-9,]* bytes"),
         (["--max-drop=0", "--act-bits=2"], "at most 0 points less .* came to .*/100. on valid"),
         (["--max-drop=1", "--val-size=0"], "no validation"),
+        (["--max-bytes=3000", "--layer-bits=last=32"], "classifier.1 at 32 bits: .* for 2 to 8"),
     ],
 )
 def test_a_budget_that_cannot_be_kept_is_an_error(answered, parent, tmp_path, flags, reason):
@@ -200,6 +225,7 @@ def test_a_budget_that_cannot_be_kept_is_an_error(answered, parent, tmp_path, fl
         ["--max-bytes=1000", "--max-drop=1"], ["--max-bytes=1000", "--rd-lambda=1"],
         ["--max-bytes=0"], ["--max-drop=-1"], ["--max-drop=nan"],
         ["--max-drop=1", "--method=reference"], ["--max-drop=1", "--weight-bits=32"],
+        ["--rd-lambda=1", "--weight-bits=16"],
         ["--max-bytes=1000", "--weight-scale=tensor"],
     ],
 )  # fmt: skip

@@ -13,8 +13,9 @@ import torch
 from torchvision.models import mobilenet_v2
 
 import prune
+import quantize
 import train
-from lib import checkpoint, compressed, data, quantizers
+from lib import checkpoint, compressed, config, data, quantizers
 from lib.config import UserError
 from lib.files import atomic
 from models.mobilenetv2 import MobileNetV2, standard
@@ -195,6 +196,8 @@ def test_the_command_is_recorded_without_folders(tmp_path):
     assert saved.command == (
         "python prune.py --seed 3 --parent b.pth --prune-fraction 0.5 --teacher c.pth --no-amp"
     )
+    cfg = quantize.Settings(layer_bits="/home/me/bits.json,first=8")
+    assert config.command(cfg) == "python quantize.py --layer-bits bits.json,first=8"
 
 
 def test_a_file_of_before_the_command_was_recorded_still_loads(tmp_path):

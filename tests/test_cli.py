@@ -187,6 +187,8 @@ def raising(error):
     (FileNotFoundError(2, "No such file", "a"), "x.py: error: [Errno 2] No such file: 'a'", ""),
     (TimeoutError(), "x.py: error: TimeoutError", ""),
     (torch.OutOfMemoryError("CUDA out of memory\ndetails"), "x.py: error: CUDA out of memory", ""),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+     "x.py: error: not enough memory: you tried 9 bytes", ""),
     (KeyboardInterrupt(), 130, "x.py: interrupted\n"),
 ])  # fmt: skip
 def test_exit_codes(monkeypatch, capfd, error, code, text):
@@ -199,6 +201,8 @@ def test_exit_codes(monkeypatch, capfd, error, code, text):
 def test_a_bug_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         config.run(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        config.run(lambda: torch.zeros(2) @ torch.zeros(3))
 
 
 def test_eval_of_a_missing_file_in_a_shell(tmp_path):

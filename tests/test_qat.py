@@ -207,7 +207,7 @@ def whole(tiny, parent, tmp_path_factory):
     return run(tiny, parent, tmp_path_factory.mktemp("whole"))
 
 
-def test_stage_trains_and_saves_a_network_on_its_grid(whole, parent):
+def test_stage_trains_and_saves_a_network_on_its_grid(tiny, whole, parent):
     saved, lines = whole
     assert [line["epoch"] for line in lines] == [1, 2]
     assert lines[1]["train_loss"] < lines[0]["train_loss"]
@@ -215,6 +215,11 @@ def test_stage_trains_and_saves_a_network_on_its_grid(whole, parent):
     assert saved.settings["folded"] and saved.ancestors[-1]["stage"] == "pruned"
     quantizers.integer_state(saved.state, saved.quantization)
     assert set(saved.metrics) == {"val_correct", "val_total", "gained", "lost"}
+    # An epoch is judged as the file that it would become.
+    best = max(lines, key=lambda line: line["val_accuracy"])
+    assert saved.metrics["val_correct"] == round(best["val_accuracy"] * best["val_total"])
+    loaded = engine.evaluate(saved.build(), saved.images(tiny, 50, torch.device("cpu")).val)
+    assert loaded.correct == saved.metrics["val_correct"]
     folder = saved.file.parent.parent
     assert (folder / "plots/quantize.png").is_file()
     assert [p.name for p in saved.file.parent.iterdir()] == ["quantized.pth"]
@@ -229,6 +234,7 @@ def test_another_network_may_be_the_teacher(tiny, parent, whole, tmp_path):
     checkpoint.save(file, "pruned", other, train.Settings(), None, metrics={}, data=start.data)
     taught, lines = run(tiny, parent, tmp_path, f"--teacher={file}")
     assert "--teacher other.pth" in taught.command
+    assert taught.metrics["teacher_sha256"] == checkpoint.load(file).sha256
     assert [a["sha256"] for a in taught.ancestors][-1] == start.sha256  # not the teacher's
     assert lines[1]["train_loss"] > whole[1][1]["train_loss"]
     for flags in (["--distill=0"], ["--method=ptq"]):
@@ -296,7 +302,8 @@ def test_training_is_not_continued_from_another_beginning(tiny, parent, tmp_path
         return network, latent
 
     monkeypatch.setattr(ptq, "quantize", otherwise)
-    with pytest.raises(UserError, match="state of another run .beginning was .*, is .*no-resume"):
+    with pytest.raises(UserError, match="state of another run .the network that ptq made .another "
+                                        "processor .* was .*, is .*no-resume"):  # fmt: skip
         run(tiny, parent, tmp_path)
 
 
