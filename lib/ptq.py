@@ -256,7 +256,13 @@ class _Options:
 
 
 class _Walk:
-    """Walks the fp32 network and the quantized one side by side."""
+    """Walks the fp32 network and the quantized one side by side.
+
+    The two differ in the units of some tensors. Where a ReLU6 was equalized, each channel of the
+    quantized network is the fp32 channel divided by its range: its layer's row, scale and bias are
+    in that unit too, and the next layer's column is multiplied by the range. All other tensors, the
+    residual streams among them, have the units of the fp32 network.
+    """
 
     def __init__(
         self, fp32: MobileNetV2, quantized: MobileNetV2, scheme: dict, unfolded: MobileNetV2,
@@ -334,7 +340,8 @@ class _Walk:
     def calibrate(self, quantizer: nn.Module, pair: Pair, layer: nn.Module | None = None) -> Pair:
         """Choose the scale of an activation quantizer; return the pair after it.
 
-        layer: what gives these activations; its bias is put on the grid that suits the scale.
+        layer: what gives these activations, if its bias is to be put on the grid that suits the
+        scale. Not before the sum of a residual stream, to which no bias belongs.
         An Identity (32 bits) changes nothing.
         """
         if isinstance(quantizer, Quantizer):
@@ -373,7 +380,8 @@ class _Walk:
     def layer(self, fp32_layer: nn.Module, pair: Pair, output_ranges: Tensor | None = None) -> Pair:
         """Quantize the layer that corresponds to `fp32_layer`; return the outputs of the two.
 
-        output_ranges: (rows,), what the quantized outputs are divided by; None: they are not.
+        pair: their inputs. output_ranges: (rows,), what the quantized outputs are divided by; None:
+        they are not.
         """
         name = self.names[fp32_layer]
         layer, bits = self.layers[name], quantizers.bits_of(name, self.scheme)

@@ -133,26 +133,29 @@ def _cheapest_of_several(
 ) -> "IntegerLeastSquares":
     """Return a fit with lambda, each row from the start at which its cost is least.
 
+    The layer is fitted once from every start. Then each row chooses its start. What a row costs
+    depends on what the others chose, as the bits of a level are estimated from how often it occurs
+    in the whole layer; so all rows choose again, at the bits that their last choices make.
     weight, gram, cross: see the legend. row_lambda: as for `IntegerLeastSquares.count_bits`.
     """
     starts, rows = len(COARSENESS), weight.shape[1]
-    fit = IntegerLeastSquares(
+    all_starts = IntegerLeastSquares(
         weight.repeat(1, starts, 1), gram, cross.repeat(1, starts, 1), bits, starts
     )
     coarseness = torch.tensor(COARSENESS).repeat_interleave(rows).to(weight.device)
-    fit.scales_for_lambda(row_lambda.repeat(1, starts), coarseness)
-    fit.settle()
-    chosen = IntegerLeastSquares(weight, gram, cross, bits)
-    best = torch.full_like(row_lambda, MIDDLE, dtype=torch.long)
-    for _ in range(CHOICES):
-        chosen.weight, chosen.scale = fit.rows_of_starts(best)
-        chosen.count_bits(row_lambda)
-        fit.copy_level_bits(chosen)
-        best = fit.cost(fit.weight, fit.scale).unflatten(1, (starts, rows)).argmin(1)[:, :, 0]
-    chosen.weight, chosen.scale = fit.rows_of_starts(best)
-    chosen.count_bits(row_lambda)
-    chosen.descend(SWEEPS)
-    return chosen
+    all_starts.scales_for_lambda(row_lambda.repeat(1, starts), coarseness)
+    all_starts.settle()
+    layer = IntegerLeastSquares(weight, gram, cross, bits)
+    choice = torch.full_like(row_lambda, MIDDLE, dtype=torch.long)  # of a start, per row
+    for number in range(CHOICES + 1):
+        layer.weight, layer.scale = all_starts.rows_of_starts(choice)
+        layer.count_bits(row_lambda)
+        if number < CHOICES:
+            all_starts.copy_level_bits(layer)
+            costs = all_starts.cost(all_starts.weight, all_starts.scale)
+            choice = costs.unflatten(1, (starts, rows)).argmin(1)[:, :, 0]
+    layer.descend(SWEEPS)
+    return layer
 
 
 class IntegerLeastSquares:
