@@ -424,7 +424,7 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
         config=identity, resume=cfg.resume, after_step=mask.apply, log=log,
         teacher=teacher_network,
-        penalty=(lambda: loss_per_bit * qat.bits(model)) if cfg.has_lambda else None,
+        penalty=(lambda: loss_per_bit * qat.coded_bits(model)) if cfg.has_lambda else None,
         judge=judge if job.before else None,
     )  # fmt: skip
     qat.finish(model)

@@ -45,10 +45,10 @@ class Settings:
             raise ValueError("--rd-lambda must be over 0, and --seeds needs one")
 
 
-def least_error_first(fit: Fit, row_lambda, coarseness) -> None:
+def least_error_first(fit: Fit, coarseness) -> None:
     """Start as a fit without lambda does: at the clip of least error."""
     fit.choose_scales()
-    fit.count_bits(row_lambda)
+    fit.estimate_lengths()
     fit.choose_scales()
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from lib import ptq, quantizers, rate
 from lib.metrics import weight_layers
 
-STEPS = 6  # obd removes weights in so many steps, and estimates their bits anew before each
+STEPS = 6  # obd removes weights in this many steps, and estimates their bits anew before each
 # Estimated bits for the magnitude of a 4-bit weight; its non-zero flag and its sign come on top.
 MAGNITUDE_BITS = 2.0
 
@@ -24,8 +24,8 @@ def keep_best(
             cannot vanish, since the largest weight of each layer scores 1;
         obd: the squared error of an image's logits without the weight, by a diagonal curvature
             (LeCun, Denker and Solla 1990, "Optimal Brain Damage"; see `_errors`), per bit that the
-            weight takes in the file (see `_bits`). A weight is cheap among others in its row and
-            column, so rows and columns of few weights empty, and whole channels die.
+            weight takes in the file (see `_coded_bits`). A weight is cheap among others in its row
+            and column, so rows and columns of few weights empty, and whole channels die.
     images: (n, 3, 32, 32), normalized, for obd alone; their labels are not needed.
     Of equal scores, those of the first layers are removed. What is zero already is removed first,
     so that pruning again only ever removes more.
@@ -39,7 +39,8 @@ def keep_best(
     present = sum(int(weight.count_nonzero()) for weight in weights)
     for step in range(1, STEPS + 1):
         scores = [
-            error / _bits(weight).flatten() for error, weight in zip(errors, weights, strict=True)
+            error / _coded_bits(weight).flatten()
+            for error, weight in zip(errors, weights, strict=True)
         ]
         _keep(weights, scores, round(present * (keep / present) ** (step / STEPS)))
 
@@ -58,12 +59,12 @@ def _keep(weights: list[Tensor], scores: list[Tensor], keep: int) -> None:
         weight.masked_fill_(part.view_as(weight), 0.0)
 
 
-def _bits(weight: Tensor) -> Tensor:
+def _coded_bits(weight: Tensor) -> Tensor:
     """Return how many more bits a weight takes than a zero, at each place of a layer, at least 1.
 
     They depend on which other weights there are.
     """
-    zero, nonzero, _ = rate.level_bits((weight != 0).flatten(1).float(), 1)
+    zero, nonzero, _ = rate.code_lengths((weight != 0).flatten(1).float(), 1)
     return (nonzero - zero + MAGNITUDE_BITS).clamp(min=1).view_as(weight)
 
 

@@ -147,10 +147,12 @@ def _learn(module: nn.Module, buffer: str) -> None:
     module.plain, module.__class__ = type(module), TRAINED[type(module)]
 
 
-def bits(model: nn.Module) -> Tensor:
+def coded_bits(model: nn.Module) -> Tensor:
     """Estimate the bits of the non-zero weights in the file, (), with gradients."""
     return sum(
-        rate.bits(layer.weight.flatten(1), _row_scale(layer)[:, None], max_level(layer.weight_bits))
+        rate.coded_bits(
+            layer.weight.flatten(1), _row_scale(layer)[:, None], max_level(layer.weight_bits)
+        )
         for layer in weight_layers(model).values() if hasattr(layer, "log_step")
     )  # fmt: skip
 

@@ -1,13 +1,14 @@
-"""Estimate the bits that the coder of .nnz files takes for a layer's levels: the rate of
-rate-distortion optimization.
+"""Estimate the code lengths of a layer's levels, the bits that the coder of .nnz files takes for
+them: the rate of rate-distortion optimization.
 
 A static estimate of an adaptive coder: the odds of a non-zero are the odds of its row times the
 odds of its column, divided by the odds of the layer; a sign takes one bit; magnitudes have one
-distribution per layer. The bits of each level are estimated from how often it occurs among the
-present levels, and are treated as constants while other levels are compared with these.
+distribution per layer. The code length of each level is estimated from how often it occurs among
+the present levels, and is treated as a constant while other levels are compared with these.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +20,19 @@ EACH = 16  # magnitudes below this are counted one by one, larger ones in two cl
 CLASSES = EACH + 2 * 11  # of magnitudes up to 32767
 
 
+class CodeLengths(NamedTuple):
+    """Estimated bits of each possible level at each place of a layer."""
+
+    zero: Tensor  # (rows, columns), of a zero there
+    nonzero: Tensor  # (rows, columns), of the flag and sign of a non-zero there
+    magnitude: Tensor  # (max_level + 1,), that a non-zero's magnitude adds
+
+
 @torch.no_grad()
-def level_bits(levels: Tensor, max_level: int) -> tuple[Tensor, Tensor, Tensor]:
+def code_lengths(levels: Tensor, max_level: int) -> CodeLengths:
     """Return the estimated bits of each possible level at each place of a layer.
 
     levels: (rows, columns), the present ones, magnitudes up to `max_level`.
-    Returns (zero, nonzero, magnitude): the bits of a zero at each place (rows, columns); those of
-    the flag and sign of a non-zero there (rows, columns); and those that a magnitude adds
-    (max_level + 1,).
     """
     flags = (levels != 0).float()
 
@@ -44,7 +50,7 @@ def level_bits(levels: Tensor, max_level: int) -> tuple[Tensor, Tensor, Tensor]:
     share = torch.where(members > 0, count + 0.5, 0)
     share = share / share.sum() / members.clamp(min=1)
     magnitude = -torch.log2(share.clamp(min=1e-9))[class_of]
-    return F.softplus(x) / LN2, F.softplus(-x) / LN2 + 1, magnitude
+    return CodeLengths(F.softplus(x) / LN2, F.softplus(-x) / LN2 + 1, magnitude)
 
 
 def _classes(max_level: int, device: torch.device) -> Tensor:
@@ -58,7 +64,7 @@ def _classes(max_level: int, device: torch.device) -> Tensor:
     return torch.where(magnitudes < EACH, magnitudes, shared).long()
 
 
-def bits(weight: Tensor, scale: Tensor, max_level: int) -> Tensor:
+def coded_bits(weight: Tensor, scale: Tensor, max_level: int) -> Tensor:
     """Return the estimated bits of a layer in training, (), interpolated linearly between levels.
 
     So it has gradients for the weight (rows, columns) and the scale (rows, 1). Zeros are pruned
@@ -66,7 +72,7 @@ def bits(weight: Tensor, scale: Tensor, max_level: int) -> Tensor:
     """
     x = (weight.abs() / scale).clamp(max=max_level)
     with torch.no_grad():
-        zero, nonzero, magnitude = level_bits(x.round() * weight.sign(), max_level)
+        zero, nonzero, magnitude = code_lengths(x.round() * weight.sign(), max_level)
         below = x.floor().clamp(max=max_level - 1)
         level = below.long()
         low = torch.where(level == 0, zero, nonzero + magnitude[level])

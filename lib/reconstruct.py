@@ -9,20 +9,22 @@ weight in turn goes to the best level given the other weights, and each row's sc
 scale given its levels. Pruned weights (zeros) are not optimized: they stay zero.
 
 With `lambda_per_bit`, the cost error + lambda_per_bit * bits is minimized, with the bits of
-lib/rate.py. The bits of a level depend on how often it occurs, so a fine grid makes large levels
-frequent, hence short, and stays fine: each start ends in an optimum of its own. The start is
-therefore the grid that theory gives (see `scales_for_lambda`), in several multiples (COARSENESS),
-and each row keeps the multiple at which its cost is least.
+lib/rate.py. The code length of a level depends on how often it occurs, so a fine grid makes large
+levels frequent, hence short, and stays fine: each start ends in an optimum of its own. So there are
+several starts: the code lengths are estimated on the grid that theory gives, in several multiples
+(COARSENESS), and with these lengths each row's scale is searched (see `scales_for_lambda`). At the
+end each row keeps the start at which its cost is least.
 
 This module knows one layer and nothing of the network around it.
 
 Names used throughout: a layer is written as `groups` independent matrix products (1, or one per
 channel if depthwise), each of `rows` outputs and `columns` inputs.
 
-    gram      (groups, columns, columns)   mean of input * input over positions
-    cross     (groups, rows, columns)      mean of output * input
-    weight    (groups, rows, columns)      level * scale
-    scale     (groups, rows, 1)
+    gram        (groups, columns, columns)   mean of input * input over positions
+    cross       (groups, rows, columns)      mean of output * input
+    weight      (groups, rows, columns)      level * scale
+    scale       (groups, rows, 1)
+    row_lambda  (groups, rows, 1)            squared error of a row that saving one bit may add
 
 Several starts are fitted at once, as further rows: start, row -> start * rows + row.
 """
@@ -34,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.quantizers import max_level, put_on_grid, round_mantissa
-from lib.rate import level_bits
+from lib.rate import CodeLengths, code_lengths
 
 POSITIONS = 65536  # positions (pixels of output maps) that a layer is fitted on, at most
 SWEEPS = 3  # over the coordinates, between two fits of the scales
@@ -78,7 +80,7 @@ def reconstruct(
         layer.weight.copy_(fit.weight.reshape(layer.weight.shape))
         return
     if lambda_per_bit:
-        row_lambda = lambda_per_bit / row_importance.reshape(weight.shape[:2]).clamp(min=1e-12)
+        row_lambda = lambda_per_bit / row_importance.reshape(*weight.shape[:2], 1).clamp(min=1e-12)
         fit = _cheapest_of_several(weight, gram, cross, bits, row_lambda)
     else:
         fit = IntegerLeastSquares(weight, gram, cross, bits)
@@ -134,24 +136,25 @@ def _cheapest_of_several(
     """Return a fit with lambda, each row from the start at which its cost is least.
 
     The layer is fitted once from every start. Then each row chooses its start. What a row costs
-    depends on what the others chose, as the bits of a level are estimated from how often it occurs
-    in the whole layer; so all rows choose again, at the bits that their last choices make.
-    weight, gram, cross: see the legend. row_lambda: as for `IntegerLeastSquares.count_bits`.
+    depends on what the others chose, as code lengths are estimated from how often a level occurs in
+    the whole layer; so all rows choose again, with the lengths that their last choices make.
+    weight, gram, cross, row_lambda: see the legend.
     """
     starts, rows = len(COARSENESS), weight.shape[1]
     all_starts = IntegerLeastSquares(
-        weight.repeat(1, starts, 1), gram, cross.repeat(1, starts, 1), bits, starts
-    )
-    coarseness = torch.tensor(COARSENESS).repeat_interleave(rows).to(weight.device)
-    all_starts.scales_for_lambda(row_lambda.repeat(1, starts), coarseness)
+        weight.repeat(1, starts, 1), gram, cross.repeat(1, starts, 1), bits,
+        row_lambda.repeat(1, starts, 1), starts,
+    )  # fmt: skip
+    coarseness = torch.tensor(COARSENESS).repeat_interleave(rows)[:, None].to(weight.device)
+    all_starts.scales_for_lambda(coarseness)
     all_starts.settle()
-    layer = IntegerLeastSquares(weight, gram, cross, bits)
-    choice = torch.full_like(row_lambda, MIDDLE, dtype=torch.long)  # of a start, per row
+    layer = IntegerLeastSquares(weight, gram, cross, bits, row_lambda)
+    choice = torch.full(weight.shape[:2], MIDDLE, device=weight.device)  # of a start, per row
     for number in range(CHOICES + 1):
         layer.weight, layer.scale = all_starts.rows_of_starts(choice)
-        layer.count_bits(row_lambda)
+        layer.estimate_lengths()
         if number < CHOICES:
-            all_starts.copy_level_bits(layer)
+            all_starts.copy_lengths(layer)
             costs = all_starts.cost(all_starts.weight, all_starts.scale)
             choice = costs.unflatten(1, (starts, rows)).argmin(1)[:, :, 0]
     layer.descend(SWEEPS)
@@ -161,18 +164,25 @@ def _cheapest_of_several(
 class IntegerLeastSquares:
     """Minimize per row w gram w - 2 cross w over w = level * scale, zeros of the start held.
 
-    After `count_bits`, row_lambda * bits is added. Shapes: see the module's legend.
+    There are three modes: levels, at 2 to 16 bits; floats, at 32 (max_level is None); and levels
+    whose bits count, once `estimate_lengths` has been called: row_lambda * bits is added.
     Start with `choose_scales` or `scales_for_lambda` (not at 32 bits, where there are no levels),
-    then call `settle`, or `descend` and `refit_scales` in turn.
+    then call `settle`, or `descend` and `refit_scales` in turn. Shapes: see the module's legend.
     """
 
-    def __init__(self, weight: Tensor, gram: Tensor, cross: Tensor, bits: int, starts: int = 1):
-        """starts: how many times the rows of the layer are there, each time with other scales."""
-        self.starts = starts
+    def __init__(
+        self, weight: Tensor, gram: Tensor, cross: Tensor, bits: int,
+        row_lambda: Tensor | None = None, starts: int = 1,
+    ):  # fmt: skip
+        """row_lambda: needed where bits are to count.
+        starts: how many times the rows of the layer are there, each time with other scales."""
+        self.starts, self.row_lambda = starts, row_lambda
         self.start, self.weight = weight, weight.clone()
         self.mask, self.gram, self.cross = weight != 0, gram, cross
         self.max_level = max_level(bits) if bits < 32 else None
-        self.scale = self.level_bits = None
+        self.scale: Tensor | None = None
+        # Of all rows: magnitude is (starts, levels). None: bits do not count.
+        self.lengths: CodeLengths | None = None
 
     def error(self, weight: Tensor) -> Tensor:
         """Return the squared error of each row, up to a constant: (groups, rows, 1)."""
@@ -184,35 +194,30 @@ class IntegerLeastSquares:
         weight: on the grid of `scale`.
         """
         cost = self.error(weight)
-        if self.level_bits:
-            bits = self.weighted_bits((weight / scale).round_())
-            cost += (bits * self.mask).sum(2, keepdim=True)
+        if self.lengths:
+            priced = self.priced_lengths((weight / scale).round_())
+            cost += (priced * self.mask).sum(2, keepdim=True)
         return cost
 
     def on_grid(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Round weights to multiples of the scale, clipped to the largest level."""
         return (weight / scale).round_().clamp_(-self.max_level, self.max_level) * scale
 
-    def count_bits(self, row_lambda: Tensor) -> None:
-        """From now on, add row_lambda * bits to the error, with the bits of each level as estimated
-        from the present levels.
-
-        row_lambda: (groups, rows), the squared error of that row that saving one bit may add.
-        """
-        self.row_lambda = row_lambda[:, :, None]
+    def estimate_lengths(self) -> None:
+        """Estimate the code lengths from the present levels; from now on, bits count."""
         levels = (self.weight / self.scale).round_().unflatten(1, (self.starts, -1))
-        of_starts = [level_bits(x.flatten(0, 1), self.max_level) for x in levels.unbind(1)]
+        of_starts = [code_lengths(x.flatten(0, 1), self.max_level) for x in levels.unbind(1)]
         zero, nonzero, magnitude = zip(*of_starts, strict=True)
-        self.level_bits = (
+        self.lengths = CodeLengths(
             torch.stack([x.view_as(levels[:, 0]) for x in zero], 1).flatten(1, 2),
             torch.stack([x.view_as(levels[:, 0]) for x in nonzero], 1).flatten(1, 2),
-            torch.stack(magnitude),  # (starts, levels)
+            torch.stack(magnitude),
         )
 
-    def copy_level_bits(self, other: "IntegerLeastSquares") -> None:
-        """Take the level bits of a fit that has one start, for all starts alike."""
-        zero, nonzero, magnitude = other.level_bits
-        self.level_bits = (
+    def copy_lengths(self, other: "IntegerLeastSquares") -> None:
+        """Take the code lengths of a fit that has one start, for all starts alike."""
+        zero, nonzero, magnitude = other.lengths
+        self.lengths = CodeLengths(
             zero.repeat(1, self.starts, 1), nonzero.repeat(1, self.starts, 1),
             magnitude.repeat(self.starts, 1),
         )  # fmt: skip
@@ -226,12 +231,12 @@ class IntegerLeastSquares:
 
         return pick(self.weight), pick(self.scale)
 
-    def weighted_bits(self, levels: Tensor, columns=slice(None)) -> Tensor:
-        """Return row_lambda * bits of levels, in units of their rows' squared error.
+    def priced_lengths(self, levels: Tensor, columns=slice(None)) -> Tensor:
+        """Return row_lambda * code length of levels, in units of their rows' squared error.
 
         levels: (groups, rows, n), one for each of those n columns, or n to choose from for one.
         """
-        zero, nonzero, magnitude = self.level_bits
+        zero, nonzero, magnitude = self.lengths
         starts = torch.arange(self.starts, device=levels.device)[:, None, None]
         magnitudes = magnitude[
             starts, levels.abs().long().unflatten(1, (self.starts, -1))
@@ -247,7 +252,7 @@ class IntegerLeastSquares:
         """
         top = self._top()
         least = torch.full_like(top, torch.inf)
-        if self.level_bits:
+        if self.lengths:
             shares = torch.logspace(
                 math.log10(self.max_level), math.log10(0.3), SCALES_WITH_LAMBDA
             )
@@ -262,22 +267,24 @@ class IntegerLeastSquares:
             least = torch.minimum(cost, least)
         self.weight = self.on_grid(self.start, self.scale)
 
-    def scales_for_lambda(self, row_lambda: Tensor, coarseness: Tensor) -> None:
-        """Start with each row's scale as lambda asks for it, and count bits from now on.
+    def scales_for_lambda(self, coarseness: Tensor) -> None:
+        """Estimate the code lengths on the grid that lambda asks for; with them, search each row's
+        scale. From now on, bits count.
 
         A scale s makes an expected error of curvature * s^2 / 12 per weight, and doubling it saves
         a bit: error + row_lambda * bits is least at s^2 = 6 / ln 2 * row_lambda / curvature (Gish
-        and Pierce 1968, the uniform quantizer followed by an entropy coder). coarseness: (rows,),
+        and Pierce 1968, the uniform quantizer followed by an entropy coder). coarseness: (rows, 1),
         multiples of s^2. The scale stays so fine that the largest weight is no zero, and so coarse
-        that it is not clipped. row_lambda: as for `count_bits`.
+        that it is not clipped.
         """
         diagonal = self.gram.diagonal(dim1=1, dim2=2)[:, None]
-        curvature = (self.mask * diagonal).sum(2) / self.mask.sum(2).clamp(min=1)
-        scale = (6 / math.log(2) * coarseness * row_lambda / curvature.clamp(min=1e-20)).sqrt()
+        live = self.mask.sum(2, keepdim=True).clamp(min=1)
+        curvature = (self.mask * diagonal).sum(2, keepdim=True) / live
+        scale = (6 / math.log(2) * coarseness * self.row_lambda / curvature.clamp(min=1e-20)).sqrt()
         top = self._top()
-        self.scale = scale[:, :, None].clamp(min=top / self.max_level, max=top)
+        self.scale = scale.clamp(min=top / self.max_level, max=top)
         self.weight = self.on_grid(self.start, self.scale)
-        self.count_bits(row_lambda)
+        self.estimate_lengths()
         self.choose_scales()
 
     def _top(self) -> Tensor:
@@ -290,8 +297,8 @@ class IntegerLeastSquares:
         for _ in range(ROUNDS):
             self.descend(SWEEPS)
             self.refit_scales()
-            if self.level_bits:
-                self.count_bits(self.row_lambda[:, :, 0])
+            if self.lengths:
+                self.estimate_lengths()
 
     def descend(self, sweeps: int) -> None:
         """Move each weight in turn to its best level given the others, `sweeps` times."""
@@ -304,7 +311,7 @@ class IntegerLeastSquares:
                 if self.max_level:
                     scale = self.scale[:, :, 0]
                     level = (new / scale).round_().clamp_(-self.max_level, self.max_level)
-                    if self.level_bits:
+                    if self.lengths:
                         present = (weight[:, :, j] / scale).round_()
                         level = self._cheapest(
                             new / scale, level, present, curvature * scale**2, j
@@ -325,8 +332,8 @@ class IntegerLeastSquares:
         zero = torch.zeros_like(nearest)
         levels = torch.stack([nearest, nearest - nearest.sign(), zero, present], 2)
         error = (levels - exact[:, :, None]).square_() * curvature[:, :, None]
-        bits = self.weighted_bits(levels, slice(column, column + 1))
-        return levels.gather(2, (error + bits).argmin(2, keepdim=True))[:, :, 0]
+        priced = self.priced_lengths(levels, slice(column, column + 1))
+        return levels.gather(2, (error + priced).argmin(2, keepdim=True))[:, :, 0]
 
     def refit_scales(self) -> None:
         """Set each row's scale to the best one for its present levels."""

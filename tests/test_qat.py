@@ -372,13 +372,13 @@ def test_the_rate_term_makes_levels_cheaper(quantized, pixels):
         labels = pixels.mean((2, 3)).argmax(1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
         for _ in range(20):
-            loss = F.cross_entropy(model(pixels), labels) + loss_per_bit * qat.bits(model)
+            loss = F.cross_entropy(model(pixels), labels) + loss_per_bit * qat.coded_bits(model)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             mask.apply()
         with torch.no_grad():
-            estimates.append(float(qat.bits(model)))
+            estimates.append(float(qat.coded_bits(model)))
             qat.finish(model)
         levels = quantizers.integer_state(model.state_dict(), ptq.make_scheme(4, 8))
         matrices = [levels[f"{n}.weight"].flatten(1).numpy() for n in weight_layers(model)]
