@@ -80,7 +80,7 @@ def _errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     for name, layer in weight_layers(folded).items():
 
         def keep_variance(_, inputs, name=name):
-            variances[name] = inputs[0].movedim(1, -1).flatten(0, -2).var(0, correction=0)
+            variances[name] = quantizers.by_channel(inputs[0]).var(0, correction=0)
 
         hooks.append(layer.register_forward_pre_hook(keep_variance))
     folded(images)

@@ -10,13 +10,13 @@ one, whose activations carry the errors of all layers before. Each layer is fitt
   activations.
 - **Equalization** (Nagel et al. 2019, section 4.1). An activation tensor has one scale, which must
   suit its widest channel, so a channel of a small range uses few of the levels. Dividing each
-  channel by its range makes all ranges alike. The layer that gives the channel divides its row and
-  bias by the range, the layer that reads it multiplies its column by it, and the network computes
-  what it did. (ReLU6 would stand in the way, as 6 is not divided; but the quantizer that replaces
-  it clips at its own largest level.) Before a depthwise layer this loses nothing: there a column is
-  a whole row, whose own scale takes up the factor.
+  channel by its range, its unit from then on, makes all ranges alike. The layer that gives the
+  channel divides its row and bias by the unit, the layer that reads it multiplies its column by it,
+  and the network computes what it did. (ReLU6 would stand in the way, as 6 is not divided; but the
+  quantizer that replaces it clips at its own largest level.) Before a depthwise layer this loses
+  nothing: there a column is a whole row, whose own scale takes up the factor.
 
-Three more make the file small:
+A row of a layer is one output channel. Three more things make the file small:
 
 - **Short scales and biases.** The scales of rows keep a few mantissa bits, and biases lie on a
   grid. They are rounded early, so that what comes later can compensate: the last descent of the
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from lib import data, quantizers
 from lib.metrics import weight_layers
-from lib.quantizers import Quantizer, per_row
+from lib.quantizers import Quantizer, by_channel, per_row
 from lib.reconstruct import reconstruct
 from lib.thinning import thin
 from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
@@ -53,9 +53,9 @@ DISTURBANCE = 0.02  # share of a layer's sum of squares left out to see what tha
 # Positions (pixels of a map of an image, chosen at random) that a scale is searched on: of each
 # channel, and of a whole tensor.
 CHANNEL_SAMPLE, TENSOR_SAMPLE = 8192, 4096
-# Of a channel, as a share of the median: a channel that is hardly ever positive would otherwise
-# divide its row by next to nothing.
-SMALLEST_RANGE = 0.02
+# The smallest unit of a channel, as a share of the layer's median: a row that is hardly ever
+# positive would otherwise be divided by next to nothing.
+SMALLEST_UNIT = 0.02
 
 
 @torch.no_grad()
@@ -186,10 +186,10 @@ def _without_smallest_weights(model, layer: nn.Module, images: Tensor) -> tuple[
     variances = []
 
     def disturb(_, inputs, outputs):
-        error = (reduced(inputs[0]) - outputs).movedim(1, -1)
-        error = error - error.flatten(0, -2).mean(0)
-        variances.append(error.flatten(0, -2).square().mean(0))
-        return outputs + error.movedim(-1, 1)
+        error = reduced(inputs[0]) - outputs
+        error = error - by_channel(error).mean(0).view(-1, *[1] * (error.ndim - 2))
+        variances.append(by_channel(error).square().mean(0))
+        return outputs + error
 
     hook = layer.register_forward_hook(disturb)
     logits = model(images)
@@ -236,8 +236,8 @@ class Pair(NamedTuple):
     """The same activations in the two networks, (n, C, H, W), or (n, C) after the average."""
 
     fp32: Tensor
-    quantized: Tensor  # near fp32 / ranges
-    ranges: Tensor | None = None  # of the channels, (C,), after an equalized ReLU6; None: all are 1
+    quantized: Tensor  # near fp32 / units
+    units: Tensor | None = None  # of the channels, (C,), after an equalized ReLU6; None: all are 1
 
 
 @dataclass(frozen=True)
@@ -258,10 +258,10 @@ class _Options:
 class _Walk:
     """Walks the fp32 network and the quantized one side by side.
 
-    The two differ in the units of some tensors. Where a ReLU6 was equalized, each channel of the
-    quantized network is the fp32 channel divided by its range: its layer's row, scale and bias are
-    in that unit too, and the next layer's column is multiplied by the range. All other tensors, the
-    residual streams among them, have the units of the fp32 network.
+    Where a ReLU6 was equalized, each channel of the quantized network has a unit of its own: it is
+    the fp32 channel divided by that unit. Its layer's row, scale and bias are in that unit too, and
+    the next layer's column is multiplied by it. All other tensors, the residual streams among them,
+    are as in the fp32 network.
     """
 
     def __init__(
@@ -281,12 +281,12 @@ class _Walk:
         self.names = {layer: name for name, layer in weight_layers(fp32).items()}
         self.layers = weight_layers(quantized)
         self.latent: dict[str, Tensor] = {}  # weights before rounding, by layer
-        self.ranges: dict[ConvBNReLU6, Tensor] = {}  # of output channels, by module of `fp32`
+        self.units: dict[ConvBNReLU6, Tensor] = {}  # of output channels, by module of `fp32`
 
     def equalize(self, images: Tensor) -> None:
-        """Choose the range of each channel after a ReLU6: the clip that loses least at act_bits.
+        """Choose the unit of each channel after a ReLU6: the clip that loses least at act_bits.
 
-        Residual streams are left out: their ranges would have to suit all blocks of a stage, and
+        Residual streams are left out: their units would have to suit all blocks of a stage, and
         that did not pay.
         """
         outputs = {}
@@ -301,12 +301,12 @@ class _Walk:
             hook.remove()
         for module, output in outputs.items():
             clips = _channel_clips(output, self.scheme["act_bits"])
-            # The next layer's columns are multiplied by the ranges. A depthwise row is one column,
-            # so its scale absorbs the range. A projection has one scale over all its columns, which
-            # would have to cover the widest: there only the square root of the range is moved.
-            self.ranges[module] = clips.sqrt() if module in depthwise else clips
+            # The next layer's columns are multiplied by the units. A depthwise row is one column,
+            # so its scale absorbs the unit. A projection has one scale over all its columns, which
+            # would have to cover the widest: there the unit is only the square root of the clip.
+            self.units[module] = clips.sqrt() if module in depthwise else clips
         if self.fp32.blocks[0].residual:  # the stem's outputs are part of a residual stream
-            del self.ranges[self.fp32.stem]
+            del self.units[self.fp32.stem]
 
     def run(self, images: Tensor, progress: Callable) -> None:
         """Quantize all layers, in the order in which they run."""
@@ -333,7 +333,7 @@ class _Walk:
 
     def activated(self, fp32_module: ConvBNReLU6, module: ConvBNReLU6, pair: Pair) -> Pair:
         """Quantize a convolution and the quantizer that replaces its ReLU6; return its outputs."""
-        pair = self.layer(fp32_module.conv, pair, self.ranges.get(fp32_module))
+        pair = self.layer(fp32_module.conv, pair, self.units.get(fp32_module))
         pair = pair._replace(fp32=fp32_module.activation(pair.fp32))
         return self.calibrate(module.activation, pair, module.conv)
 
@@ -377,37 +377,36 @@ class _Walk:
         squared = 6 * self.options.lambda_per_bit / (math.log(2) * importance)
         return round(math.log2(squared) / 2)
 
-    def layer(self, fp32_layer: nn.Module, pair: Pair, output_ranges: Tensor | None = None) -> Pair:
+    def layer(self, fp32_layer: nn.Module, pair: Pair, output_units: Tensor | None = None) -> Pair:
         """Quantize the layer that corresponds to `fp32_layer`; return the outputs of the two.
 
-        pair: their inputs. output_ranges: (rows,), what the quantized outputs are divided by; None:
+        pair: their inputs. output_units: (rows,), what the quantized outputs are divided by; None:
         they are not.
         """
         name = self.names[fp32_layer]
         layer, bits = self.layers[name], quantizers.bits_of(name, self.scheme)
-        _multiply_ranges_in(layer, pair.ranges, output_ranges)
+        _change_units(layer, pair.units, output_units)
+        squared_units = 1.0 if output_units is None else output_units**2
         if name in self.options.bias_importance:
-            squared_unit = 1.0 if output_ranges is None else output_ranges**2
-            mean = (self.options.bias_importance[name] * squared_unit).mean()
+            mean = (self.options.bias_importance[name] * squared_units).mean()
             self.mean_bias_importance[layer] = max(float(mean), 1e-12)
         self.latent[name] = layer.weight.clone()
         fp32_y = fp32_layer(pair.fp32)
-        wanted = fp32_y if output_ranges is None else fp32_y / output_ranges.view(-1, 1, 1)
+        target = _in_units(fp32_y, output_units)
         if self.per_tensor:
             self.put_on_tensor_grid(name, layer, bits)
         elif bits < 32 or self.scheme["act_bits"] < 32:
+            # At 32 bits too: floats that are fitted to inputs that were rounded.
             importance = self.options.importance.get(name)
-            if importance is not None and output_ranges is not None:
-                importance = importance * output_ranges**2
             reconstruct(
-                layer, pair.quantized, wanted, bits, scale_bits=self.options.scale_bits,
-                row_importance=importance, lambda_per_bit=self.options.lambda_per_bit,
+                layer, pair.quantized, target, bits, scale_bits=self.options.scale_bits,
+                row_importance=None if importance is None else importance * squared_units,
+                lambda_per_bit=self.options.lambda_per_bit,
             )  # fmt: skip
         layer.scale_bits = self.options.scale_bits
         y = layer(pair.quantized)
-        mean_error = (wanted - y).movedim(1, -1).flatten(0, -2).mean(0)
-        y = _add_to_bias(layer, mean_error, y)
-        return Pair(fp32_y, fp32_layer(pair.quantized) if self.options.alone else y, output_ranges)
+        y = _add_to_bias(layer, by_channel(target - y).mean(0), y)
+        return Pair(fp32_y, fp32_y if self.options.alone else y, output_units)
 
     def put_on_tensor_grid(self, name: str, layer: nn.Module, bits: int) -> None:
         """Round a folded layer's weights to the grid that its weight tensor lies on before folding:
@@ -427,17 +426,22 @@ class _Walk:
         layer.weight.copy_(levels * per_row(layer.weight_scale, levels) + 0.0)
 
 
-def _multiply_ranges_in(
-    layer: nn.Module, input_ranges: Tensor | None, output_ranges: Tensor | None
+def _change_units(
+    layer: nn.Module, input_units: Tensor | None, output_units: Tensor | None
 ) -> None:
-    """Change a layer so that it takes inputs, and gives outputs, in units of their ranges (C,)."""
+    """Change a layer so that it takes inputs, and gives outputs, in these units (C,)."""
     weight = layer.weight
-    if input_ranges is not None:
+    if input_units is not None:
         depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1
-        weight.mul_(input_ranges.view(-1, 1, 1, 1) if depthwise else input_ranges.view(1, -1, 1, 1))
-    if output_ranges is not None:
-        weight.div_(per_row(output_ranges, weight))
-        layer.bias.div_(output_ranges)
+        weight.mul_(input_units.view(-1, 1, 1, 1) if depthwise else input_units.view(1, -1, 1, 1))
+    if output_units is not None:
+        weight.div_(per_row(output_units, weight))
+        layer.bias.div_(output_units)
+
+
+def _in_units(fp32: Tensor, units: Tensor | None) -> Tensor:
+    """Return activations of the fp32 network, (n, C, H, W), in units (C,); None: all are 1."""
+    return fp32 if units is None else fp32 / units.view(-1, 1, 1)
 
 
 def _add_to_bias(layer: nn.Module, change: Tensor, outputs: Tensor) -> Tensor:
@@ -468,7 +472,7 @@ def _channel_clips(outputs: Tensor, bits: int) -> Tensor:
         clips = torch.where(error < least, top * share, clips)
         least = torch.minimum(least, error)
     median = clips[clips > 0].median() if (clips > 0).any() else clips.new_tensor(1.0)
-    return torch.where(clips > 0, clips / median, 1.0).clamp(min=SMALLEST_RANGE)
+    return torch.where(clips > 0, clips / median, 1.0).clamp(min=SMALLEST_UNIT)
 
 
 def _some_of(count: int, wanted: int) -> Tensor:
@@ -478,19 +482,19 @@ def _some_of(count: int, wanted: int) -> Tensor:
 
 def _best_scale(pair: Pair, quantizer: Quantizer) -> Tensor:
     """Return the scale, (), at which rounding the quantized activations gives the least mean
-    squared error against the fp32 ones, in units of their ranges: a search."""
-    wanted = pair.fp32 if pair.ranges is None else pair.fp32 / pair.ranges.view(-1, 1, 1)
-    top = wanted.abs().amax().clamp(min=1e-6)
-    # (positions, channels). Not every k-th: where k and the width of the map have a common factor,
-    # these would be the same few columns of every image, perhaps those at the border.
-    wanted, inputs = (x.movedim(1, -1).flatten(0, -2) for x in (wanted, pair.quantized))
-    sample = _some_of(len(wanted), TENSOR_SAMPLE).to(wanted.device)
-    wanted, inputs = wanted[sample], inputs[sample]
+    squared error against the fp32 ones in the same units: a search."""
+    target = _in_units(pair.fp32, pair.units)
+    top = target.abs().amax().clamp(min=1e-6)
+    # Not every k-th position: where k and the width of the map have a common factor, these would be
+    # the same few columns of every image, perhaps those at the border.
+    target, inputs = by_channel(target), by_channel(pair.quantized)
+    sample = _some_of(len(target), TENSOR_SAMPLE).to(target.device)
+    target, inputs = target[sample], inputs[sample]
 
     def error(clip: Tensor) -> float:
         scale = clip / quantizer.high
         rounded = (inputs / scale).round_().clamp_(quantizer.low, quantizer.high).mul_(scale)
-        return float(rounded.sub_(wanted).square_().mean())
+        return float(rounded.sub_(target).square_().mean())
 
     best = min((top * 0.95**i for i in range(45)), key=error)
     return min((best * (1 + i / 100) for i in range(-4, 5)), key=error) / quantizer.high

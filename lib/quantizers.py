@@ -106,6 +106,11 @@ def per_row(scale: Tensor, x: Tensor) -> Tensor:
     return scale.view(-1, *[1] * (x.ndim - 1)) if scale.ndim == 1 else scale
 
 
+def by_channel(x: Tensor) -> Tensor:
+    """Return activations, (n, C, H, W) or (n, C), as (positions, C)."""
+    return x.movedim(1, -1).flatten(0, -2)
+
+
 def bits_of(layer: str, scheme: dict) -> int:
     """Return the bits of that layer's weights."""
     return scheme.get("layer_bits", {}).get(layer, scheme["weight_bits"])

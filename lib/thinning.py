@@ -15,10 +15,10 @@ The channels of residual streams stay: too many layers share them.
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.compaction import compact, take
-from lib.quantizers import norm_factor, per_row
+from lib.quantizers import by_channel, norm_factor, per_row
 from lib.reconstruct import reconstruct
 from models.layers import CLASSIFIER, PROJECT, layers
 from models.mobilenetv2 import MobileNetV2
@@ -51,47 +51,67 @@ def thin(
         for group in {layer.input_group for layer in readers.values()}
     }
 
-    def fit_reader(block: int | None, model_x: Tensor, x: Tensor) -> None:
-        """Take channels from the inputs of a projection, or of the classifier (None), and refit it.
+    def thin_inputs(block: int | None, before: Tensor, after: Tensor) -> None:
+        """Remove channels from the inputs of a projection, or of the classifier (None).
 
-        model_x, x: these inputs in the model and in the thinned network, (n, C, H, W) or (n, C).
+        before, after: these inputs in the model and in the thinned network, (n, C, H, W) or (n, C).
         """
-        layer = readers[block]
-        old, new = model.get_submodule(layer.name), thinned.get_submodule(layer.name)
-        norm = thinned.get_submodule(layer.norm) if layer.norm else None
-        weight = new.weight.flatten(1)
-        folded = weight if norm is None else per_row(norm_factor(norm), weight).to(weight) * weight
-        variance = x.movedim(1, -1).flatten(0, -2).var(0, correction=0)
-        error = variance * (importance[layer.name][:, None] * folded.square()).sum(0)
-        saved = WEIGHT_BITS * (weight != 0).sum(0)
-        for name in makers[layer.input_group]:
-            rows = thinned.get_submodule(name).weight.flatten(1)
-            saved = saved + WEIGHT_BITS * (rows != 0).sum(1) + ROW_BITS
-        gone = error < CAUTION * lambda_per_bit * saved
-        if not gone.any():
-            return
-        wanted = old(model_x)
-        new.weight[:, gone] = 0
-        reconstruct(new, x, wanted, 32, scale_bits=23)
-        shift = (new(x) - wanted).movedim(1, -1).flatten(0, -2).mean(0)
-        if norm is None:
-            new.bias.sub_(shift)
-        else:
-            norm.running_mean.add_(shift)
+        described = readers[block]
+        reader = thinned.get_submodule(described.name)
+        norm = thinned.get_submodule(described.norm) if described.norm else None
+        made_by = [thinned.get_submodule(name) for name in makers[described.input_group]]
+        error = _errors(reader, norm, after, importance[described.name])
+        worthless = error < CAUTION * lambda_per_bit * _coded_bits(reader, made_by)
+        if worthless.any():
+            target = model.get_submodule(described.name)(before)
+            reader.weight[:, worthless] = 0
+            _refit(reader, norm, after, target)
 
-    model_x = x = images[:IMAGES]
-    model_x, x = model.stem(model_x), thinned.stem(x)
-    for number, (model_block, block) in enumerate(
-        zip(model.blocks, thinned.blocks, strict=True), start=1
-    ):
-        model_y, y = model_block.conv[:-2](model_x), block.conv[:-2](x)
-        if block.expand is not None:  # else its hidden channels are the stem's
-            fit_reader(number, model_y, y)
-        model_y, y = (b.project_norm(b.project(h))
-                      for b, h in ((model_block, model_y), (block, y)))  # fmt: skip
-        model_x, x = (model_x + model_y, x + y) if block.residual else (model_y, y)
-    fit_reader(None, model.head(model_x).mean((2, 3)), thinned.head(x).mean((2, 3)))
+    images = images[:IMAGES]
+    before, after = model.stem(images), thinned.stem(images)
+    for number, blocks in enumerate(zip(model.blocks, thinned.blocks, strict=True), start=1):
+        hidden = [block.conv[:-2](x) for block, x in zip(blocks, (before, after), strict=True)]
+        if blocks[0].expand is not None:  # else its hidden channels are the stem's
+            thin_inputs(number, *hidden)
+        y, z = (block.project_norm(block.project(h))
+                for block, h in zip(blocks, hidden, strict=True))  # fmt: skip
+        before, after = (before + y, after + z) if blocks[0].residual else (y, z)
+    thin_inputs(None, model.head(before).mean((2, 3)), thinned.head(after).mean((2, 3)))
     thinned, kept = compact(thinned)
     return thinned, {
         name: take(value, kept[f"{name}.weight"][:1]) for name, value in importance.items()
     }
+
+
+def _errors(layer: nn.Module, norm: nn.Module | None, inputs: Tensor, importance: Tensor) -> Tensor:
+    """Return the squared error of the logits without each input channel of a layer, (C,).
+
+    It is variance of the input * sum over the rows of importance * w^2. The mean of the input goes
+    into the bias. norm: the batch norm after the layer, if there is one. importance: (rows,).
+    """
+    weight = layer.weight.flatten(1)
+    folded = weight if norm is None else per_row(norm_factor(norm), weight).to(weight) * weight
+    variance = by_channel(inputs).var(0, correction=0)
+    return variance * (importance[:, None] * folded.square()).sum(0)
+
+
+def _coded_bits(reader: nn.Module, makers: list[nn.Module]) -> Tensor:
+    """Return the bits that a file spends on each input channel of `reader`, (C,); makers: the
+    layers with a row for each of these channels."""
+    spent = WEIGHT_BITS * (reader.weight.flatten(1) != 0).sum(0)
+    for maker in makers:
+        spent = spent + WEIGHT_BITS * (maker.weight.flatten(1) != 0).sum(1) + ROW_BITS
+    return spent
+
+
+def _refit(layer: nn.Module, norm: nn.Module | None, inputs: Tensor, target: Tensor) -> None:
+    """Fit a layer's weights, and the mean of its outputs, to `target` by least squares, in place.
+
+    inputs: of the layer. target: (n, C, H, W) or (n, C). norm: the batch norm after the layer.
+    """
+    reconstruct(layer, inputs, target, 32, scale_bits=23)
+    shift = by_channel(layer(inputs) - target).mean(0)
+    if norm is None:
+        layer.bias.sub_(shift)
+    else:
+        norm.running_mean.add_(shift)
