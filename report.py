@@ -92,16 +92,14 @@ def measured(source, split, split_name: str) -> tuple[dict, torch.Tensor]:
     parts = memory.bytes_by_part(source)
     assert sum(parts.values()) == source.bytes, (source.file, parts)
     model, image = source.build(split.images.device), data.normalize(split.images[:1])
-    activations = memory.activations(model, image=image)
     bits = source.quantization["act_bits"] if source.quantization else 32
     row |= {
         "name": source.file.name, "parts": parts, "act_bits": bits,
         "weight_bytes": sum(size for part, size in parts.items() if part.startswith("weights: ")),
-        "act_peak_layer": activations["peak_layer"],
     }  # fmt: skip
-    for kind in ("sum", "peak"):
-        values = activations[f"{kind}_values"]
-        row |= {f"act_{kind}_values": values, f"act_{kind}_bytes": (values * bits + 7) // 8}
+    row |= {
+        f"act_{key}": value for key, value in memory.activation_bytes(model, bits, image).items()
+    }
     return row, confusion
 
 

@@ -14,6 +14,7 @@ and a float32 bias; all other layers and all activations stay fp32. The table he
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import torch
 
@@ -60,15 +61,16 @@ def main(argv=None):
     before = engine.evaluate(fp32, split)
     out = cfg.path(cfg.out, "logs/sensitivity.csv")
 
-    identity = config.identity(cfg) | {"parent": parent.sha256, "data": images.provenance()}
-    log = metrics.Log(cfg.place("logs/sensitivity.jsonl"), identity, cfg.wandb)
-    past = metrics.read_log(log.path, torn=True) if cfg.resume else []
-    rows = past[1:] if past and past[0] == identity else []
-    log.begin([identity, *rows])
-    done = {(row["layer"], row["weight_bits"]) for row in rows}
-    sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
     counts = {name: (weights, n) for name, weights, n in metrics.layer_counts(fp32)}
-    for bits in dict.fromkeys(cfg.weight_bits):
+    bit_widths = list(dict.fromkeys(cfg.weight_bits))
+    identity = config.identity(cfg) | {"parent": parent.sha256, "data": images.provenance()}
+    del identity["weight_bits"]  # the rows of some bits serve a run of others
+    log = metrics.Log(cfg.place("logs/sensitivity.jsonl"), identity, cfg.wandb)
+    measured = past_rows(log.path, identity) if cfg.resume else []
+    log.begin([identity | {"rows": len(counts) * len(bit_widths)}, *measured])
+    done = {(row["layer"], row["weight_bits"]) for row in measured}
+    sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
+    for bits in bit_widths:
         todo = [name for name in counts if (name, bits) not in done]
         if not todo:
             continue
@@ -85,8 +87,9 @@ def main(argv=None):
                 "accuracy": after.accuracy, "loss": after.loss, **moved,
             }  # fmt: skip
             log(row)
-            rows.append(row)
+            measured.append(row)
     order = list(counts)
+    rows = [row for row in measured if row["weight_bits"] in bit_widths]
     rows.sort(key=lambda row: (order.index(row["layer"]), -row["weight_bits"]))
     write_csv(out, COLUMNS, rows)
     title = f"Each layer's weights alone at few bits: {parent.file.name}, {cfg.split}"
@@ -102,6 +105,23 @@ def main(argv=None):
         f"{worst['weight_bits']} bits: {worst['accuracy']:.2%} (+{worst['gained']} "
         f"-{worst['lost']})"
     )
+
+
+def past_rows(path: Path, identity: dict) -> list[dict]:
+    """Return the rows that an earlier run with these settings measured.
+
+    Raises UserError if the log is that of another run which was interrupted.
+    """
+    past = metrics.read_log(path, torn=True)
+    if not past:
+        return []
+    its, wanted = dict(past[0]), past[1:]
+    planned = its.pop("rows", 0)
+    if its == identity:
+        return wanted
+    if len(wanted) < planned:
+        engine.refuse_other_run(path, its, identity)
+    return []
 
 
 if __name__ == "__main__":

@@ -77,6 +77,8 @@ class Settings(config.Common):
             raise ValueError("--warmup-epochs must be at least 0 and less than --epochs")
         if not 0 <= self.label_smoothing <= 1 or not 0 <= self.ema < 1:
             raise ValueError("--label-smoothing must be in [0, 1], --ema in [0, 1)")
+        if self.flip == "alternate" and self.augment == "none":
+            raise ValueError("--flip alternate needs an --augment that flips: not none")
 
     @property
     def warmup(self) -> float:
@@ -118,11 +120,13 @@ def main(argv=None):
         saved = checkpoint.save(
             out, "baseline", model, cfg, None, metrics=figures, data=images.provenance()
         )
-        title = f"Training for {cfg.epochs} epochs (validation: n={len(images.val)})"
+        title = f"Training for {cfg.epochs} epochs (validation: n={len(images.val)}"
+        title += ", in mixed precision)" if engine.is_mixed(device, cfg.amp) else ")"
         plots.curves(history, cfg.place("plots/train.png"), title)
         log.close(figures, [cfg.place("plots/train.png")])
         state_file.unlink()  # last: until here, the run could be continued
-        print(f"{out}: {saved.bytes:,} bytes, epoch {figures['epoch']}, val {final}")
+        val = f"val {final}" if final else "no validation split"
+        print(f"{out}: {saved.bytes:,} bytes, epoch {figures['epoch']}, {val}")
     processes.stop()
 
 

@@ -1,6 +1,7 @@
 """Check the published network: its hash, that it decodes, and its accuracy on your images.
 
     python verify.py --data DIR
+    python verify.py --data DIR --split test     test images alone do, in any form
 
 in:  release/results.json and the files that it names
 out: one line per file and split; exit code 1 if something is not as published
@@ -26,6 +27,10 @@ class Settings:
         None, "cifar10.npz, a folder with the data, or `synthetic`; default: download to ./data"
     )
     release: str | None = flag(None, "folder of results.json; default: release/ beside this script")
+    split: str = flag(
+        "all", "images to evaluate on; val needs the training images, in torchvision's order",
+        choices=("all", "val", "test"),
+    )  # fmt: skip
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...")
 
 
@@ -36,11 +41,15 @@ def main(argv=None):
     folder = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
     published = read(folder / "results.json")
     sources = [load_checked(folder / name, digest) for name, (digest, _) in published.items()]
-    images = sources[0].images(cfg.data, None, device)
+    images = sources[0].images(cfg.data, None, device, test_only=cfg.split == "test")
     wrong = []
     for source in sources:
         network = runtime.network(source, device)
-        for name, (correct, n) in published[source.file.name][1].items():
+        splits = published[source.file.name][1]
+        for name in splits if cfg.split == "all" else [cfg.split]:
+            if name not in splits:
+                raise UserError(f"no accuracy of {source.file.name} on {name} is published")
+            correct, n = splits[name]
             split = getattr(images, name)
             if len(split) < n or (
                 name == "val" and source.data.get("train") not in (None, len(images.train))

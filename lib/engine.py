@@ -533,7 +533,12 @@ def _half(device: torch.device) -> bool:
 def _autocast(device: torch.device, enabled: bool):
     """Return the context manager of mixed precision, switched off where it would be slow."""
     dtype = torch.float16 if _half(device) else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=enabled and not _slow_bf16(device))
+    return torch.autocast(device.type, dtype, enabled=is_mixed(device, enabled))
+
+
+def is_mixed(device: torch.device, amp: bool) -> bool:
+    """Return whether training, and the evaluation of its epochs, runs in mixed precision."""
+    return amp and not _slow_bf16(device)
 
 
 def _slow_bf16(device: torch.device) -> bool:

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from lib import compressed
 from lib.checkpoint import Checkpoint
 from lib.metrics import is_weight, weight_layers
+from lib.quantizers import Quantizer
+from models.layers import layers, places
+from models.mobilenetv2 import MobileNetV2
 
 WEIGHTS, INDICES, REST = "weights: values", "weights: indices", "BN, biases, scales"
 # Sections of a .nnz file, as lib.compressed.sections names them; any other holds coded weights.
@@ -38,11 +41,9 @@ def activations(model: nn.Module, size: int = 32, image: Tensor | None = None) -
         residual input if it is not the layer's own.
 
     A block is residual if its attribute `residual` is true; everything else comes from the tensors,
-    so any widths, strides and depths will do. At b bits a value takes b / 8 bytes, for all of these
-    tensors alike: the report's simulation keeps the residual input, its sum and the pooled map in
-    fp32, but a real integer network has to store them at the scheme's bits.
+    so any widths, strides and depths will do.
     """
-    layers, held, hooks = [], [], []  # held: the inputs of the residual blocks that are running
+    counts, held, hooks = [], [], []  # held: the inputs of the residual blocks that are running
 
     def enter(_, inputs):
         held.append(inputs[0])
@@ -52,13 +53,13 @@ def activations(model: nn.Module, size: int = 32, image: Tensor | None = None) -
 
     def before(layer, inputs):  # ahead of a quantizer's own hook, which makes a new tensor
         kept = [x for x in held if x is not inputs[0]]
-        layers.append({
+        counts.append({
             "name": names[layer], "input": inputs[0].numel(), "output": 0,
             "held": sum(x.numel() for x in kept),
         })  # fmt: skip
 
     def after(_, __, output):
-        layers[-1]["output"] = output.numel()
+        counts[-1]["output"] = output.numel()
 
     names = {layer: name for name, layer in weight_layers(model).items()}
     for layer in names:
@@ -77,10 +78,43 @@ def activations(model: nn.Module, size: int = 32, image: Tensor | None = None) -
         model.train(training)
         for hook in hooks:
             hook.remove()
-    alive = [x["input"] + x["output"] + x["held"] for x in layers]
+    alive = [x["input"] + x["output"] + x["held"] for x in counts]
     return {
-        "sum_values": sum(x["input"] for x in layers), "peak_values": max(alive),
-        "peak_layer": layers[alive.index(max(alive))]["name"], "layers": layers,
+        "sum_values": sum(x["input"] for x in counts), "peak_values": max(alive),
+        "peak_layer": counts[alive.index(max(alive))]["name"], "layers": counts,
+    }  # fmt: skip
+
+
+def activation_bytes(model: MobileNetV2, act_bits: int, image: Tensor | None = None) -> dict:
+    """Return the bytes of one image's activations: {"sum_bytes", "peak_bytes", "peak_layer"}, which
+    are those of `activations` in bytes.
+
+    A tensor has the bits of the quantizer at its place: lib.quantizers keeps some at 8 bits where
+    the others have fewer. act_bits: of tensors without one. (The report's simulation keeps the
+    residual input, its sum and the pooled map in fp32; an integer network has to store them at the
+    scheme's bits, and so they are counted.)
+    """
+    order = places(model.settings)
+
+    def bits_at(place: str) -> int:
+        if place.endswith(".input"):  # a quantizer there reduces what is stored at the place before
+            place = order[order.index(place) - 1]
+        quantizer = model.get_submodule(place) if place else None
+        return quantizer.bits if isinstance(quantizer, Quantizer) else act_bits
+
+    total, alive = 0, {}
+    for layer, count in zip(
+        layers(model.settings), activations(model, image=image)["layers"], strict=True
+    ):
+        stored = count["input"] * bits_at(layer.input_place)
+        total += stored
+        held = bits_at(f"features.{layer.block}.input") if count["held"] else 0
+        alive[layer.name] = stored + (
+            count["output"] * bits_at(layer.output_place) + count["held"] * held
+        )
+    peak = max(alive, key=alive.get)
+    return {
+        "sum_bytes": (total + 7) // 8, "peak_bytes": (alive[peak] + 7) // 8, "peak_layer": peak,
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.config import UserError, reason
+from lib.files import write_bytes
 
 WANDB_SECONDS = 15  # to wait for W&B to answer, unless WANDB_INIT_TIMEOUT says otherwise
 
@@ -84,8 +85,7 @@ class Log:
         """Start the file again, with the past lines of a resumed run: one whole run per file."""
         if not self.active:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in past))
+        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in past).encode())
         if self.wandb:
             self.run = start_wandb(self.path.parent, name=self.path.stem, config=self.config)
             for line in past:

@@ -48,7 +48,7 @@ def table(
 
 
 def command_line() -> str:
-    """This process's command line, of paths the last part alone: a folder's name helps nobody."""
+    """Return this process's command line; of absolute paths the last part alone."""
     words = ["python", *(os.path.relpath(word) if i == 0 else word
                          for i, word in enumerate(sys.argv))]  # fmt: skip
     return shlex.join(_without_folders(word) for word in words)

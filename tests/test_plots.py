@@ -138,6 +138,21 @@ def test_confusion_of_many_classes_has_a_row_for_each_and_odd_names(tmp_path, cl
         assert image.width == 9 * 60 and 10 * 60 < image.height < 25 * 60
 
 
+def test_the_epoch_that_is_marked_is_the_one_that_is_kept(tmp_path, monkeypatch):
+    notes, figure = [], plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda *a, **k: notes.append(a[1]) or figure(*a, **k))
+    lines = [{"epoch": 1, "train_loss": 1.0, "train_accuracy": 0.5, "val_loss": 1.0,
+              "val_accuracy": 0.8, "score": -1.0},
+             {"epoch": 2, "train_loss": 0.9, "train_accuracy": 0.6, "val_loss": 0.9,
+              "val_accuracy": 0.9, "score": -2.0}]  # fmt: skip
+    plots.curves(lines, tmp_path / "a.png", "")
+    plots.curves(
+        [{k: v for k, v in x.items() if k != "score"} for x in lines], tmp_path / "b.png", ""
+    )
+    assert "is kept, 1, validation 80.00%" in notes[0]
+    assert "is kept, 2, validation 90.00%" in notes[1]
+
+
 def test_the_floor_and_the_saved_round_show(tmp_path):
     path, cases = tmp_path / "a.png", ((17, 0.93), (17, 0.92), (3, 0.93), (17, 0.1))
     charts = [plots.accuracy_sparsity(rounds(18), *case, path, "t").read_bytes() for case in cases]

@@ -170,6 +170,18 @@ def test_verify_compares_the_first_images_where_more_are_at_hand(
     assert all("of 100 test images" in line and "/160) of all" in line for line in lines)
 
 
+def test_test_images_alone_will_do(published, tiny, tmp_path, monkeypatch, capfd):
+    with np.load(tiny) as file:
+        np.savez(tmp_path / "test.npz", x_test=file["x_test"], y_test=file["y_test"])
+    flags = [f"--data={tmp_path}/test.npz", f"--release={published.release}"]
+    code, out, _ = call(
+        "verify", *flags, "--split=test", monkeypatch=monkeypatch, capfd=capfd
+    )
+    assert code == 0 and "100 test images" in out and "val images" not in out
+    code, _, err = call("verify", *flags, monkeypatch=monkeypatch, capfd=capfd)
+    assert code == 1 and one_line("verify", err)
+
+
 def test_verify_refuses_what_was_changed(published, tiny):
     release = published.release
     file = release / checkpoint.RELEASE.name

@@ -15,7 +15,7 @@ import report
 import sparse_compress
 import to_int8
 import train
-from lib import checkpoint, memory, metrics, plots, quantizers
+from lib import checkpoint, memory, metrics, plots, ptq, quantizers
 from lib.config import UserError
 from lib.nnz import frame
 from models.mobilenetv2 import MobileNetV2, standard
@@ -276,6 +276,27 @@ def test_quantizers_do_not_change_the_count():
     plain = memory.activations(model)
     quantizers.quantize_reference(model, 8, 4)
     assert memory.activations(model, image=torch.randn(1, 3, 32, 32)) == plain
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_bytes_of_activations_are_those_of_their_quantizers(bits):
+    """Tensors that are added or only averaged keep 8 bits where others have fewer."""
+    model = MobileNetV2(standard(1.0, 4) | {"folded": True}).eval()
+    plain = memory.activations(model)
+    quantizers.attach(model, ptq.make_scheme(8, bits))
+    found = memory.activation_bytes(model, bits)
+    assert memory.activation_bytes(MobileNetV2(standard(1.0, 4)), bits)["peak_bytes"] == (
+        plain["peak_values"] * bits // 8
+    )
+    # Block 5: 192 channels into the depthwise layer and out of it, 32 of the residual stream held.
+    pixels = 32 * 32
+    assert found["peak_layer"] == "features.5.conv.1.0" == plain["peak_layer"]
+    assert found["peak_bytes"] == pixels * (192 * bits + 192 * bits + 32 * 8) // 8
+    # The image and what residual blocks read have 8 bits.
+    inputs = {x["name"]: x["input"] for x in plain["layers"]}
+    residual = [n for n, block in enumerate(model.settings["blocks"], 1) if block["residual"]]
+    wide = inputs["features.0.0"] + sum(inputs[f"features.{n}.conv.0.0"] for n in residual)
+    assert found["sum_bytes"] == (plain["sum_values"] * bits + wide * (8 - bits)) // 8
 
 
 def test_a_layer_that_reads_the_residual_input_itself_holds_nothing_beside_it():

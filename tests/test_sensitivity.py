@@ -8,6 +8,7 @@ import sensitivity
 import train
 from lib import checkpoint, engine, plots
 from lib.compaction import compact
+from lib.config import UserError
 from lib.metrics import layer_counts
 
 
@@ -17,9 +18,10 @@ def parent(small, tmp_path):
     return checkpoint.save(file, "pruned", small(1), train.Settings(), None, metrics={}, data={})
 
 
-def run(tiny, parent, folder) -> list[dict]:
+def run(tiny, parent, folder, *flags) -> list[dict]:
     sensitivity.main([f"--parent={parent.file}", f"--data={tiny}", f"--run-dir={folder}",
-                      "--weight-bits=16,2", "--calibration=64", "--val-size=60"])  # fmt: skip
+                      "--weight-bits=16,2", "--calibration=64", "--val-size=60",
+                      *flags])  # fmt: skip
     with (folder / "logs/sensitivity.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -48,3 +50,17 @@ def test_rows_are_of_each_layer_alone_and_a_torn_log_is_continued(
     monkeypatch.setattr(engine, "evaluate", lambda *a: calls.append(a) or evaluate(*a))
     assert run(tiny, parent, tmp_path) == rows
     assert len(calls) == 1 + 3  # the parent and what was missing
+
+    # Other bits take what there is of theirs, also from a run that was interrupted.
+    log.write_text("".join(lines[:-3]))
+    calls.clear()
+    only = run(tiny, parent, tmp_path, "--weight-bits=2")
+    assert only == [r for r in rows if r["weight_bits"] == "2"] and len(calls) == 1 + 3
+    assert run(tiny, parent, tmp_path) == rows and len(calls) == 1 + 3 + 1
+    # What other settings have measured is not thrown away half done, but is once it is done.
+    log.write_text("".join(lines[:-3]))
+    with pytest.raises(UserError, match="another run .calibration was 64, is 32.*--no-resume"):
+        run(tiny, parent, tmp_path, "--calibration=32")
+    assert log.read_text() == "".join(lines[:-3])
+    log.write_text("".join(lines))
+    assert len(run(tiny, parent, tmp_path, "--calibration=32", "--weight-bits=2")) == len(only)

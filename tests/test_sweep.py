@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,7 +71,7 @@ def test_cells_are_measured_from_files_and_only_once(tiny, parent, tmp_path, mon
     assert [r["sha256"] for r in rows(tmp_path)][:4] == [r["sha256"] for r in first]
 
 
-def test_a_cell_that_is_not_what_was_measured_is_measured_again(tiny, parent, tmp_path):
+def test_a_cell_that_is_not_what_was_measured_is_measured_again(tiny, parent, tmp_path, capsys):
     grid = ["--weight-bits=8,2", "--act-bits=32"]
     sweep.main([*flags(tiny, parent, tmp_path), *grid])
     first = rows(tmp_path)
@@ -82,6 +83,17 @@ def test_a_cell_that_is_not_what_was_measured_is_measured_again(tiny, parent, tm
     found = checkpoint.load(cells / "w8a32.nnz")
     assert found.ancestors[-2]["sha256"] == checkpoint.load(parent).sha256
     assert [a["stage"] for a in found.ancestors] == ["baseline", "quantized"]
+    # The parent says nothing of its classes; the cell has those of the images.
+    images = checkpoint.load(parent).images(tiny, None, "cpu")
+    assert (found.data, found.seed) == (images.provenance(), 47)
+    # As many other images, or labels.
+    with np.load(tiny) as file:
+        arrays = dict(file)
+    np.savez(tmp_path / "other.npz", **arrays | {"y_test": arrays["y_test"][::-1]})
+    capsys.readouterr()
+    for old in (0, 2):
+        sweep.main([*flags(tmp_path / "other.npz", parent, tmp_path), *grid])
+        assert capsys.readouterr().out.count("(measured before)") == old
 
 
 def test_cells_of_ptq_are_by_default_and_of_their_calibration(tiny, parent, tmp_path):
