@@ -167,10 +167,10 @@ help:  ## this list
 	@echo
 	@echo '  A target first runs every earlier stage whose file is missing: make -n TARGET shows which.'
 	@echo '  A file is made again only if the file it is made from is newer; flags do not count: to'
-	@echo '  make it with others, delete it.'
+	@echo '  make it with others, delete the file first.'
 	@echo '  DATA=DIR (default: download)  WANDB=1  RUN=DIR (default .)  SPLIT=val|test  PYTHON=...'
 	@echo '  DEVICE=cuda:1 (default: the first GPU that works, or the CPU)'
-	@echo '  PROCESSES=4: so many processes train, prune, quantize and sweep, each on a GPU of its own'
+	@echo '  PROCESSES=4: four processes train, prune, quantize and sweep, each on a GPU of its own'
 	@echo "  One file with spaces: IMAGES='a b.png'; several: IMAGES=\"'a b.png' c.png\"; FILES= alike."
 	@echo '  Paths are as seen from where make is called, also with make -f elsewhere/Makefile.'
 	@echo '  e.g.  make all DATA=$$HOME/cifar10 TRAIN_FLAGS="--epochs 300" PRUNE_FLAGS="--target 0.97"'

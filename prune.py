@@ -1,4 +1,4 @@
-"""Prune single weights, round by round, with fine-tuning; stop while validation accuracy holds.
+"""Prune single weights in rounds, each with fine-tuning; keep the last round that is good enough.
 
     python prune.py --target 0.95
     python prune.py --score magnitude --schedule geometric --prune-fraction 0.2 --rounds 30 \\
@@ -6,10 +6,13 @@
                                              the reference report's way
 
 in:  checkpoints/baseline.pth
-out: checkpoints/pruned.pth (the last round within --max-drop of the parent), logs/prune.jsonl
-     (one line per round), plots/prune.png, plots/sparsity.png; while it runs, pruned.pth.resume
-     (finished rounds, the pruned network of the next) and pruned.pth.round.resume (finished epochs
-     of that round) beside it
+out: checkpoints/pruned.pth (of the last good round), logs/prune.jsonl (one line per round),
+     plots/prune.png, plots/sparsity.png; while it runs, pruned.pth.resume (finished rounds, the
+     pruned network of the next) and pruned.pth.round.resume (finished epochs of that round) beside
+     it
+
+A round is good if it loses no more than --max-drop on the validation split, against the parent. The
+first one that is not ends the pruning.
 """
 
 import copy
@@ -27,7 +30,7 @@ from lib.config import UserError, flag
 from models.layers import roles
 from models.mobilenetv2 import MobileNetV2
 
-SAMPLE = 512  # training images that the score obd and the width of logits are computed on
+SAMPLE = 512  # training images that the score obd and the size of logits are computed on
 
 
 @dataclasses.dataclass
@@ -66,7 +69,7 @@ class Settings(config.AfterTraining):
     distill: float = flag(0.5, "weight of the teacher's soft labels against the true ones; 0: none")
     teacher: str | None = flag(
         None, "fp32 network to learn from, for a parent that is pruned already; its logits are "
-        "scaled to be as wide as the parent's; default: the parent"
+        "scaled to the standard deviation of the parent's; default: the parent"
     )
     temperature: float = flag(2.0, "softmax temperature of the soft labels")
     augment: str = flag("cutout", "see train.py", choices=("none", "light", "cutout", "auto"))
@@ -104,7 +107,7 @@ class State:
     # SGD's momentum by parameter name: of `pruned`, or without it of the last round.
     velocity: dict[str, Tensor] | None = None
     # The network of a round that has begun, before its fine-tuning. It is kept because scores may
-    # be rounded otherwise when they are computed again, on another machine or by another process.
+    # be rounded differently when they are computed again, on another machine or by another process.
     pruned: MobileNetV2 | None = None
 
     def save(self, file: Path, identity: dict) -> None:

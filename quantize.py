@@ -8,7 +8,8 @@
     python quantize.py --max-bytes 64000                       the best network that fits
     python quantize.py --method reference                      the reference report's quantizer
 
-in:  checkpoints/pruned.pth, or any fp32 network (dead channels are removed first, exactly)
+in:  checkpoints/pruned.pth, or any fp32 network (ptq, qat: its dead channels are removed first,
+     exactly)
 out: checkpoints/quantized.pth: batch norm folded, weights on their grid, static activation scales
      (reference: batch norm as it was, dynamic activation scales);
      logs/quantize.jsonl (qat: one line per epoch), plots/quantize.png (qat), plots/budget.png
@@ -20,11 +21,12 @@ of activations too; pruned weights stay zero; the fp32 parent is the teacher, un
 a better network (lib/qat.py). reference: one scale per tensor, weights static, activations dynamic
 (the largest magnitude of each batch of 128), simulated in fp32.
 
-With --rd-lambda X, levels and scales are chosen for the least error + X times the bits that they
-take in the coder of sparse_compress.py (rate-distortion optimization). --weight-bits is then the
-most that a layer may have; how many it takes follows from X. --max-bytes and --max-drop search for
-the X: of each network that they try by ptq, they measure the bytes of the .nnz and the accuracy on
-the validation split.
+With --rd-lambda X, levels and scales are chosen for the least squared error of an image's logits +
+X * the size of the weights in 1,000 bytes, as the coder of sparse_compress.py would take them
+(rate-distortion optimization). --weight-bits is then the most that a layer may have; how many it
+takes follows from X. What X is right depends on how large the logits are: one network's is not
+another's. --max-bytes and --max-drop search for it: of each network that they try by ptq, they
+measure the bytes of the .nnz and the accuracy on the validation split.
 
 --layer-bits takes NAME=BITS, separated by commas; a NAME is a layer, or `first` (the stem), `last`
 (the classifier and its input), or `last_act` (only the classifier's input). An item without `=` is
@@ -62,13 +64,13 @@ from lib.config import UserError, flag
 from lib.rate import BITS_PER_KILOBYTE
 from models.mobilenetv2 import MobileNetV2
 
-LARGEST_IN_FILE = 8  # weight bits: to_int8.py takes no more, so no .nnz has more
+LARGEST_IN_CHAIN = 8  # weight bits: to_int8.py takes no more
 SMALLEST_LOSS = 1e-6  # of a network without errors
-LOGITS = 512  # training images whose logits tell what an error costs in loss, and how wide they are
-# With --max-drop, qat starts from a network that loses so many times as much.
+LOGITS = 512  # training images that the size of logits is computed on, and what an error costs
+# With --max-drop, qat starts from a network that loses this many times as much.
 DROP_BEFORE_QAT = 2.0
 # How a state names the hash of what training began with: it is part of an error, too.
-PTQ_NETWORK = "the network that ptq made (another processor or number of threads rounds otherwise)"
+PTQ_NETWORK = "ptq's network (another processor or number of threads rounds differently)"
 
 
 @dataclasses.dataclass
@@ -116,8 +118,8 @@ class Settings(config.AfterTraining):
         0.5, "weight of the teacher's soft labels against the true ones; 0: none"
     )
     teacher: str | None = flag(
-        None, "fp32 network that qat learns from, its logits scaled to be as wide as the parent's; "
-        "default: the parent"
+        None, "fp32 network that qat learns from, its logits scaled to the standard deviation of "
+        "the parent's; default: the parent"
     )
     temperature: float = flag(2.0, "temperature of the soft labels")
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
@@ -147,9 +149,9 @@ class Settings(config.AfterTraining):
         if self.has_lambda and (self.weight_scale == "tensor" or self.method == "reference"):
             raise ValueError("--rd-lambda, --max-bytes and --max-drop are for --method ptq or qat "
                              "with --weight-scale channel")
-        if self.has_lambda and self.weight_bits > LARGEST_IN_FILE:
+        if self.has_lambda and self.weight_bits > LARGEST_IN_CHAIN:
             raise ValueError("--rd-lambda, --max-bytes and --max-drop are for 2 to "
-                             f"{LARGEST_IN_FILE} weight bits")  # fmt: skip
+                             f"{LARGEST_IN_CHAIN} weight bits")  # fmt: skip
         if not 1 <= self.calibration <= 50_000:
             raise ValueError("--calibration must be 1 to 50000 images")
         if self.epochs < 1 or self.batch_size < 1:
@@ -166,8 +168,8 @@ class Settings(config.AfterTraining):
         return self.max_bytes is not None or self.max_drop is not None
 
     @property
-    def asked(self) -> str:
-        """The budget in words; "" if there is none."""
+    def budget_in_words(self) -> str:
+        """What --max-bytes or --max-drop ask for; "" without them."""
         if self.max_bytes is not None:
             return f"at most {self.max_bytes:,} bytes"
         return f"at most {self.max_drop:g} points less than its parent" if self.has_budget else ""
@@ -184,7 +186,7 @@ class Job:
 
     cfg: Settings
     parent: checkpoint.Checkpoint
-    network: MobileNetV2  # the parent's, without dead channels
+    network: MobileNetV2  # the parent's, without dead channels (reference: with them)
     scheme: dict  # see lib.quantizers
     images: data.Data
     before: engine.Evaluation | None  # of the parent on the validation split, if there is one
@@ -198,8 +200,8 @@ class Job:
             size = len(self.parent.encode_child(network, self.scheme, source, self.cfg.seed))
         return budget.Attempt(rd_lambda, network, latent, size, result)
 
-    def wanted(self, times: float = 1.0) -> budget.Budget:
-        """Return what is asked for; times: multiplies --max-drop."""
+    def goal(self, times: float = 1.0) -> budget.Budget:
+        """Return what is asked for, or a Budget of nothing; times: multiplies --max-drop."""
         if self.cfg.max_drop is None:
             return budget.Budget(max_bytes=self.cfg.max_bytes)
         allowed = times * self.cfg.max_drop / 100 * self.before.total
@@ -213,7 +215,7 @@ def main(argv=None):
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
     parent.refuse_quantized()
     model = parent.build(device)
-    scheme = scheme_of(cfg, model)
+    scheme = None if cfg.method == "reference" else scheme_of(cfg, model)
     with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
     if cfg.max_drop is not None or (cfg.has_budget and cfg.method == "qat"):
@@ -225,21 +227,23 @@ def main(argv=None):
 
     attempts = []
     if cfg.method == "reference":
-        quantizers.quantize_reference(model, cfg.weight_bits, cfg.act_bits)
-        made = Job(cfg, parent, model, scheme, images, before).measure(model, 0.0)
+        scheme = quantizers.quantize_reference(model, cfg.weight_bits, cfg.act_bits)
+        job = Job(cfg, parent, model, scheme, images, before)
+        made = job.measure(model, 0.0)
     else:
         job = Job(cfg, parent, compact(model)[0], scheme, images, before)
-        made, fallback, attempts = post_training(job)
+        start, fallback, attempts = post_training(job)
+        made = start
         if cfg.method == "qat":
-            made = train(job, made, fallback, teacher, out)
-            if made is fallback:
-                scheme["method"] = "ptq"  # the file says so, and becomes a little smaller
+            made = train(job, start, fallback, teacher, out)
+            if made is fallback:  # the file says that it is ptq's, and becomes a little smaller
+                job = dataclasses.replace(job, scheme=job.scheme | {"method": "ptq"})
                 made = job.measure(fallback.network, fallback.rd_lambda)
-                if cfg.has_budget:
-                    draw_budget(job, attempts, fallback)
+            if cfg.has_budget and before:
+                draw_budget(job, [*attempts, made], made)
 
     if processes.is_main():
-        figures, text = {}, f"{scheme['method']} W{cfg.weight_bits}A{cfg.act_bits}"
+        figures, text = {}, f"{job.scheme['method']} W{cfg.weight_bits}A{cfg.act_bits}"
         if before:
             figures, words = accuracy_figures(before, made.result, images.val.labels.cpu())
             text += words
@@ -250,12 +254,12 @@ def main(argv=None):
             figures["teacher_sha256"] = teacher.sha256
         saved = checkpoint.save(
             out, "quantized", made.network, cfg, parent, metrics=figures, data=images.provenance(),
-            quantization=scheme,
+            quantization=job.scheme,
         )  # fmt: skip
         if cfg.method == "qat":
-            state_file(out).unlink()  # last of all: until here it could be finished again
+            state_file(out).unlink()  # last of all: until here, the run could be continued
         else:
-            metrics.log_stage(cfg, "quantize", {"bytes": saved.bytes, **scheme, **figures})
+            metrics.log_stage(cfg, "quantize", {"bytes": saved.bytes, **job.scheme, **figures})
         print(f"{out}: {saved.bytes:,} bytes, {text}")
     processes.stop()
 
@@ -286,24 +290,32 @@ def size_figures(cfg, made: budget.Attempt, attempts: list) -> tuple[dict, str]:
              "val_correct": each.result.correct if each.result else None}
             for each in attempts
         ]  # fmt: skip
-        figures |= {"asked": cfg.asked, "tried": tried}
-        words += f" (asked: {cfg.asked})"
+        figures |= {"asked": cfg.budget_in_words, "tried": tried}
+        words += f" (asked: {cfg.budget_in_words})"
     return figures, words + f", layers of {min(used.values())} to {max(used.values())} bits"
 
 
 class PostTraining(NamedTuple):
-    """What ptq came to."""
+    """What ptq came to.
 
-    best: budget.Attempt  # the result of ptq, and what qat starts from
-    fallback: budget.Attempt | None  # what is kept if no epoch of qat is better
+        flags              start: ptq's result, where qat starts   fallback: if no epoch is better
+        none               at lambda 0                             None: the best epoch is kept
+        --rd-lambda        at that lambda                          the same
+        --max-bytes        the best that fits                      the same
+        --max-drop, ptq    the smallest within the drop            the same
+        --max-drop, qat    ... within DROP_BEFORE_QAT drops,       the smallest within the drop, or
+                           to win the rest back                    None
+
+    Without a validation split, there is no fallback.
+    """
+
+    start: budget.Attempt
+    fallback: budget.Attempt | None
     attempts: list[budget.Attempt]  # all, in their order
 
 
 def post_training(job: Job) -> PostTraining:
-    """Quantize without training; search for the lambda if there is a budget.
-
-    With --max-drop, qat starts from a network that loses more than it may, to win that back.
-    """
+    """Quantize without training; search for the lambda if there is a budget."""
     cfg = job.cfg
     sample = ptq.calibration_images(job.images.train, cfg.calibration, cfg.seed)
     importance = None
@@ -323,30 +335,31 @@ def post_training(job: Job) -> PostTraining:
         return made
 
     if not cfg.has_budget:
-        best = attempt(cfg.rd_lambda)
-        return PostTraining(best, best if cfg.has_lambda and job.before else None, [best])
-    fallback, attempts = budget.search(attempt, job.wanted())
-    best = fallback
+        start = attempt(cfg.rd_lambda)
+        return PostTraining(start, start if cfg.has_lambda and job.before else None, [start])
+    fallback, attempts = budget.search(attempt, job.goal())
+    start = fallback
     if cfg.method == "qat" and cfg.max_drop is not None:
-        best, further = budget.search(attempt, job.wanted(DROP_BEFORE_QAT))
+        start, further = budget.search(attempt, job.goal(DROP_BEFORE_QAT))
         attempts += [tried for tried in further if tried not in attempts]
     if job.before:
-        draw_budget(job, attempts, best)
-    if best is None:
-        raise UserError(f"no network was found that has {cfg.asked}: the search came to "
-                        + nearest(attempts, job.wanted()))  # fmt: skip
-    return PostTraining(best, fallback, attempts)
+        draw_budget(job, attempts, start)
+    if start is None:
+        raise UserError(f"no network was found that has {cfg.budget_in_words}: the search came to "
+                        + nearest(attempts, job.goal()))  # fmt: skip
+    return PostTraining(start, fallback, attempts)
 
 
-def nearest(attempts: list[budget.Attempt], asked: budget.Budget) -> str:
+def nearest(attempts: list[budget.Attempt], unmet: budget.Budget) -> str:
     """Return the attempt nearest to a budget that none met, in words."""
-    if asked.max_bytes is not None:
+    if unmet.max_bytes is not None:
         return f"{min(tried.bytes for tried in attempts):,} bytes"
     return f"{max((tried.result for tried in attempts), key=lambda r: r.correct)} on validation"
 
 
 def draw_budget(job: Job, attempts: list[budget.Attempt], chosen) -> None:
-    """Draw the networks that a search tried, in the main process; chosen: one of them, or None."""
+    """Draw the networks that were tried for a budget, in the main process; chosen: one of them, or
+    None."""
     if not processes.is_main():
         return
     cfg = job.cfg
@@ -359,22 +372,21 @@ def draw_budget(job: Job, attempts: list[budget.Attempt], chosen) -> None:
     ]  # fmt: skip
     plots.accuracy_bytes(
         cells, cfg.place("plots/budget.png"),
-        f"{job.parent.file.name}, {cfg.asked}: validation (n={job.before.total})",
+        f"{job.parent.file.name}, {cfg.budget_in_words}: validation (n={job.before.total})",
         {"parent": (job.parent.bytes, job.before.accuracy)},
         cells[attempts.index(chosen)] if chosen else None,
     )  # fmt: skip
 
 
 def scheme_of(cfg, model) -> dict:
-    """Return the scheme (see lib.quantizers); UserError where --layer-bits does not fit."""
-    if cfg.method == "reference":
-        return {"method": "reference", "weight_bits": cfg.weight_bits, "act_bits": cfg.act_bits}
+    """Return the scheme of ptq or qat (see lib.quantizers); UserError where --layer-bits does not
+    fit."""
     layers = list(metrics.weight_layers(model))
     bits, others = layer_bits.by_layer(cfg.layer_bits, layers, cfg.act_bits)
     for layer, count in bits.items():
-        if cfg.has_lambda and count > LARGEST_IN_FILE:
+        if cfg.has_lambda and count > LARGEST_IN_CHAIN:
             raise UserError(f"--layer-bits: {layer} at {count} bits: --rd-lambda, --max-bytes and "
-                            f"--max-drop are for 2 to {LARGEST_IN_FILE} weight bits")  # fmt: skip
+                            f"--max-drop are for 2 to {LARGEST_IN_CHAIN} weight bits")  # fmt: skip
     others |= {"method": cfg.method, "weight_scale": cfg.weight_scale, "layer_bits": bits}
     return ptq.make_scheme(cfg.weight_bits, cfg.act_bits, **others)
 
@@ -394,14 +406,14 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
         for name, layer in metrics.weight_layers(model).items():
             latent[name][layer.weight == 0] = 0
     qat.begin(model, job.scheme, latent)
-    mask, asked = pruning.Mask(model), job.wanted()
+    mask, goal = pruning.Mask(model), job.goal()
     refuse_different_starts(beginning := qat.fingerprint(model), out, images.device)
     loss_per_bit, errors_per_bit = cost_of_a_bit(job, start) if cfg.has_lambda else (0.0, 0.0)
 
     def judge(network) -> tuple[engine.Evaluation, dict, float]:
         """Judge a network in training as a file; see engine.fit."""
         made = job.measure(qat.finished(network), start.rd_lambda)
-        score = asked.score(made.bytes, made.result, errors_per_bit)
+        score = goal.score(made.bytes, made.result, errors_per_bit)
         return made.result, {"bytes": made.bytes} if cfg.has_lambda else {}, score
 
     identity = config.identity(cfg) | {
@@ -431,13 +443,13 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
     if processes.is_main():
         plots.curves(history, cfg.place("plots/quantize.png"), "Quantization-aware training")
         log.close({"best_epoch": best + 1}, [cfg.place("plots/quantize.png")])
-    untrained = fallback and asked.score(fallback.bytes, fallback.result, errors_per_bit)
+    untrained = fallback and goal.score(fallback.bytes, fallback.result, errors_per_bit)
     if fallback and untrained >= history[best]["score"]:
         engine.say(f"no epoch is better than ptq's network of {fallback.bytes:,} bytes, val "
                    f"{fallback.result}: that is kept")  # fmt: skip
         return fallback
     if cfg.has_budget and history[best]["score"] < 0:
-        raise UserError(f"no epoch has {cfg.asked}: the best one, {best + 1}, has "
+        raise UserError(f"no epoch has {cfg.budget_in_words}: the best one, {best + 1}, has "
                         f"{history[best]['val_accuracy']:.2%} and {history[best]['bytes']:,} bytes")
     return job.measure(model, start.rd_lambda)
 
@@ -449,13 +461,11 @@ def cost_of_a_bit(job: Job, start: budget.Attempt) -> tuple[float, float]:
     sample = ptq.calibration_images(job.images.train, LOGITS, cfg.seed)
     with torch.no_grad():
         logits = start.network(sample)
-    loss, cross_entropy = (
-        start.rd_lambda / BITS_PER_KILOBYTE
-        * qat.loss_per_squared_error(logits, distill, cfg.temperature)
-        for distill in (cfg.distill, 0.0)
-    )  # fmt: skip
+    error = start.rd_lambda / BITS_PER_KILOBYTE  # the squared error that a bit may cost
+    loss = error * qat.loss_per_squared_error(logits, cfg.distill, cfg.temperature)
     if not start.result:
         return loss, 0.0
+    cross_entropy = error * qat.loss_per_squared_error(logits, 0.0, cfg.temperature)
     # Wrong answers rise with the cross-entropy, in about their present proportion. Where there are
     # none yet, one is taken: else bytes would count nothing.
     wrong = max(1, start.result.total - start.result.correct) / start.result.total

@@ -18,7 +18,7 @@ FIRST = 0.5  # the lambda that is tried first, as for quantize.py --rd-lambda
 LOWEST, HIGHEST = 1 / 4096, 4096.0  # lambdas beyond these are not tried
 FACTOR = 4.0  # between lambdas, until one meets the budget and one does not
 CLOSE = 1.06  # ratio of two such lambdas at which the search ends: less than 2% of the bytes
-FULL = 0.99  # share of a budget of bytes that is used: the search ends, too
+FULL = 0.99  # the search also ends at a file that uses this share of a budget of bytes
 
 
 @dataclasses.dataclass
@@ -42,9 +42,9 @@ class Budget:
             floor       1 / size        correct answers - floor
             none        -(share of wrong answers + errors_per_bit * bits)
 
-        So a file within a budget scores over 0, others under 0. (Without a budget the loss would
-        not do in place of wrong answers: soft labels make a network surer of itself, and its loss
-        larger where it answers better.)
+        So a file within a budget scores over 0, others under 0. (Without a budget, wrong answers
+        count and not the loss: soft labels make a network surer of itself, so that its loss can
+        rise while its answers become better.)
         """
         if self.max_bytes is not None:
             return 1 + result.accuracy if self.met(size, result) else -size
@@ -72,36 +72,45 @@ def search(
     attempt: makes an attempt at a lambda.
     Returns (the attempt found, all attempts in their order); None if no lambda meets the budget.
     """
-    attempts, met, failed, rd_lambda = [], None, None, FIRST
-    upwards = budget.floor is not None  # the highest lambda that meets it, not the lowest
+    attempts, for_bytes = [], budget.max_bytes is not None
 
     def meets(rd_lambda: float) -> bool:
         attempts.append(attempt(rd_lambda))
         return budget.met(attempts[-1].bytes, attempts[-1].result)
 
-    while LOWEST <= rd_lambda <= HIGHEST and not _ends(met, failed, budget):
+    met, failed, at_zero, rd_lambda = None, None, None, FIRST
+    while not (met and failed) and LOWEST <= rd_lambda <= HIGHEST:
         if meets(rd_lambda):
             met = attempts[-1]
-            if len(attempts) == 1 and not upwards and not _ends(met, failed, budget) and meets(0.0):
-                return attempts[-1], attempts  # the budget is a generous one: nothing need be saved
         else:
             failed = attempts[-1]
-        if met and failed:
-            ratio = failed.rd_lambda / met.rd_lambda
-            rd_lambda = met.rd_lambda * ratio ** _share(met, failed, budget)
+        if _uses_up(met, budget):
+            return met, attempts
+        # A lower lambda, if bytes are left or too much accuracy is lost.
+        lower = bool(met) == for_bytes
+        if lower and not at_zero:
+            if meets(0.0) == for_bytes:  # nothing need be saved; or nothing can be
+                return attempts[-1] if for_bytes else None, attempts
+            at_zero = attempts[-1]
+        rd_lambda *= 1 / FACTOR if lower else FACTOR
+    while met and failed and not _are_close(met, failed, budget):
+        ratio = failed.rd_lambda / met.rd_lambda
+        if meets(met.rd_lambda * ratio ** _share(met, failed, budget)):
+            met = attempts[-1]
         else:
-            rd_lambda *= FACTOR if bool(met) == upwards else 1 / FACTOR
-    if not met and upwards and meets(0.0):
-        met = attempts[-1]
-    return met, attempts
+            failed = attempts[-1]
+    return met or (None if for_bytes else at_zero), attempts
 
 
-def _ends(met: Attempt | None, failed: Attempt | None, budget: Budget) -> bool:
-    """Whether a budget of bytes is used up, or attempts that meet a budget and do not are near
-    enough."""
-    if met and budget.max_bytes is not None and met.bytes > FULL * budget.max_bytes:
-        return True
-    return bool(met and failed) and 1 / CLOSE < met.rd_lambda / failed.rd_lambda < CLOSE
+def _uses_up(met: Attempt | None, budget: Budget) -> bool:
+    """Whether an attempt that meets a budget of bytes leaves next to nothing of it."""
+    return bool(met) and budget.max_bytes is not None and met.bytes > FULL * budget.max_bytes
+
+
+def _are_close(met: Attempt, failed: Attempt, budget: Budget) -> bool:
+    """Whether the lambdas of an attempt that meets the budget and of one that does not are near
+    enough to end the search, or the budget is used up."""
+    return _uses_up(met, budget) or 1 / CLOSE < met.rd_lambda / failed.rd_lambda < CLOSE
 
 
 def _share(met: Attempt, failed: Attempt, budget: Budget) -> float:

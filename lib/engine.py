@@ -500,11 +500,11 @@ def _loss(logits: Tensor, labels: Tensor, soft: Tensor | None, recipe: Recipe) -
 
 @torch.no_grad()
 def match_logits(teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
-    """Multiply a teacher's classifier, in place, so that its logits are as wide as a student's.
+    """Multiply a teacher's classifier, in place, so that its logits are as large as a student's.
 
-    The width is the standard deviation over the classes. Label smoothing keeps it small, a long
-    training makes it large. Taken as they are, wide logits give soft labels that are nearly hard at
-    the usual temperature, and the student would learn their size first of all (Sun et al. 2024,
+    Their size is the standard deviation over the classes. Label smoothing keeps it small, a long
+    training makes it large. As they are, large logits would give soft labels that are nearly hard
+    at the usual temperature, and the student would learn their size first of all (Sun et al. 2024,
     "Logit Standardization in Knowledge Distillation", algorithm 1; here one factor per network).
     images: (n, 3, H, W), normalized.
     """

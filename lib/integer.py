@@ -221,7 +221,7 @@ def _image_table(image: Quantizer) -> Tensor:
     """Return the float32 network's level per channel and pixel value, int16 (3, 256)."""
     pixels = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(256, 3, 1, 1)
     scale = image.step.detach().cpu()
-    # Times 1 / scale, as quantizers.FakeQuantize computes it: a quotient may round otherwise.
+    # Times 1 / scale, as quantizers.FakeQuantize computes it: a quotient may round differently.
     levels = torch.round(data.normalize(pixels) * (1 / scale)).clamp_(image.low, image.high)
     return levels.view(256, 3).T.contiguous().to(torch.int16)
 

@@ -114,9 +114,10 @@ def loss_per_squared_error(logits: Tensor, distill: float, temperature: float) -
 
     It turns a lambda in squared error, which ptq has, into one in loss.
     logits: (n, classes), of the network. distill, temperature: see lib.engine.Recipe.
-    To second order, cross-entropy rises by half of error^T (diag(p) - p p^T) error, where p are the
-    probabilities, and so does temperature^2 times the divergence from soft labels, with p at that
-    temperature. The mean over all directions that change the probabilities is taken.
+    To second order, cross-entropy rises by half of error^T H error with H = diag(p) - p p^T, where
+    p are the probabilities, and so does temperature^2 times the divergence from soft labels, with p
+    at that temperature. Of H, the mean over the classes - 1 directions that change p is taken:
+    (1 - sum of p^2) / (classes - 1).
     """
     def of(p: Tensor) -> float:
         return float((1 - p.square().sum(1)).mean()) / 2 / max(1, logits.shape[1] - 1)
@@ -129,7 +130,7 @@ def fingerprint(model: nn.Module) -> str:
     """Return a hash of a network that `begin` has made: its tensors, grids of biases and clips.
 
     When training is continued, ptq runs again, and on another processor its sums may be rounded
-    otherwise: then other weights may be zero, and biases lie on other grids.
+    differently: then other weights may be zero, and biases lie on other grids.
     """
     sha = hashlib.sha256()
     for name, tensor in model.state_dict().items():
@@ -180,4 +181,4 @@ def finish(model: nn.Module) -> None:
                 # + 0.0: small negative biases round to -0.0, no integer (it took 4.5 KB in a file).
                 module.bias.copy_(quantizers.bias_on_grid(module) + 0.0)
                 quantizers.put_on_grid(module, module.weight_bits)
-                scale[~module.weight.flatten(1).any(1)] = 1.0
+                module.weight_scale[~module.weight.flatten(1).any(1)] = 1.0

@@ -302,8 +302,8 @@ def test_training_is_not_continued_from_another_beginning(tiny, parent, tmp_path
         return network, latent
 
     monkeypatch.setattr(ptq, "quantize", otherwise)
-    with pytest.raises(UserError, match="state of another run .the network that ptq made .another "
-                                        "processor .* was .*, is .*no-resume"):  # fmt: skip
+    with pytest.raises(UserError, match="state of another run .ptq's network .another processor "
+                                        ".* was .*, is .*no-resume"):  # fmt: skip
         run(tiny, parent, tmp_path)
 
 
