@@ -17,8 +17,8 @@ from lib.files import write_bytes
 
 # Section: its tables, in the order in which RESULTS.md shows them.
 ORDER = {
-    "The reference report's network": ["reference", "curve"],
-    "Our own network": ["release"],
+    "The reference report's network": ["reference", "curve", "reference_sweep"],
+    "Our own network": ["release", "sweep"],
     "Training recipe": ["recipe_pilot"],
     "Speed": ["bench", "train_step", "cuda_graph", "qat_step", "compaction", "augment"],
     "Rate-distortion quantization": ["price"],

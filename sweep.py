@@ -5,6 +5,7 @@
     python sweep.py --weight-bits 4,3 --act-bits 8 --rd-lambda 0,0.2,0.4    accuracy against bytes
     torchrun --nproc-per-node 2 sweep.py                       the processes share the cells
     wandb sweep sweep.yaml                                     W&B's agents share them: see there
+    python sweep.py --split test --results results/sweep.json --beside grid.csv    for RESULTS.md
 
 in:  checkpoints/pruned.pth, or any fp32 network
 out: checkpoints/sweep/w8a8.nnz ... (each decoded again before it is evaluated), logs/sweep.csv,
@@ -16,6 +17,7 @@ With --wandb each cell is a W&B run, of which the last one shows the charts. Sta
 W&B, one cell is measured and logged into the agent's run, and no CSV or chart is written.
 """
 
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -36,9 +38,10 @@ from lib import (
     processes,
     ptq,
     quantizers,
+    tables,
 )
 from lib.compaction import compact
-from lib.config import UserError, flag
+from lib.config import UserError, flag, reason
 from lib.files import sha256_of, write_bytes, write_csv
 from lib.rate import BITS_PER_KILOBYTE
 
@@ -63,6 +66,15 @@ class Settings(config.AfterTraining):
     rd_lambda: list[float] = flag([0.0], "as in quantize.py; every cell of the grid has each")
     calibration: int = flag(1024, "training images for ptq, used without their labels")
     split: str = flag("val", "images to evaluate on", choices=("val", "test"))
+    results: str | None = flag(
+        None, "also write the grid, of the first lambda, as a table for RESULTS.md",
+        heading="RESULTS.md",
+    )  # fmt: skip
+    title: str = flag("Accuracy at every pair of bit-widths", "with --results: of the table")
+    beside: str | None = flag(
+        None, "with --results: a CSV of weight_bits, activation_bits and accuracy in percent, as "
+        "another program measured it; its figures stand in brackets"
+    )  # fmt: skip
 
     def __post_init__(self):
         if not self.weight_bits or not self.act_bits:
@@ -88,6 +100,7 @@ def main(argv=None):
     with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
     split = images.split(cfg.split)
+    others = read_beside(Path(cfg.beside)) if cfg.beside else {}
     engine.say_device(device)
     folder, out = cfg.place("checkpoints/sweep"), cfg.path(cfg.out, "logs/sweep.csv")
     known = {}  # by SHA-256: which images the parent gets right, once it is measured
@@ -123,6 +136,9 @@ def main(argv=None):
             # Once all cells are there: make takes it for done.
             write_csv(out, COLUMNS, [{column: row[column] for column in COLUMNS} for row in rows])
             charts = draw(cfg, rows, parent)
+            if cfg.results:
+                table = table_of(cfg, rows, parent, images, others)
+                tables.write(Path(cfg.results), table)
         if cfg.wandb:
             log_wandb(cfg, rows, charts, agent)
         if not agent:
@@ -143,6 +159,52 @@ def draw(cfg, rows: list[dict], parent) -> list[Path]:
         return [heatmap, parallel]
     plots.accuracy_bytes(rows, rate, title)
     return [heatmap, parallel, rate]
+
+
+def read_beside(path: Path) -> dict[tuple[int, int], float]:
+    """Return {(weight bits, activation bits): accuracy in percent} of a CSV of another program.
+
+    Raises UserError for a file that has not these three columns, or other than numbers in them.
+    """
+    try:
+        with path.open(newline="") as file:
+            return {
+                (int(row["weight_bits"]), int(row["activation_bits"])): float(row["accuracy"])
+                for row in csv.DictReader(file)
+            }
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"--beside {path}: {reason(error)}") from None
+
+
+def table_of(cfg, rows: list[dict], parent, images, others: dict) -> dict:
+    """Return the grid of the first lambda as a table, a row per weight bits; see lib.tables.
+
+    others: what `read_beside` returns.
+    """
+    widths = [list(dict.fromkeys(bits)) for bits in (cfg.weight_bits, cfg.act_bits)]
+    cells = {
+        (row["weight_bits"], row["act_bits"]): row
+        for row in rows if row["rd_lambda"] == cfg.rd_lambda[0]
+    }  # fmt: skip
+
+    def text(pair: tuple[int, int]) -> str:
+        other = f" ({others[pair]:.2f})" if pair in others else ""
+        return f"{100 * cells[pair]['accuracy']:.2f}{other}"
+
+    lines = [
+        [f"{weight_bits} bits", *(text((weight_bits, act_bits)) for act_bits in widths[1]),
+         max(cells[weight_bits, act_bits]["bytes"] for act_bits in widths[1])]
+        for weight_bits in widths[0]
+    ]  # fmt: skip
+    about = f"Accuracy in %, {cfg.method} without training, of {parent.file.name} "
+    about += f"({parent.sha256[:12]}); each cell is a file that was decoded again."
+    if others:
+        about += f" In brackets: {Path(cfg.beside).name}."
+    return tables.table(
+        cfg.title, ["weights", *(f"activations {bits}" for bits in widths[1]), "bytes, at most"],
+        lines, device=images.device, text=about,
+        data=f"{images.source}, {cfg.split} split, n={rows[0]['total']:,}",
+    )  # fmt: skip
 
 
 def name_of(weight_bits: int, act_bits: int, rd_lambda: float) -> str:

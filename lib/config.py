@@ -28,7 +28,7 @@ import torch
 METAVARS = {
     "parent": "FILE", "out": "FILE", "decompress": "FILE", "onnx": "FILE", "data": "PATH",
     "run_dir": "DIR", "release": "DIR", "layer_bits": "BITS", "teacher": "FILE",
-    "init": "FILE", "results": "FILE", "reference": "DIR", "environment": "DIR",
+    "init": "FILE", "results": "FILE", "beside": "FILE", "reference": "DIR", "environment": "DIR",
 }  # fmt: skip
 LARGEST_SEED = 2**32 - 1
 

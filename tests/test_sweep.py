@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import sweep
-from lib import checkpoint, data, engine, measure, ptq, quantizers
+from lib import checkpoint, data, engine, measure, ptq, quantizers, tables
 from lib.compaction import compact
+from lib.config import UserError
 from models.mobilenetv2 import MobileNetV2, standard
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +70,26 @@ def test_cells_are_measured_from_files_and_only_once(tiny, parent, tmp_path, mon
     sweep.main([*flags(tiny, parent, tmp_path), "--weight-bits=8,2,3", "--act-bits=32,4"])
     assert measured == [(2, 4), (3, 32), (3, 4)]
     assert [r["sha256"] for r in rows(tmp_path)][:4] == [r["sha256"] for r in first]
+
+
+def test_the_grid_is_a_table_beside_anothers_figures(tiny, parent, tmp_path):
+    grid = ["--weight-bits=8,2", "--act-bits=32,4", f"--results={tmp_path}/results/sweep.json"]
+    other = tmp_path / "grid.csv"
+    other.write_text("weight_bits,activation_bits,size,accuracy\n8,4,1,17.5\n4,4,1,9\n")
+    sweep.main([*flags(tiny, parent, tmp_path), *grid, f"--beside={other}", "--title=Bits"])
+    table = tables.read(tmp_path / "results/sweep.json")
+    cells = {(r["weight_bits"], r["act_bits"]): r for r in rows(tmp_path)}
+    shown = {key: f"{100 * float(row['accuracy']):.2f}" for key, row in cells.items()}
+    assert table["rows"] == [
+        ["8 bits", shown["8", "32"], f"{shown['8', '4']} (17.50)",
+         max(int(cells["8", a]["bytes"]) for a in ("32", "4"))],
+        ["2 bits", shown["2", "32"], shown["2", "4"],
+         max(int(cells["2", a]["bytes"]) for a in ("32", "4"))],
+    ]  # fmt: skip
+    assert table["title"] == "Bits" and "test split, n=100" in table["data"]
+    other.write_text("weight_bits,accuracy\n8,17.5\n")
+    with pytest.raises(UserError, match="--beside .*activation_bits"):
+        sweep.main([*flags(tiny, parent, tmp_path), *grid, f"--beside={other}"])
 
 
 def test_a_cell_that_is_not_what_was_measured_is_measured_again(tiny, parent, tmp_path, capsys):
