@@ -113,7 +113,6 @@ class Settings(config.AfterTraining):
         1e-4, "peak learning rate of qat (AdamW): 0.2 epochs of warm-up, then linear to zero"
     )
     batch_size: int = flag(128, "images per step, over all processes")
-    weight_decay: float = flag(0.0, "decoupled weight decay of qat (AdamW)")
     distill: float = flag(
         0.5, "weight of the teacher's soft labels against the true ones; 0: none"
     )
@@ -160,8 +159,8 @@ class Settings(config.AfterTraining):
             raise ValueError("--distill must be in [0, 1], --ema in [0, 1)")
         if self.teacher and (self.method != "qat" or not self.distill):
             raise ValueError("--teacher is for --method qat with a --distill over 0")
-        if not self.temperature > 0 or not self.lr > 0 or self.weight_decay < 0:
-            raise ValueError("--lr and --temperature must be over 0, --weight-decay at least 0")
+        if not self.temperature > 0 or not self.lr > 0:
+            raise ValueError("--lr and --temperature must be over 0")
 
     @property
     def has_budget(self) -> bool:
@@ -424,7 +423,7 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
     # Adam: without batch norm, rows of all magnitudes share one learning rate, and SGD diverges.
     # Its first steps are as large as its later ones, whatever the gradients: so they are warmed up.
     recipe = engine.Recipe.of(
-        cfg, optimizer="adam", lr_schedule="linear", decay_norm=False, warmup_epochs=0.2
+        cfg, optimizer="adam", lr_schedule="linear", weight_decay=0.0, warmup_epochs=0.2
     )
     # Without dead channels, the parent answers the same and is faster.
     teacher_network = job.network
