@@ -48,7 +48,8 @@ def table(
 
 
 def command_line() -> str:
-    """Return this process's command line; of absolute paths the last part alone."""
+    """Return this process's command line. Paths are relative to the current folder, and of those
+    outside it the last part alone."""
     words = ["python", *(os.path.relpath(word) if i == 0 else word
                          for i, word in enumerate(sys.argv))]  # fmt: skip
     return shlex.join(_without_folders(word) for word in words)
@@ -56,7 +57,10 @@ def command_line() -> str:
 
 def _without_folders(word: str) -> str:
     flag, equals, value = word.rpartition("=")
-    return f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else word
+    path, here = Path(value), Path.cwd()
+    if not path.is_absolute():
+        return word
+    return f"{flag}{equals}{path.relative_to(here) if path.is_relative_to(here) else path.name}"
 
 
 def hardware(device: torch.device) -> str:

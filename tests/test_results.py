@@ -105,3 +105,11 @@ def test_files_are_drawn_from_their_tables(folder, monkeypatch):
     assert title == "y" and path == folder / "results/curve.png"
     assert [[point[key] for key in ("group", "label", "bytes", "correct", "total")]
             for point in points] == [["PTQ", "0.3", 60, 880, 1000], ["QAT", "0.3", 59, 890, 1000]]
+
+
+def test_the_command_of_a_table_has_no_foreign_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [
+        f"{tmp_path}/eval.py", f"{tmp_path}/runs/a b/x.nnz", "--data=/home/me/cifar10", "runs/y.nnz",
+    ])  # fmt: skip
+    assert tables.command_line() == "python eval.py 'runs/a b/x.nnz' --data=cifar10 runs/y.nnz"
