@@ -110,6 +110,6 @@ def test_files_are_drawn_from_their_tables(folder, monkeypatch):
 def test_the_command_of_a_table_has_no_foreign_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [
-        f"{tmp_path}/eval.py", f"{tmp_path}/runs/a b/x.nnz", "--data=/home/me/cifar10", "runs/y.nnz",
+        f"{tmp_path}/eval.py", f"{tmp_path}/runs/a b/x.nnz", "--data=/home/me/cifar10", "y.nnz",
     ])  # fmt: skip
-    assert tables.command_line() == "python eval.py 'runs/a b/x.nnz' --data=cifar10 runs/y.nnz"
+    assert tables.command_line() == "python eval.py 'runs/a b/x.nnz' --data=cifar10 y.nnz"
