@@ -340,7 +340,7 @@ def summary(rows: list[dict], source: str, about: str) -> dict:
           r["weight_bytes"], r["peak_bytes"]] for r in networks],
         device=torch.device("cpu"),  # but for the rows of CUDA, which say so
         data=f"{source}, {rows[0]['split']} split, n={rows[0]['total']:,}",
-        text=f"{about}. Times faster than the network of the row `{COMPACTED}`; medians of "
+        text=f"{about}. How many times as fast as the network of the row `{COMPACTED}`; medians of "
         f"{rows[0]['turns']} alternating turns.",
     )  # fmt: skip
 
@@ -348,7 +348,7 @@ def summary(rows: list[dict], source: str, about: str) -> dict:
 def text_of(rows: list[dict]) -> str:
     """Return the rows as text, one part per thread count and batch size.
 
-    Columns: times, and how many times faster than the dense network in torch and than COMPACTED.
+    Columns: times, and how many times as fast as the dense network in torch and than COMPACTED.
     """
     lines = []
     for threads, batch in dict.fromkeys((r["threads"], r["batch"]) for r in rows):

@@ -700,7 +700,7 @@ def speed(rows, path, title):
     Each network has a bar per thread count, and its accuracy's 95% interval.
 
     rows: dicts of network, threads, batch (images), milliseconds (per batch), images_per_second,
-    ratio (times faster than the first network), correct and total (numbers of images).
+    ratio (times as fast as the first network), correct and total (numbers of images).
     """
     rows = _nonempty(rows)
     names = list(dict.fromkeys(row["network"] for row in rows))
