@@ -239,7 +239,8 @@ def main(argv=None):
                 job = dataclasses.replace(job, scheme=job.scheme | {"method": "ptq"})
                 made = job.measure(fallback.network, fallback.rd_lambda)
             if cfg.has_budget and before:
-                draw_budget(job, [*attempts, made], made)
+                trained = job.scheme["method"] == "qat"
+                draw_budget(job, attempts, *((None, made) if trained else (fallback, None)))
 
     if processes.is_main():
         figures, text = {}, f"{job.scheme['method']} W{cfg.weight_bits}A{cfg.act_bits}"
@@ -249,7 +250,7 @@ def main(argv=None):
         if cfg.has_lambda:
             sizes, words = size_figures(cfg, made, attempts)
             figures, text = figures | sizes, text + words
-        if cfg.teacher:
+        if cfg.teacher and job.scheme["method"] == "qat":
             figures["teacher_sha256"] = teacher.sha256
         saved = checkpoint.save(
             out, "quantized", made.network, cfg, parent, metrics=figures, data=images.provenance(),
@@ -305,7 +306,7 @@ class PostTraining(NamedTuple):
         --max-drop, qat    ... within DROP_BEFORE_QAT drops,       the smallest within the drop, or
                            to win the rest back                    None
 
-    Without a validation split, there is no fallback.
+    Without a validation split, qat has no fallback.
     """
 
     start: budget.Attempt
@@ -356,9 +357,11 @@ def nearest(attempts: list[budget.Attempt], unmet: budget.Budget) -> str:
     return f"{max((tried.result for tried in attempts), key=lambda r: r.correct)} on validation"
 
 
-def draw_budget(job: Job, attempts: list[budget.Attempt], chosen) -> None:
-    """Draw the networks that were tried for a budget, in the main process; chosen: one of them, or
-    None."""
+def draw_budget(job: Job, attempts: list[budget.Attempt], chosen, trained=None) -> None:
+    """Draw the networks that were tried for a budget, in the main process.
+
+    chosen: the Attempt among them that is taken; trained: the one that training made; or None.
+    """
     if not processes.is_main():
         return
     cfg = job.cfg
@@ -372,7 +375,8 @@ def draw_budget(job: Job, attempts: list[budget.Attempt], chosen) -> None:
     plots.accuracy_bytes(
         cells, cfg.place("plots/budget.png"),
         f"{job.parent.file.name}, {cfg.budget_in_words}: validation (n={job.before.total})",
-        {"parent": (job.parent.bytes, job.before.accuracy)},
+        {"parent": (job.parent.bytes, job.before.accuracy)}
+        | ({"after training": (trained.bytes, trained.result.accuracy)} if trained else {}),
         cells[attempts.index(chosen)] if chosen else None,
     )  # fmt: skip
 
@@ -401,7 +405,8 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
     if job.before:
         engine.say(f"ptq: val {start.result}")
     model, latent = copy.deepcopy(start.network), start.latent
-    if cfg.has_lambda:  # weights zeroed to save bits count as pruned: they would flip to and from 0
+    # Weights zeroed to save bits count as pruned: they would flip to and from 0.
+    if start.rd_lambda:
         for name, layer in metrics.weight_layers(model).items():
             latent[name][layer.weight == 0] = 0
     qat.begin(model, job.scheme, latent)
@@ -435,7 +440,7 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
         config=identity, resume=cfg.resume, after_step=mask.apply, log=log,
         teacher=teacher_network,
-        penalty=(lambda: loss_per_bit * qat.coded_bits(model)) if cfg.has_lambda else None,
+        penalty=(lambda: loss_per_bit * qat.coded_bits(model)) if loss_per_bit else None,
         judge=judge if job.before else None,
     )  # fmt: skip
     qat.finish(model)

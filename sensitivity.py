@@ -67,7 +67,8 @@ def main(argv=None):
     del identity["weight_bits"]  # the rows of some bits serve a run of others
     log = metrics.Log(cfg.place("logs/sensitivity.jsonl"), identity, cfg.wandb)
     measured = past_rows(log.path, identity) if cfg.resume else []
-    log.begin([identity | {"rows": len(counts) * len(bit_widths)}, *measured])
+    planned = {row["weight_bits"] for row in measured} | set(bit_widths)
+    log.begin([identity | {"rows": len(counts) * len(planned)}, *measured])
     done = {(row["layer"], row["weight_bits"]) for row in measured}
     sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
     for bits in bit_widths:

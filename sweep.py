@@ -85,6 +85,8 @@ class Settings(config.AfterTraining):
             raise ValueError("--rd-lambda needs numbers of at least 0")
         if any(self.rd_lambda) and (self.method == "reference" or 32 in self.weight_bits):
             raise ValueError("--rd-lambda is for --method ptq and weights of 2 to 16 bits")
+        if self.beside and not self.results:
+            raise ValueError("--beside is for a table: give --results")
         for bits in (*self.weight_bits, *self.act_bits):
             if bits not in quantizers.BITS:
                 raise ValueError(f"{bits} bits: must be 2 to 16, or 32 for off")

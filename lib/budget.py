@@ -4,7 +4,7 @@
 
 A higher lambda makes a smaller file that is less accurate. So a budget of bytes wants the lowest
 lambda whose file fits, and one of accuracy the highest whose file is accurate enough. At a lambda
-of 0 bytes count nothing: the most accurate network, and the largest.
+of 0, bytes count nothing. (All this holds about: a lower lambda may also lose by chance.)
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def search(
         attempts.append(attempt(rd_lambda))
         return budget.met(attempts[-1].bytes, attempts[-1].result)
 
-    met, failed, at_zero, rd_lambda = None, None, None, FIRST
+    met, failed, rd_lambda = None, None, FIRST
     while not (met and failed) and LOWEST <= rd_lambda <= HIGHEST:
         if meets(rd_lambda):
             met = attempts[-1]
@@ -86,20 +86,24 @@ def search(
             failed = attempts[-1]
         if _uses_up(met, budget):
             return met, attempts
+        if met and for_bytes and len(attempts) == 1 and meets(0.0):  # no byte need be saved
+            return max(attempts, key=_accuracy), attempts
         # A lower lambda, if bytes are left or too much accuracy is lost.
-        lower = bool(met) == for_bytes
-        if lower and not at_zero:
-            if meets(0.0) == for_bytes:  # nothing need be saved; or nothing can be
-                return attempts[-1] if for_bytes else None, attempts
-            at_zero = attempts[-1]
-        rd_lambda *= 1 / FACTOR if lower else FACTOR
+        rd_lambda *= 1 / FACTOR if bool(met) == for_bytes else FACTOR
+    if not met and not for_bytes and meets(0.0):
+        return attempts[-1], attempts
     while met and failed and not _are_close(met, failed, budget):
         ratio = failed.rd_lambda / met.rd_lambda
         if meets(met.rd_lambda * ratio ** _share(met, failed, budget)):
             met = attempts[-1]
         else:
             failed = attempts[-1]
-    return met or (None if for_bytes else at_zero), attempts
+    return met, attempts
+
+
+def _accuracy(attempt: Attempt) -> tuple[int, float]:
+    """Return what attempts are compared by; without validation a lower lambda is better."""
+    return (attempt.result.correct if attempt.result else 0), -attempt.rd_lambda
 
 
 def _uses_up(met: Attempt | None, budget: Budget) -> bool:

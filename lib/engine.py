@@ -537,7 +537,8 @@ def _autocast(device: torch.device, enabled: bool):
 
 
 def is_mixed(device: torch.device, amp: bool) -> bool:
-    """Return whether training, and the evaluation of its epochs, runs in mixed precision."""
+    """Return whether training runs in mixed precision, and with it the evaluation of epochs that no
+    `judge` compares (see `fit`)."""
     return amp and not _slow_bf16(device)
 
 

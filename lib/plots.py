@@ -151,11 +151,11 @@ def _contrast(colour):
 
 
 def curves(history, path, title):
-    """Draw loss, accuracy and learning rate against the epoch; the epoch that is kept is marked.
+    """Draw loss, accuracy and learning rate against the epoch; the best epoch is marked.
 
     history: dicts of epoch, train_loss, train_accuracy, val_loss, val_accuracy, lr, score; a val_*
-    or lr that is None or missing is left out. Kept is the epoch of the highest score, or without
-    scores of the highest validation accuracy.
+    or lr that is None or missing is left out. The best epoch is that of the highest score, or
+    without scores of the highest validation accuracy.
     """
     history = _nonempty(history)
     epoch, lr, val = (_column(history, key) for key in ("epoch", "lr", "val_accuracy"))
@@ -163,7 +163,7 @@ def curves(history, path, title):
     best = int(np.nanargmax(score if np.isfinite(score).any() else val)) if (
         np.isfinite(val).any()) else None
     note = "no validation split" if best is None else (
-        f"dotted line: the epoch that is kept, {epoch[best]:g}, validation {100 * val[best]:.2f}%")
+        f"dotted line: the best epoch, {epoch[best]:g}, validation {100 * val[best]:.2f}%")
     figure = _figure(title, f"{_counted(len(history), 'epoch')}; {note}", 3.9)
     names, ratios = [["loss", "accuracy"]], None
     if np.isfinite(lr).any():

@@ -48,8 +48,8 @@ def table(
 
 
 def command_line() -> str:
-    """Return this process's command line. Paths are relative to the current folder, and of those
-    outside it the last part alone."""
+    """Return this process's command line. Absolute paths become relative to the current folder, and
+    of those outside it the last part alone stays."""
     words = ["python", *(os.path.relpath(word) if i == 0 else word
                          for i, word in enumerate(sys.argv))]  # fmt: skip
     return shlex.join(_without_folders(word) for word in words)

@@ -138,7 +138,7 @@ def test_confusion_of_many_classes_has_a_row_for_each_and_odd_names(tmp_path, cl
         assert image.width == 9 * 60 and 10 * 60 < image.height < 25 * 60
 
 
-def test_the_epoch_that_is_marked_is_the_one_that_is_kept(tmp_path, monkeypatch):
+def test_the_epoch_that_is_marked_is_that_of_the_best_score(tmp_path, monkeypatch):
     notes, figure = [], plots._figure
     monkeypatch.setattr(plots, "_figure", lambda *a, **k: notes.append(a[1]) or figure(*a, **k))
     lines = [{"epoch": 1, "train_loss": 1.0, "train_accuracy": 0.5, "val_loss": 1.0,
@@ -149,8 +149,8 @@ def test_the_epoch_that_is_marked_is_the_one_that_is_kept(tmp_path, monkeypatch)
     plots.curves(
         [{k: v for k, v in x.items() if k != "score"} for x in lines], tmp_path / "b.png", ""
     )
-    assert "is kept, 1, validation 80.00%" in notes[0]
-    assert "is kept, 2, validation 90.00%" in notes[1]
+    assert "best epoch, 1, validation 80.00%" in notes[0]
+    assert "best epoch, 2, validation 90.00%" in notes[1]
 
 
 def test_the_floor_and_the_saved_round_show(tmp_path):
