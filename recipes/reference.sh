@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # The reference report's pruned network through our stages, without training, and with 5 and 20 epochs
-# of QAT: results/reference.json (test split) and results/curve.json (validation). About two and a
-# half hours on 2 CPU cores, of which QAT takes two. (The published QAT at lambda 0.9 is of commit
-# 30164ab75ab3, before activation scales were searched on random positions.)
+# of QAT: results/reference.json (test split) and results/curve.json (validation); its 36 pairs of
+# bit-widths: results/reference_sweep.json; the parts of rate-distortion quantization:
+# results/price.json. About three and a half hours on 2 CPU cores, of which QAT takes two. (The
+# published QAT at lambda 0.9 is of commit 30164ab75ab3, before activation scales were searched on
+# random positions.)
 #
 #     recipes/reference.sh DATA NETWORK [RUN]   NETWORK: the report's pruned.pth, a plain state dict
+#
+# GRID=FILE recipes/reference.sh ... shows the report's grid.csv beside ours.
 set -euo pipefail
 DATA=${1:?usage: recipes/reference.sh DATA NETWORK [RUN]}
 NETWORK=${2:?usage: recipes/reference.sh DATA NETWORK [RUN]}
@@ -14,6 +18,7 @@ absolute() { case $1 in /* | synthetic) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
 DATA=$(absolute "$DATA")
 NETWORK=$(absolute "$NETWORK")
 RUN=$(absolute "$RUN")
+GRID=${GRID:+$(absolute "$GRID")}
 cd "$(dirname "$0")/.."
 [ -n "${PYTHON:-}" ] || ${MAKE:-make} --no-print-directory venv
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -46,7 +51,7 @@ evaluate() {
   local files=("$NETWORK") run
   for run in "${@:5}"; do files+=("$RUN/$run/checkpoints/compressed.nnz"); done
   "$PYTHON" eval.py "${files[@]}" --assume-downsample 4 --data "$DATA" --run-dir "$RUN" \
-    --split "$2" --results "results/$1.json" --title "$3" --labels "its state dict (fp32),$4"
+    --split "$2" --val-size 5000 --results "results/$1.json" --title "$3" --labels "its state dict (fp32),$4"
 }
 
 evaluate reference test "The reference report's network, compressed" \
@@ -56,3 +61,9 @@ labels=$(printf "PTQ at lambda %s," "${lambdas[@]}")
 evaluate curve val "The reference report's network at many lambdas: validation, which the report trained on" \
   "${labels}QAT at lambda 0.43,QAT at lambda 0.9" \
   "${lambdas[@]/#/ptq-}" qat-0.43 qat-0.9
+title="The report's pruned network at every pair of bit-widths"
+"$PYTHON" sweep.py --parent "$NETWORK" --assume-downsample 4 --data "$DATA" --run-dir "$RUN" \
+  --split test --results results/reference_sweep.json ${GRID:+--beside "$GRID"} \
+  --title "$title${GRID:+ (in brackets: in the report)}"
+"$PYTHON" benchmarks/price.py --parent "$NETWORK" --assume-downsample 4 --data "$DATA" \
+  --rd-lambda 0.44 --results results/price.json

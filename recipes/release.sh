@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The network in release/: from its dense network to the published file. About five and a
-# half hours on 2 CPU cores with bf16.
+# The network in release/: from its dense network to the published file, and its 36 pairs of
+# bit-widths. About six hours on 2 CPU cores with bf16.
 #
 #     recipes/release.sh DATA [RUN]     DATA as for train.py, RUN a folder (runs/release)
 #
+# GRID=FILE recipes/release.sh ... shows the report's grid.csv beside ours.
 # It starts from release/baseline.pth. TRAIN=1 recipes/release.sh ... trains that network anew (10
 # minutes on an H100, a day and a half on 2 CPU cores).
 # An interrupted run continues where it was: give the same command again.
@@ -14,6 +15,7 @@ RUN=${2:-runs/release}
 absolute() { case $1 in /* | synthetic) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
 DATA=$(absolute "$DATA")
 RUN=$(absolute "$RUN")
+GRID=${GRID:+$(absolute "$GRID")}
 cd "$(dirname "$0")/.."
 [ -n "${PYTHON:-}" ] || ${MAKE:-make} --no-print-directory venv
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -53,3 +55,7 @@ FILES=("$C"/{baseline,pruned_a,pruned_b,pruned,quantized,int8}.pth "$C/compresse
 for split in val test; do
   "$PYTHON" eval.py "${FILES[@]}" --data "$DATA" --run-dir "$RUN" --split $split
 done
+title="Our own pruned network at every pair of bit-widths"
+"$PYTHON" sweep.py --data "$DATA" --run-dir "$RUN" --split test --results results/sweep.json \
+  ${GRID:+--beside "$GRID"} \
+  --title "$title${GRID:+ (in brackets: the network of the report, in the report)}"
