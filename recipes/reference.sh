@@ -58,7 +58,7 @@ evaluate reference test "The reference report's network, compressed" \
   "PTQ W8A8,PTQ W4A8,PTQ at lambda 0.3,PTQ at lambda 0.44,QAT at lambda 0.43,QAT at lambda 0.9" \
   w8a8 w4a8 ptq-0.3 ptq-0.44 qat-0.43 qat-0.9
 labels=$(printf "PTQ at lambda %s," "${lambdas[@]}")
-evaluate curve val "The reference report's network at many lambdas: validation, which the report trained on" \
+evaluate curve val "The report's network at many lambdas: validation images, which it was trained on" \
   "${labels}QAT at lambda 0.43,QAT at lambda 0.9" \
   "${lambdas[@]/#/ptq-}" qat-0.43 qat-0.9
 title="The report's pruned network at every pair of bit-widths"

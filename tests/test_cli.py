@@ -456,8 +456,6 @@ def test_bits_by_layer_name_first_and_last_and_the_later_item_counts(small, tmp_
     with pytest.raises(config.UserError, match="last_act=8: with --act-bits 32 no activations"):
         quantize.scheme_of(cfg, small(0))
     assert quantize.scheme_of(quantize.Settings(), small(0)) == ptq.make_scheme(8, 8)
-    scheme = quantize.scheme_of(quantize.Settings(method="reference"), small(0))
-    assert scheme == {"method": "reference", "weight_bits": 8, "act_bits": 8}
 
 
 def test_the_compressed_file_is_an_artifact_when_asked_for(

@@ -109,7 +109,7 @@ def test_a_weight_alone_in_its_row_takes_more_bits_than_one_among_others():
     weight = torch.zeros(8, 16)
     weight[:4, :8] = 1.0
     weight[6, 12] = 1.0
-    bits = pruning._bits(weight)
+    bits = pruning._coded_bits(weight)
     assert bits.shape == weight.shape and bits.min() >= 1
     assert bits[6, 12] > bits[0, 0] + 3
     assert bits[0, 9] > bits[0, 0] and bits[5, 0] > bits[0, 0]

@@ -86,8 +86,9 @@ def test_report_of_a_chain(run, tiny, capsys, monkeypatch):
     assert nnz["weight_bytes"] == len(code)
     assert nnz["ratios"]["model"] == baseline["bytes"] / nnz["bytes"]
     assert nnz["ratios"]["weights"] == 4 * weights / nnz["weight_bytes"]
-    assert nnz["ratios"]["activations"] == pytest.approx(32 / 6, rel=1e-4)  # whole bytes
-    assert nnz["ratios"]["peak"] == pytest.approx(32 / 6, rel=1e-4)
+    # 6 bits, but for the image and what residual blocks read: 8.
+    assert 32 / 7 < nnz["ratios"]["activations"] < 32 / 6
+    assert 32 / 8 < nnz["ratios"]["peak"] <= 32 / 6 + 1e-3
     assert int8["correct"] == nnz["correct"]  # both as integers; quantized.pth in floats
 
     assert shown.splitlines()[-3:] == [
