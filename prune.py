@@ -321,7 +321,8 @@ def _finish(cfg, out, model, parent_layers, parent, teacher, images, rounds, flo
         [{"layer": name, "role": role[name], "weights": weights, "nonzeros": left[name]}
          for name, weights, _ in parent_layers],  # of the weights that each layer had
         cfg.place("plots/sparsity.png"),
-        f"Weights removed from {parent.file.name}; of the first network's, {last['sparsity']:.2%}",
+        f"Sparsity of every layer, against {parent.file.name} (of the first network's weights: "
+        f"{last['sparsity']:.2%})",
     )  # fmt: skip
     print(
         f"{out}: {saved.bytes:,} bytes, {_describe(last)} in round {last['round']} of "
