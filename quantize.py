@@ -239,8 +239,8 @@ def main(argv=None):
                 job = dataclasses.replace(job, scheme=job.scheme | {"method": "ptq"})
                 made = job.measure(fallback.network, fallback.rd_lambda)
             if cfg.has_budget and before:
-                trained = job.scheme["method"] == "qat"
-                draw_budget(job, attempts, *((None, made) if trained else (fallback, None)))
+                trained = made if job.scheme["method"] == "qat" else None
+                draw_budget(job, attempts, None if trained else fallback, trained)
 
     if processes.is_main():
         figures, text = {}, f"{job.scheme['method']} W{cfg.weight_bits}A{cfg.act_bits}"

@@ -56,14 +56,14 @@ def thin(
 
         before, after: these inputs in the model and in the thinned network, (n, C, H, W) or (n, C).
         """
-        described = readers[block]
-        reader = thinned.get_submodule(described.name)
-        norm = thinned.get_submodule(described.norm) if described.norm else None
-        made_by = [thinned.get_submodule(name) for name in makers[described.input_group]]
-        error = _errors(reader, norm, after, importance[described.name])
+        described_reader = readers[block]
+        reader = thinned.get_submodule(described_reader.name)
+        norm = thinned.get_submodule(described_reader.norm) if described_reader.norm else None
+        made_by = [thinned.get_submodule(name) for name in makers[described_reader.input_group]]
+        error = _errors(reader, norm, after, importance[described_reader.name])
         worthless = error < CAUTION * lambda_per_bit * _coded_bits(reader, made_by)
         if worthless.any():
-            target = model.get_submodule(described.name)(before)
+            target = model.get_submodule(described_reader.name)(before)
             reader.weight[:, worthless] = 0
             _refit(reader, norm, after, target)
 
