@@ -53,7 +53,7 @@ def compress(cfg) -> None:
     raw = compressed.encode(parent)
     out = cfg.path(cfg.out, "checkpoints/compressed.nnz")
     decoded = compressed.decode(raw)["state"]
-    for name, tensor in compressed.stored_state(parent).items():
+    for name, tensor in compressed.stored(parent)[1].items():
         if not torch.equal(decoded[name], tensor):
             raise UserError(f"{name} of {parent.file} would not decode as it is: nothing written")
     write_bytes(out, raw)

@@ -4,7 +4,9 @@
     python to_int8.py --target vnni
 
 in:  checkpoints/quantized.pth, weights at 8 bits or fewer
-out: checkpoints/int8.pth: int8 weights with their scales, the rest unchanged; logs/int8.jsonl
+out: checkpoints/int8.pth: int8 weights with their scales, the rest unchanged; of methods ptq and
+     qat without the channels that no layer reads, the others in the order that a .nnz file gives
+     back; logs/int8.jsonl
      checkpoints/int8.onnx, if methods ptq or qat quantized the activations to 8 bits: the same
      network in integers alone (lib/integer.py), for onnxruntime and OpenVINO; its input is uint8
      images
@@ -22,7 +24,7 @@ from itertools import combinations
 
 import torch
 
-from lib import checkpoint, config, data, engine, graph, metrics, quantizers, runtime
+from lib import checkpoint, compressed, config, data, engine, graph, metrics, runtime
 from lib.config import UserError, flag
 
 
@@ -49,11 +51,9 @@ def main(argv=None):
     if bits > 8:
         raise UserError(f"{parent.file} has {bits}-bit weights: quantize them to 8 or fewer first")
     images = parent.images(cfg.data, cfg.val_size, device)
-    model = parent.build(device)
-    try:
-        state = quantizers.integer_state(model.state_dict(), scheme)
-    except ValueError as error:
-        raise UserError(f"{parent.file}: {error}") from None
+    parent.build()  # or it says what does not fit
+    settings, state = compressed.stored(parent)
+    model = dataclasses.replace(parent, settings=settings, state=state).build(device)
 
     engine.say_device(device)
     expected = engine.evaluate(model, images.val) if len(images.val) else None

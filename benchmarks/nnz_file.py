@@ -1,4 +1,4 @@
-"""Time a whole .nnz file of version 2, encoding and decoding; or damage many and decode them.
+"""Time a whole .nnz file of version 3, encoding and decoding; or damage many and decode them.
 
     python benchmarks/nnz_file.py checkpoints/compressed.nnz [--turns 3]
     python benchmarks/nnz_file.py --fuzz 100000
@@ -28,18 +28,18 @@ import numpy as np
 
 from lib import config
 from lib.config import UserError, flag
-from lib.nnz import coder, frame, v2
+from lib.nnz import coder, frame, v2, v3
 
 
 @dataclass
 class Settings:
-    files: list[str] = config.files("a .nnz file of version 2")
+    files: list[str] = config.files("a .nnz file of version 3")
     turns: int = flag(3, "of each side")
     fuzz: int = flag(0, "number of damaged files to decode; nothing else is done")
 
 
 def made_up(seed: int = 0, bits: int = 4, act_bits: int = 8, coarse: bool = False):
-    """Return random (meta, tensors) of a network of a few hundred weights, for lib/nnz/v2.py.
+    """Return random (meta, tensors) of a network of a few hundred weights, for lib/nnz/v3.py.
 
     coarse: scales have 3 mantissa bits, biases lie on a grid of 1/8, dead rows have a scale of 1.
     """
@@ -94,8 +94,9 @@ def fuzz(count: int, seed: int = 0) -> collections.Counter:
     """Decode `count` damaged files; return how often each error came."""
     draw, outcomes = random.Random(seed), collections.Counter()
     cases = (4, 8, True), (8, 6, False), (2, 32, True), (12, 16, False)
-    networks = [made_up(i, *case) for i, case in enumerate(cases)]
-    files = [v2.encode(*network) for network in networks]
+    made = [made_up(i, *case) for i, case in enumerate(cases)]
+    networks = [(meta, v3.in_order(meta, tensors)) for meta, tensors in made]
+    files = [v3.encode(*network) for network in networks]
     for _ in range(count):
         at = draw.randrange(len(files))
         if draw.random() < 0.5:
@@ -106,7 +107,7 @@ def fuzz(count: int, seed: int = 0) -> collections.Counter:
             payloads[tag] = damaged(bytes(payloads[tag]), draw)
             raw = sealed(payloads)
         try:
-            meta, tensors = v2.decode(raw)
+            meta, tensors = v3.decode(raw)
         except frame.FormatError as error:
             assert type(error) is not frame.FormatError and "\n" not in str(error)
             outcomes[type(error).__name__] += 1
@@ -134,17 +135,17 @@ def damaged(raw: bytes, draw: random.Random) -> bytes:
 def times(path: str, turns: int) -> None:
     """Print the CPU seconds of encoding and decoding a file."""
     raw = Path(path).read_bytes()
-    meta, tensors = v2.decode(raw)
+    meta, tensors = v3.decode(raw)
     sides = {"plain Python": False} | ({"numba": True} if coder.numba else {})
     rows = {name: [] for name in sides}
     if coder.numba:  # compile, or load
-        v2.decode(v2.encode(*made_up(), compiled=True), compiled=True)
+        v3.decode(v3.encode(*made_up(), compiled=True), compiled=True)
     for _ in range(turns):
         for name, compiled in sides.items():
             start = time.process_time()
-            again = v2.encode(meta, tensors, compiled=compiled)
+            again = v3.encode(meta, tensors, compiled=compiled)
             middle = time.process_time()
-            _, decoded = v2.decode(again, compiled=compiled)
+            _, decoded = v3.decode(again, compiled=compiled)
             rows[name].append((middle - start, time.process_time() - middle))
             assert again == raw and all(np.array_equal(decoded[k], v) for k, v in tensors.items())
     print(f"{path}: {len(raw):,} bytes; CPU seconds, medians of {turns} alternating turns")

@@ -21,6 +21,9 @@ head it goes into the classifier's bias.
 
 One removal may make others possible, before and after it: the rules are repeated until nothing
 changes. All sums are in float64; the shifted means and biases are rounded back to float32.
+
+Quantization zeroes further weights. Of a quantized network `without_unread` removes what no layer
+reads; what is constant stays, for its value is a level that a bias need not be able to hold.
 """
 
 import copy
@@ -29,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.layers import DEPTHWISE, HEAD, PROJECT, STEM, layers
 from models.mobilenetv2 import MobileNetV2
 
 
@@ -70,6 +74,43 @@ def take(tensor: Tensor, kept: tuple[Tensor | None, ...]) -> Tensor:
         if index is not None:
             tensor = tensor.index_select(dim, index.to(tensor.device))
     return tensor
+
+
+def without_unread(settings: dict, state: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """Return settings and state of a quantized network without the channels that no layer reads.
+
+    state: tensors named `<layer>.weight`, `<layer>.weight_scale` and `<layer>.bias`, weights as
+    levels or as floats, and any without channels. Both are new where something changed. A group of
+    channels keeps at least one.
+    """
+    while True:
+        network, read = layers(settings), {}
+        for layer in network:
+            if layer.role not in (STEM, DEPTHWISE):  # a depthwise layer only hands channels on
+                weight = state[f"{layer.name}.weight"]
+                columns = (weight != 0).reshape(*weight.shape[:2], -1).any(2).any(0)
+                read[layer.input_group] = columns | read.get(layer.input_group, columns)
+        kept = {}
+        for group, is_read in read.items():
+            if not is_read.all() and len(is_read) > 1:
+                kept[group] = is_read.nonzero().flatten() if is_read.any() else torch.tensor([0])
+        if not kept:
+            return settings, state
+        settings, state = copy.deepcopy(settings), dict(state)
+        for layer in network:
+            rows = kept.get(layer.output_group)
+            columns = None if layer.role in (STEM, DEPTHWISE) else kept.get(layer.input_group)
+            for part, index in (
+                ("weight", (rows, columns)), ("weight_scale", (rows,)), ("bias", (rows,))
+            ):  # fmt: skip
+                name = f"{layer.name}.{part}"
+                state[name] = take(state[name], index)
+            width = len(state[f"{layer.name}.bias"])
+            if layer.role in (STEM, HEAD):
+                settings[layer.role] = width
+            elif layer.role in (DEPTHWISE, PROJECT):
+                part = "hidden" if layer.role == DEPTHWISE else "out"
+                settings["blocks"][layer.block - 1][part] = width
 
 
 class _Block(NamedTuple):

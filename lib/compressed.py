@@ -7,39 +7,35 @@ Checkpoint from its fields.
 import contextlib
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lib import data
+from lib.compaction import without_unread
 from lib.config import UserError, reason
 from lib.metrics import is_weight
-from lib.nnz import frame, v1, v2
+from lib.nnz import frame, v1, v2, v3
 from lib.nnz.frame import FormatError
 from lib.quantizers import bits_of, float_state, integer_state
+
+SHORT = {2: v2, 3: v3}  # versions that give back meta and all tensors
 
 
 def encode(source) -> bytes:
     """Return a network as a file: weights at the bits of its scheme, fp32 if it has none.
 
     source: a lib.checkpoint.Checkpoint, or anything with its attributes settings, quantization,
-    state, data, seed and file and its method lineage(). The file has version 2 of the format if
+    state, data, seed and file and its method lineage(). The file has version 3 of the format if
     that can hold the network, else version 1, which can hold any.
 
     Raises UserError for weights that are neither fp32 nor on the grid of the scheme.
     """
     scheme = source.quantization
-    classes = data.names_of(source.settings["classes"])
-    meta = _with_lists({
-        "settings": source.settings, "quantization": scheme, "seed": source.seed,
-        "mean": data.MEAN, "std": data.STD, "data": {"classes": classes} | source.data,
-        "ancestors": source.lineage(),
-    })  # fmt: skip
-    try:
-        tensors = {n: t.detach().cpu().numpy() for n, t in stored_state(source).items()}
-    except (ValueError, TypeError) as error:  # off the grid; a type that numpy does not have
-        raise UserError(f"{source.file}: {reason(error)}") from None
-    if scheme and scheme["method"] in ("ptq", "qat"):
+    settings, state = stored(source)
+    meta, tensors = _meta(source, settings), _arrays(state)
+    if _is_folded(scheme):
         with contextlib.suppress(FormatError):  # not quantized throughout, or of another kind
-            return v2.encode(meta, tensors)
+            return v3.encode(meta, tensors)
     weights = {name: t for name, t in tensors.items() if is_weight(name, t)}
     dense = {name: t for name, t in tensors.items() if name not in weights}
     try:
@@ -49,19 +45,53 @@ def encode(source) -> bytes:
         raise UserError(f"{source.file} does not fit into a .nnz file: {error}") from None
 
 
-def stored_state(source) -> dict[str, torch.Tensor]:
-    """Return the tensors that a file holds: weights as integers if the network is quantized.
+def stored(source) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Return (settings, state) of a network as a file holds it and gives it back.
 
+    Weights are integers if the network is quantized. What version 3 can hold has no channel that no
+    layer reads, and its channels in an order that follows from the weights: it computes the same.
     source: as for `encode`. A mask that multiplies leaves -0.0 where a weight was negative. A file
     would keep each of these as a value, so they become +0.0.
+
+    Raises UserError for weights that are neither fp32 nor on the grid of the scheme.
     """
-    state = source.state
-    if source.quantization:
-        state = integer_state(float_state(state), source.quantization)
-    return {
-        name: t + 0.0 if is_weight(name, t) and t.is_floating_point() else t
-        for name, t in state.items()
-    }
+    settings, state, scheme = source.settings, source.state, source.quantization
+    try:
+        if scheme:
+            state = integer_state(float_state(state), scheme)
+        state = {
+            name: t + 0.0 if is_weight(name, t) and t.is_floating_point() else t
+            for name, t in state.items()
+        }
+        arrays = _arrays(state)
+    except (ValueError, TypeError) as error:  # off the grid; a type that numpy does not have
+        raise UserError(f"{source.file}: {reason(error)}") from None
+    if _is_folded(scheme):
+        with contextlib.suppress(FormatError):
+            v3.in_order(_meta(source, settings), arrays)  # version 3 can hold it
+            settings, state = without_unread(settings, state)
+            arrays = v3.in_order(_meta(source, settings), _arrays(state))
+            state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return settings, state
+
+
+def _is_folded(scheme: dict | None) -> bool:
+    """Return whether a scheme is of those whose networks have no batch norm."""
+    return bool(scheme) and scheme["method"] in ("ptq", "qat")
+
+
+def _meta(source, settings: dict) -> dict:
+    """Return what a file says of a network beside its tensors, in JSON's own types."""
+    classes = data.names_of(settings["classes"])
+    return _with_lists({
+        "settings": settings, "quantization": source.quantization, "seed": source.seed,
+        "mean": data.MEAN, "std": data.STD, "data": {"classes": classes} | source.data,
+        "ancestors": source.lineage(),
+    })  # fmt: skip
+
+
+def _arrays(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().cpu().numpy() for name, tensor in state.items()}
 
 
 def decode(raw: bytes, path: Path | str = "the file") -> dict:
@@ -73,8 +103,8 @@ def decode(raw: bytes, path: Path | str = "the file") -> dict:
     Raises UserError for anything but a whole and legal file.
     """
     try:
-        if version(raw) == 2:
-            meta, tensors = v2.decode(raw)
+        if version(raw) in SHORT:
+            meta, tensors = SHORT[version(raw)].decode(raw)
         else:
             meta, weights, dense, _ = v1.decode(raw)
             tensors = weights | dense
@@ -98,9 +128,9 @@ def version(raw: bytes) -> int:
 def sections(raw: bytes) -> dict[str, int]:
     """Return {part: bytes} of a file, which add up to len(raw); the parts depend on its version.
 
-    See v1.sections and v2.sections of lib/nnz/.
+    See v1.sections, v2.sections and v3.sections of lib/nnz/.
     """
-    return (v2 if version(raw) == 2 else v1).sections(raw)
+    return SHORT.get(version(raw), v1).sections(raw)
 
 
 def _with_lists(value):

@@ -23,8 +23,8 @@ FORMAT = Path(__file__).resolve().parent.parent / "FORMAT.md"
 
 
 def decode(raw: bytes) -> dict[str, list[int]]:
-    """Return {name: elements} of a file of either version."""
-    return decode_version_2(raw)[0] if raw[8] == 2 else decode_version_1(raw)
+    """Return {name: elements} of a file of any version."""
+    return decode_version_1(raw) if raw[8] == 1 else decode_quantized(raw)[0]
 
 
 # ---- Section 2: the frame ------------------------------------------------------------------------
@@ -33,7 +33,7 @@ def decode(raw: bytes) -> dict[str, list[int]]:
 def read_frame(raw: bytes) -> dict[str, bytes]:
     """Section 2: return the payloads by tag."""
     magic, version, count, reserved, length, header_crc = struct.unpack_from("<8sHBBII", raw)
-    assert magic == b"\x89NNZ\r\n\x1a\n" and version in (1, 2) and reserved == 0
+    assert magic == b"\x89NNZ\r\n\x1a\n" and version in (1, 2, 3) and reserved == 0
     assert length == len(raw)
     start = 20 + 12 * count
     assert zlib.crc32(raw[:16] + raw[20:start]) == header_crc
@@ -118,10 +118,10 @@ def decode_version_1(raw: bytes) -> dict[str, list[int]]:
     return tensors
 
 
-# ---- Section 4: version 2 ------------------------------------------------------------------------
+# ---- Section 4: versions 2 and 3 -----------------------------------------------------------------
 
 
-def decode_version_2(raw: bytes) -> tuple[dict[str, list[int]], dict]:
+def decode_quantized(raw: bytes) -> tuple[dict[str, list[int]], dict]:
     """Section 4: return ({name: elements}, the description)."""
     payloads = read_frame(raw)
     text, description, widths, parent, content = read_description(payloads["NETW"])
@@ -131,13 +131,19 @@ def decode_version_2(raw: bytes) -> tuple[dict[str, list[int]], dict]:
     levels = decode_levels(  # section 4.3
         payloads["CODE"], shapes, [kind for _, _, kind, _ in layers], [x[3] for x in layers]
     )
-    side = iter(payloads["SIDE"])  # section 4.4
+    if "SIDE" in payloads:
+        data, padded = payloads["SIDE"], False
+    else:
+        levels, carried = undo_order(levels, [x[3] for x in layers])
+        data, padded = carried + payloads["REST"], not payloads["REST"]
+    side = iter(data)  # section 4.4
     flag_dead = next(side)
     stored = [[any(row) or not flag_dead for row in layer] for layer in levels]
     scales = read_vectors(side, [sum(rows) for rows in stored])
     biases = read_vectors(side, [len(rows) for rows in stored])
     (act_scales,) = read_vectors(side, [len(scale_names)])
-    assert next(side, None) is None
+    left = bytes(side)
+    assert not left or padded and not any(left)
 
     tensors = {}  # section 4.2
     for (name, *_), layer, rows, scale, bias in zip(
@@ -218,10 +224,55 @@ def product(numbers) -> int:
     return result
 
 
+def undo_order(levels: list, groups: list[tuple]) -> tuple[list, bytes]:
+    """Section 4.6: return (levels, the carried bytes): the channels in the order of their keys."""
+    members = {}  # group -> [(layer, 0 for rows or 1 for columns)]
+    for i, pair in enumerate(groups):
+        for axis, group in enumerate(pair):
+            if group:
+                members.setdefault(group, []).append((i, axis))
+    orders, digits, radices = {}, [], []
+    for group, places in members.items():
+        keys = None
+        for i, axis in places:
+            lines = list(zip(*levels[i], strict=True)) if axis else levels[i]
+            if groups[i][1 - axis]:
+                lines = [sorted(line) for line in lines]
+            keys = keys or [[] for _ in lines]
+            for key, line in zip(keys, lines, strict=True):
+                key.extend(line)
+        keys = [[-sum(map(abs, key)), *key] for key in keys]
+        orders[group] = sorted(range(len(keys)), key=keys.__getitem__)
+        in_order = [keys[channel] for channel in orders[group]]
+        numbers = [in_order.index(key) for key in keys if keys.count(key) == 1]
+        assert [keys.count(key) > 1 for key in keys] == sorted(keys.count(key) > 1 for key in keys)
+        twins = keys[len(numbers) :]
+        assert twins == sorted(twins)
+        for i, number in enumerate(numbers):
+            digits.append(sum(later < number for later in numbers[i:]))
+            radices.append(len(numbers) - i)
+
+    data, i = b"", 0
+    while i < len(digits):
+        chunk, size = 0, 1  # the number, and the product of the radices
+        while i < len(digits) and size < 2**4096:
+            chunk += digits[i] * size
+            size *= radices[i]
+            i += 1
+        data += chunk.to_bytes((size.bit_length() - 1) // 8, "little")
+
+    ordered = []
+    for layer, (row_group, column_group) in zip(levels, groups, strict=True):
+        rows = orders.get(row_group, range(len(layer)))
+        columns = orders.get(column_group, range(len(layer[0])))
+        ordered.append([[layer[r][c] for c in columns] for r in rows])
+    return ordered, data
+
+
 def read_vectors(side, sizes: list[int]) -> list[list[int]]:
     """Section 4.4: return a set of vectors of these sizes, floats as their bits.
 
-    side: an iterator over the bytes of section `SIDE`.
+    side: an iterator over the bytes of `SIDE`.
     """
     stream_length, tail_length = varint(side), varint(side)
     stream = bytes(next(side) for _ in range(stream_length))

@@ -1,4 +1,4 @@
-"""lib/compaction.py: a smaller network, the same function, whatever is dead."""
+"""lib/compaction.py: a smaller network, the same function, whatever is dead or unread."""
 
 import copy
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lib import metrics
-from lib.compaction import compact, take
+from lib import integer, metrics, ptq, quantizers
+from lib.compaction import compact, take, without_unread
 from lib.metrics import weight_layers
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -138,3 +138,36 @@ def test_a_residual_first_block_keeps_the_channels_that_it_shares_with_the_stem(
     assert widths[0] == smaller.settings["stem"] == 8 and sum(widths[1:]) < sum(
         block["hidden"] for block in model.settings["blocks"][1:]
     )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_quantized_network_computes_the_same_without_unread_channels(small, pixels, seed):
+    model = small(seed)
+    with torch.no_grad():
+        model.classifier[1].weight[:, ::3] = 0
+        model.features[7][0].weight[:, 5] = 0  # the only layer that reads the last stream
+    scheme = ptq.make_scheme(8, 8)
+    model, _ = ptq.quantize(model, pixels[:16], scheme)
+    levels = quantizers.integer_state(model.state_dict(), scheme)
+    settings, state = without_unread(model.settings, levels)
+    assert settings["head"] < 32 and settings["blocks"][5]["out"] < 16
+    smaller = MobileNetV2(settings)
+    quantizers.attach(smaller, scheme)
+    smaller.load_state_dict(quantizers.float_state(state))
+    images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
+    expected = integer.IntegerNetwork(model, levels)(images)
+    assert torch.equal(integer.IntegerNetwork(smaller, state)(images), expected)
+    again, same = without_unread(settings, state)
+    assert again is settings and same is state  # what is left is read
+
+
+def test_a_group_of_unread_channels_keeps_one(small, pixels):
+    model = small(0)
+    with torch.no_grad():
+        model.classifier[1].weight.zero_()
+    scheme = ptq.make_scheme(8, 8)
+    model, _ = ptq.quantize(model, pixels[:16], scheme)
+    settings, state = without_unread(
+        model.settings, quantizers.integer_state(model.state_dict(), scheme)
+    )
+    assert settings["head"] == 1 and state["classifier.1.weight"].shape == (10, 1)

@@ -1,6 +1,6 @@
 """lib/compressed.py: a network as a .nnz file and back, the same to the bit; all else is refused.
 
-The file itself: tests/test_nnz_frame.py, tests/test_nnz_v1.py, tests/test_nnz_v2.py.
+The file itself: tests/test_nnz_frame.py, tests/test_nnz_v1.py, tests/test_nnz_v3.py.
 """
 
 import random
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import train
-from lib import checkpoint, compressed, data, metrics, ptq, quantizers
+from lib import checkpoint, compressed, data, integer, metrics, ptq, quantizers
 from lib.config import UserError
 from lib.nnz import v1
 from models.mobilenetv2 import MobileNetV2, standard
@@ -52,8 +52,9 @@ def identical(a: dict, b: dict) -> bool:
 
 def logits(found):
     torch.manual_seed(9)
+    images = torch.randn(3, 3, 32, 32).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        return found.build()(torch.randn(3, 3, 32, 32).to(memory_format=torch.channels_last))
+        return found.build()(images)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_round_trip(tmp_path, bits, act_bits):
     raw = compressed.encode(parent)
     (tmp_path / "x.nnz").write_bytes(raw)
     found = checkpoint.load(tmp_path / "x.nnz")
-    assert identical(found.state, compressed.stored_state(parent))
+    assert identical(found.state, compressed.stored(parent)[1])
     for name, tensor in parent.state.items():
         assert torch.equal(quantizers.float_state(found.state)[name], tensor)
     assert torch.equal(logits(found), logits(parent))
@@ -106,7 +107,7 @@ def test_tells_how_to_use_it(tmp_path):
     assert "features.0.1.running_var" in dense and "features.0.0.weight_scale" in dense
 
 
-# ---- version 2 -----------------------------------------------------------------------------------
+# ---- version 3 -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +135,20 @@ def folded(small, pixels, tmp_path_factory):
     (8, 8, {"weight_scale": "tensor"}), (4, 6, {}), (12, 32, {}),
     (2, 4, {"layer_bits": {"features.0.0": 8, "classifier.1": 8}, "last_act_bits": 8}),
 ])  # fmt: skip
-def test_a_folded_network_comes_back_from_version_2(tmp_path, folded, bits, act_bits, more):
+def test_a_folded_network_comes_back_from_version_3(tmp_path, folded, bits, act_bits, more):
     parent = folded(bits, act_bits, **more)
     raw = compressed.encode(parent)
-    assert compressed.version(raw) == 2 and sum(compressed.sections(raw).values()) == len(raw)
+    assert compressed.version(raw) == 3 and sum(compressed.sections(raw).values()) == len(raw)
     (tmp_path / "x.nnz").write_bytes(raw)
     found = checkpoint.load(tmp_path / "x.nnz")
-    assert identical(found.state, compressed.stored_state(parent))
-    assert torch.equal(logits(found), logits(parent))
-    assert found.settings == parent.settings and found.quantization == parent.quantization
+    settings, state = compressed.stored(parent)
+    assert identical(found.state, state) and found.settings == settings
+    assert found.weights < parent.weights  # channels of it are read by no layer
+    assert torch.allclose(logits(found), logits(parent), atol=1e-5)
+    if act_bits <= 8:
+        images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
+        assert torch.equal(integer.convert(found)(images), integer.convert(parent)(images))
+    assert found.quantization == parent.quantization
     assert found.data == {"classes": list(data.CLASSES)} | parent.data
     assert (found.stage, found.seed, found.val_size(None)) == ("compressed", 47, 30)
     assert [a["stage"] for a in found.ancestors] == ["pruned", "quantized"]
@@ -161,11 +167,11 @@ def test_what_is_not_quantized_throughout_is_of_version_1(tmp_path, folded, bits
     assert compressed.version(raw) == 1
     (tmp_path / "x.nnz").write_bytes(raw)
     found = checkpoint.load(tmp_path / "x.nnz")
-    assert identical(found.state, compressed.stored_state(parent))
+    assert identical(found.state, compressed.stored(parent)[1])
     assert torch.equal(logits(found), logits(parent))
 
 
-def test_damage_to_version_2_is_one_line(tmp_path, folded):
+def test_damage_to_version_3_is_one_line(tmp_path, folded):
     raw, rng = compressed.encode(folded(4, 6)), random.Random(0)
     for _ in range(20):
         flipped = bytearray(raw)

@@ -30,7 +30,8 @@ def imports(path: Path) -> set[str]:
 def test_every_module_of_the_format_imports_without_torch():
     names = sorted(name for name in MODULES if name.startswith("lib.nnz."))
     assert names == [
-        f"lib.nnz.{name}" for name in ("coder", "description", "frame", "v1", "v2", "vectors")
+        f"lib.nnz.{name}"
+        for name in ("coder", "description", "frame", "order", "v1", "v2", "v3", "vectors")
     ]
     code = (
         "import importlib, sys; sys.modules['torch'] = None\n"

@@ -1,5 +1,6 @@
 """lib/graph.py and lib/runtime.py: graphs that onnxruntime runs on integers, and no others."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -255,6 +256,9 @@ def test_the_same_bytes_every_time_and_from_the_compressed_file(source, exported
     assert runtime.export(source, tmp_path / "again.onnx").graph == exported.graph
     packed = tmp_path / "x.nnz"
     packed.write_bytes(compressed.encode(source))
+    settings, state = compressed.stored(source)  # what to_int8.py makes of it
+    stored = dataclasses.replace(source, settings=settings, state=state)
+    exported = runtime.export(stored, tmp_path / "stored.onnx")
     unpacked = runtime.export(checkpoint.load(packed), tmp_path / "nnz.onnx")
     a, b = (onnx.load_from_string(x.graph) for x in (exported, unpacked))
     assert a.graph == b.graph

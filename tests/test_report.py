@@ -67,7 +67,7 @@ def test_report_of_a_chain(run, tiny, capsys, monkeypatch):
     for row in rows:
         size = (run / "checkpoints" / row["name"]).stat().st_size
         assert row["bytes"] == size == sum(row["parts"].values())
-        assert min(row["parts"].values()) > 0
+        assert min(row["parts"].values()) >= 0  # the order of the channels may carry all scales
         assert row["split"] == "test" and row["total"] == 100
         assert row["change"] == pytest.approx(row["correct"] - rows[0]["correct"])
         line = next(x for x in shown.splitlines() if x.startswith(row["name"]))
@@ -82,7 +82,7 @@ def test_report_of_a_chain(run, tiny, capsys, monkeypatch):
         *(f"weights: {part}" for part in ("liveness", "significance", "signs", "magnitudes")),
         "scales", "biases", "activation scales", "metadata", "frame",
     ]  # fmt: skip
-    code = frame.unpack((run / "checkpoints/compressed.nnz").read_bytes(), version=2)["CODE"]
+    code = frame.unpack((run / "checkpoints/compressed.nnz").read_bytes(), version=3)["CODE"]
     assert nnz["weight_bytes"] == len(code)
     assert nnz["ratios"]["model"] == baseline["bytes"] / nnz["bytes"]
     assert nnz["ratios"]["weights"] == 4 * weights / nnz["weight_bytes"]

@@ -19,6 +19,7 @@ ENTRY = struct.Struct("<4sII")  # tag, payload length, CRC-32 of tag and payload
 VERSIONS = {  # version -> its sections, in file order
     1: ("META", "SVAL", "SIDX", "DENS", "HASH"),
     2: ("NETW", "CODE", "SIDE"),
+    3: ("NETW", "CODE", "REST"),
 }
 MAX_LENGTH = (1 << 32) - 1  # bytes of a file, and of its decoded tensors: lengths are 32-bit
 LIMIT = 1 << 30  # bytes of a file, and of its decoded tensors, that a reader accepts by default

@@ -1,10 +1,9 @@
-"""A `.nnz` file of version 2: a quantized MobileNetV2, entropy-coded (FORMAT.md, section 4).
+"""A `.nnz` file of version 2, to read, and what it shares with version 3 (FORMAT.md, section 4).
 
-Weights are coded by lib/nnz/coder.py, their scales, the biases and the activation scales by
-lib/nnz/vectors.py, everything else by lib/nnz/description.py. The network is one of
-models/mobilenetv2.py, its batch norms folded, the weights of every layer at 2 to 16 bits (methods
-ptq and qat of lib/quantizers.py). `decode(encode(...))` gives back every tensor, bit for bit, and
-of the metadata what FORMAT.md names.
+It holds a quantized MobileNetV2, entropy-coded: weights by lib/nnz/coder.py, their scales, the
+biases and the activation scales by lib/nnz/vectors.py, everything else by lib/nnz/description.py.
+The network is one of models/mobilenetv2.py, its batch norms folded, the weights of every layer at 2
+to 16 bits (methods ptq and qat of lib/quantizers.py). Files are written by lib/nnz/v3.py.
 """
 
 import hashlib
@@ -13,7 +12,7 @@ import math
 import numpy as np
 
 from lib.nnz import coder, description, vectors
-from lib.nnz.frame import LIMIT, ChecksumMismatch, LimitExceeded, Malformed, Reader, pack, unpack
+from lib.nnz.frame import LIMIT, ChecksumMismatch, LimitExceeded, Malformed, Reader, unpack
 from models import layers as topology
 from models.layers import Layer
 
@@ -91,25 +90,116 @@ def tensors_of(settings: dict, scheme: dict) -> dict[str, tuple]:
     return tensors | dict.fromkeys(scale_names(settings, scheme["act_bits"]), ("float32", ()))
 
 
-def encode(meta: dict, tensors: dict[str, np.ndarray], *, compiled: bool | None = None) -> bytes:
-    """Return the bytes of a file.
+def decode(
+    data: bytes, limit: int = LIMIT, *, compiled: bool | None = None
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Return (meta, tensors) of a file, in new, writable arrays.
 
-    meta: settings, quantization, seed, mean, std, data and ancestors as lib/compressed.py has them.
-    tensors: the network's state, its weights as levels, int8 up to 8 bits, else int16.
-    compiled: as in coder.encode.
+    meta: settings, quantization, seed, mean, std, data and ancestors as lib/compressed.py has them;
+    of the ancestors only their stages, the SHA-256 of one of them, and the number of weights of the
+    first. tensors: weights as levels, int8 up to 8 bits, else int16; all others float32.
+    compiled: as in coder.decode.
 
-    Raises Malformed or LimitExceeded for what a file of this version cannot hold.
+    Raises a FormatError for any file that is damaged or illegal, or whose tensors would take more
+    than `limit` bytes; their size is checked before any of them is allocated.
     """
-    hashed, head, settings = description.pack(meta)
-    scheme, network = meta["quantization"], layers(settings)
-    expected = tensors_of(settings, scheme)
-    if {name: (a.dtype.name, a.shape) for name, a in tensors.items()} != expected:
-        raise Malformed("the tensors are not those of the network that the settings describe")
-    matrices = [tensors[f"{layer.name}.weight"].reshape(matrix_shape(layer)) for layer in network]
-    _check_levels(network, matrices, scheme)
-    code = coder.encode(matrices, *kinds_and_groups(network), compiled=compiled)
-    _check_weights(network, len(code))
+    payloads = unpack(data, limit, version=2)
+    meta, hashes, matrices = read_levels(payloads, limit, compiled)
+    return meta, read_tensors(meta, hashes, matrices, payloads["SIDE"], compiled)
 
+
+def read_levels(
+    payloads: dict, limit: int, compiled: bool | None
+) -> tuple[dict, tuple[bytes, bytes], list[np.ndarray]]:
+    """Return (meta, (hashed, SHA-256), matrices) of the sections NETW and CODE.
+
+    hashed: the bytes with which the content begins that the SHA-256 is of. matrices: the levels of
+    each layer, int32, of the shape that `matrix_shape` says. Raises as `decode` does.
+    """
+    meta, *hashes = description.parse(payloads["NETW"], limit)
+    network, scheme = layers(meta["settings"]), meta["quantization"]
+    check_weights(network, len(payloads["CODE"]))
+    expected = tensors_of(meta["settings"], scheme)
+    if sum(4 * math.prod(shape) for _, shape in expected.values()) > limit:
+        raise LimitExceeded(f"the tensors take more than the limit of {limit} bytes")
+    try:
+        matrices = coder.decode(
+            payloads["CODE"], [matrix_shape(layer) for layer in network],
+            *kinds_and_groups(network), compiled=compiled,
+        )  # fmt: skip
+    except coder.CoderError as error:
+        raise Malformed(f"section CODE: {error}") from None
+    check_levels(network, matrices, scheme)
+    return meta, tuple(hashes), matrices
+
+
+def read_tensors(
+    meta: dict, hashes: tuple[bytes, bytes], matrices: list[np.ndarray], side: bytes,
+    compiled: bool | None, *, padded: bool = False,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Return the tensors of a file: the levels in `matrices`, the floats in `side`.
+
+    hashes: as `read_levels` returns them. padded: zeros may follow in `side`. Raises Malformed or
+    ChecksumMismatch.
+    """
+    network, scheme = layers(meta["settings"]), meta["quantization"]
+    flags, packed = parse_side(side, padded)
+    alive = [matrix.any(1) if flags & DEAD else np.ones(len(matrix), bool) for matrix in matrices]
+    names = scale_names(meta["settings"], scheme["act_bits"])
+    sizes = [int(live.sum()) for live in alive], [len(live) for live in alive], [len(names)]
+    scales, biases, (act_scales,) = (
+        vectors.unpack(*group, size, compiled) for group, size in zip(packed, sizes, strict=True)
+    )
+    tensors, expected = {}, tensors_of(meta["settings"], scheme)
+    for i, layer in enumerate(network):
+        stored, shape = expected[f"{layer.name}.weight"]
+        tensors[f"{layer.name}.weight"] = matrices[i].astype(stored).reshape(shape)
+        scale = np.ones(len(matrices[i]), np.float32)
+        scale[alive[i]] = scales[i]
+        tensors[f"{layer.name}.weight_scale"], tensors[f"{layer.name}.bias"] = scale, biases[i]
+    tensors |= {name: np.array(scale) for name, scale in zip(names, act_scales, strict=True)}
+    hashed, digest = hashes
+    if digest_of(hashed, tensors) != digest:
+        raise ChecksumMismatch("the decoded content is not what was encoded (SHA-256)")
+    return tensors
+
+
+def sections(data: bytes, *, compiled: bool | None = None) -> dict[str, int]:
+    """Return {part: bytes} of a file; they add up to len(data).
+
+    The parts are those of coder.PARTS, scales, biases, activation_scales, metadata and frame
+    (header, section table and SHA-256).
+    """
+    payloads = unpack(data, version=2)
+    sizes = sizes_of(payloads, side_sizes(payloads["SIDE"]), compiled)
+    return sizes | {"frame": len(data) - sum(sizes.values())}
+
+
+def sizes_of(payloads: dict, side: dict[str, int], compiled: bool | None) -> dict[str, int]:
+    """Return {part: bytes} of what the sections hold, the parts of `side` in its place."""
+    meta, _, _ = description.parse(payloads["NETW"], LIMIT)
+    network, code = layers(meta["settings"]), payloads["CODE"]
+    check_weights(network, len(code))
+    shapes = [matrix_shape(layer) for layer in network]
+    sizes = coder.account(code, shapes, *kinds_and_groups(network), compiled=compiled)
+    return sizes | side | {"metadata": len(payloads["NETW"]) - description.SHA_BYTES}
+
+
+def side_sizes(side: bytes, padded: bool = False) -> dict[str, int]:
+    """Return {part: bytes} of the vectors of floats; padded: as in `read_tensors`."""
+    _, packed = parse_side(side, padded)
+    parts = "scales", "biases", "activation_scales"
+    return {
+        part: len(coded) + len(low_bits)
+        for part, (coded, low_bits) in zip(parts, packed, strict=True)
+    }
+
+
+def pack_side(
+    meta: dict, matrices: list[np.ndarray], tensors: dict[str, np.ndarray], compiled: bool | None
+) -> bytes:
+    """Return the bytes of all floats; matrices: the levels of each layer."""
+    network = layers(meta["settings"])
     scales, biases = (
         [tensors[f"{layer.name}.{part}"] for layer in network] for part in ("weight_scale", "bias")
     )
@@ -120,110 +210,43 @@ def encode(meta: dict, tensors: dict[str, np.ndarray], *, compiled: bool | None 
     )
     if leave_out:
         scales = [scale[live] for scale, live in zip(scales, alive, strict=True)]
-    names = scale_names(settings, scheme["act_bits"])
+    names = scale_names(meta["settings"], meta["quantization"]["act_bits"])
     act_scales = np.array([tensors[name] for name in names], np.float32)
     groups = [vectors.pack(group, compiled) for group in (scales, biases, [act_scales])]
-    return pack({
-        "NETW": head + _digest(hashed, expected, tensors),
-        "CODE": code,
-        "SIDE": bytes([DEAD if leave_out else 0]) + b"".join(groups),
-    })  # fmt: skip
+    return bytes([DEAD if leave_out else 0]) + b"".join(groups)
 
 
-def decode(
-    data: bytes, limit: int = LIMIT, *, compiled: bool | None = None
-) -> tuple[dict, dict[str, np.ndarray]]:
-    """Return (meta, tensors) as given to `encode`, in new, writable arrays.
-
-    Of the ancestors only their stages come back, the SHA-256 of one of them, and the number of
-    weights of the first. compiled: as in coder.decode.
-
-    Raises a FormatError for any file that is damaged or illegal, or whose tensors would take more
-    than `limit` bytes; their size is checked before any of them is allocated.
-    """
-    payloads = unpack(data, limit, version=2)
-    meta, hashed, digest = description.parse(payloads["NETW"], limit)
-    settings, scheme = meta["settings"], meta["quantization"]
-    network = layers(settings)
-    _check_weights(network, len(payloads["CODE"]))
-    expected = tensors_of(settings, scheme)
-    if sum(4 * math.prod(shape) for _, shape in expected.values()) > limit:
-        raise LimitExceeded(f"the tensors take more than the limit of {limit} bytes")
-    shapes = [matrix_shape(layer) for layer in network]
-    try:
-        matrices = coder.decode(
-            payloads["CODE"], shapes, *kinds_and_groups(network), compiled=compiled
-        )
-    except coder.CoderError as error:
-        raise Malformed(f"section CODE: {error}") from None
-    _check_levels(network, matrices, scheme)
-
-    flags, packed = _parse_side(payloads["SIDE"])
-    alive = [matrix.any(1) if flags & DEAD else np.ones(len(matrix), bool) for matrix in matrices]
-    names = scale_names(settings, scheme["act_bits"])
-    sizes = [int(live.sum()) for live in alive], [len(live) for live in alive], [len(names)]
-    scales, biases, (act_scales,) = (
-        vectors.unpack(*group, size, compiled) for group, size in zip(packed, sizes, strict=True)
-    )
-    tensors = {}
-    for i, layer in enumerate(network):
-        stored, shape = expected[f"{layer.name}.weight"]
-        tensors[f"{layer.name}.weight"] = matrices[i].astype(stored).reshape(shape)
-        scale = np.ones(len(matrices[i]), np.float32)
-        scale[alive[i]] = scales[i]
-        tensors[f"{layer.name}.weight_scale"], tensors[f"{layer.name}.bias"] = scale, biases[i]
-    tensors |= {name: np.array(scale) for name, scale in zip(names, act_scales, strict=True)}
-    if _digest(hashed, expected, tensors) != digest:
-        raise ChecksumMismatch("the decoded content is not what was encoded (SHA-256)")
-    return meta, tensors
-
-
-def sections(data: bytes, *, compiled: bool | None = None) -> dict[str, int]:
-    """Return {part: bytes} of a file; they add up to len(data).
-
-    The parts are those of coder.PARTS, scales, biases, activation_scales, metadata and frame
-    (header, section table and SHA-256).
-    """
-    payloads = unpack(data, version=2)
-    meta, _, _ = description.parse(payloads["NETW"], LIMIT)
-    network, code = layers(meta["settings"]), payloads["CODE"]
-    _check_weights(network, len(code))
-    shapes = [matrix_shape(layer) for layer in network]
-    sizes = coder.account(code, shapes, *kinds_and_groups(network), compiled=compiled)
-    _, packed = _parse_side(payloads["SIDE"])
-    parts = "scales", "biases", "activation_scales"
-    for part, (coded, low_bits) in zip(parts, packed, strict=True):
-        sizes[part] = len(coded) + len(low_bits)
-    sizes["metadata"] = len(payloads["NETW"]) - description.SHA_BYTES
-    return sizes | {"frame": len(data) - sum(sizes.values())}
-
-
-def _digest(hashed, expected, tensors):
-    """Return the SHA-256 of the content (FORMAT.md, section 4.5)."""
+def digest_of(hashed: bytes, tensors: dict[str, np.ndarray]) -> bytes:
+    """Return the SHA-256 of the content (FORMAT.md, section 4.5); tensors: in the file's order."""
     sha = hashlib.sha256(hashed)
-    for name, (stored, _) in expected.items():
-        hashed_as = "<i2" if stored.startswith("int") else "<f4"
-        sha.update(np.ascontiguousarray(tensors[name], hashed_as).reshape(-1).view(np.uint8))
+    for tensor in tensors.values():
+        kind = "<f4" if tensor.dtype == np.float32 else "<i2"
+        sha.update(np.ascontiguousarray(tensor, kind).reshape(-1).view(np.uint8))
     return sha.digest()
 
 
-def _check_levels(network, matrices, scheme):
+def check_levels(network: list[Layer], matrices: list[np.ndarray], scheme: dict) -> None:
+    """Raise Malformed for a level that the bits of its layer do not have."""
     for layer, matrix in zip(network, matrices, strict=True):
         largest = 2 ** (bits_of(layer.name, scheme) - 1) - 1
         if matrix.size and max(int(matrix.max()), -int(matrix.min())) > largest:
             raise Malformed(f"{layer.name!r}: a level outside {-largest} to {largest}")
 
 
-def _check_weights(network, code_bytes):
+def check_weights(network: list[Layer], code_bytes: int) -> None:
+    """Raise LimitExceeded for more weights than a section CODE of this length may describe."""
     weights = sum(math.prod(layer.shape) for layer in network)
     most = min(MAX_WEIGHTS, FREE_WEIGHTS + WEIGHTS_PER_BYTE * code_bytes)
     if weights > most:
         raise LimitExceeded(f"{weights} weights, over the limit of {most} for {code_bytes} bytes")
 
 
-def _parse_side(payload):
-    """Return flags and, for weight scales, biases, activation scales, (coder stream, low bits)."""
-    reader = Reader(payload, "SIDE")
+def parse_side(side: bytes, padded: bool = False) -> tuple[int, list[tuple[bytes, bytes]]]:
+    """Return (flags, [(coder stream, low bits)]) of weight scales, biases, activation scales.
+
+    padded: zeros may follow. Raises Malformed.
+    """
+    reader = Reader(side, "SIDE")
     flags = reader.bytes(1)[0]
     if flags & ~DEAD:
         raise Malformed("section SIDE: a reserved flag is set")
@@ -231,5 +254,6 @@ def _parse_side(payload):
     for _ in range(3):
         lengths = reader.varint(), reader.varint()
         groups.append(tuple(bytes(reader.bytes(length)) for length in lengths))
-    reader.end()
+    if not padded or any(side[reader.position :]):
+        reader.end()
     return flags, groups

@@ -1,0 +1,91 @@
+"""A `.nnz` file of version 3: as version 2, but the order of its channels carries bytes, too.
+
+FORMAT.md, section 4.6, specifies it. `decode(encode(meta, tensors))` gives back every tensor of
+`in_order(meta, tensors)`, bit for bit, and of the metadata what FORMAT.md names.
+"""
+
+import numpy as np
+
+from lib.nnz import coder, description, order, v2
+from lib.nnz.frame import LIMIT, Malformed, pack, unpack
+
+
+def in_order(meta: dict, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the same network with its channels in the order in which `decode` gives them back.
+
+    meta, tensors, and what is raised: as for `encode`.
+    """
+    _, _, settings = description.pack(meta)
+    scheme, network = meta["quantization"], v2.layers(settings)
+    expected = v2.tensors_of(settings, scheme)
+    if {name: (a.dtype.name, a.shape) for name, a in tensors.items()} != expected:
+        raise Malformed("the tensors are not those of the network that the settings describe")
+    matrices = _matrices(network, tensors)
+    v2.check_levels(network, matrices, scheme)
+    groups = v2.kinds_and_groups(network)[1]
+    orders = order.by_key(matrices, groups)
+    matrices = order.permute(matrices, groups, orders)
+    sorted_tensors = {name: tensors[name] for name in expected}
+    for layer, matrix, (rows, _) in zip(network, matrices, groups, strict=True):
+        sorted_tensors[f"{layer.name}.weight"] = matrix.reshape(layer.shape)
+        for part in ("weight_scale", "bias") if rows else ():
+            name = f"{layer.name}.{part}"
+            sorted_tensors[name] = tensors[name][orders[rows]]
+    return sorted_tensors
+
+
+def encode(meta: dict, tensors: dict[str, np.ndarray], *, compiled: bool | None = None) -> bytes:
+    """Return the bytes of a file.
+
+    meta: settings, quantization, seed, mean, std, data and ancestors as lib/compressed.py has them.
+    tensors: the network's state, its weights as levels, int8 up to 8 bits, else int16.
+    compiled: as in coder.encode.
+
+    Raises Malformed or LimitExceeded for what a file of this version cannot hold.
+    """
+    tensors = in_order(meta, tensors)
+    hashed, head, settings = description.pack(meta)
+    network = v2.layers(settings)
+    kinds, groups = v2.kinds_and_groups(network)
+    matrices = _matrices(network, tensors)
+    side = v2.pack_side(meta, matrices, tensors, compiled)
+    matrices, rest = order.carry(side, matrices, groups)
+    code = coder.encode(matrices, kinds, groups, compiled=compiled)
+    v2.check_weights(network, len(code))
+    return pack({"NETW": head + v2.digest_of(hashed, tensors), "CODE": code, "REST": rest})
+
+
+def decode(
+    data: bytes, limit: int = LIMIT, *, compiled: bool | None = None
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Return (meta, tensors) of a file, in new, writable arrays: see v2.decode."""
+    payloads = unpack(data, limit, version=3)
+    meta, hashes, matrices = v2.read_levels(payloads, limit, compiled)
+    groups = v2.kinds_and_groups(v2.layers(meta["settings"]))[1]
+    matrices, carried = order.collect(matrices, groups)
+    rest = bytes(payloads["REST"])
+    side = carried + rest
+    return meta, v2.read_tensors(meta, hashes, matrices, side, compiled, padded=not rest)
+
+
+def sections(data: bytes, *, compiled: bool | None = None) -> dict[str, int]:
+    """Return {part: bytes} of a file; they add up to len(data). The parts are those of v2.sections.
+
+    What the order of the channels carries takes no bytes: it is the first of the scales.
+    """
+    payloads = unpack(data, version=3)
+    meta, _, matrices = v2.read_levels(payloads, LIMIT, compiled)
+    groups = v2.kinds_and_groups(v2.layers(meta["settings"]))[1]
+    _, carried = order.collect(matrices, groups)
+    rest = bytes(payloads["REST"])
+    side = v2.side_sizes(carried + rest, padded=not rest)
+    left = len(rest)  # whatever is last in the side is in this section
+    for part in reversed(side):
+        side[part] = min(side[part], left)
+        left -= side[part]
+    sizes = v2.sizes_of(payloads, side, compiled)
+    return sizes | {"frame": len(data) - sum(sizes.values())}
+
+
+def _matrices(network, tensors) -> list[np.ndarray]:
+    return [tensors[f"{layer.name}.weight"].reshape(v2.matrix_shape(layer)) for layer in network]
