@@ -54,6 +54,15 @@ check-python = @$(1) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Py
 quote = '$(subst ','\'',$(1))'
 names = $(if $(shell [ -e $(call quote,$(1)) ] && echo yes),$(call quote,$(1)),$(1))
 
+# A misspelt variable would be ignored, and the stage run without it.
+VARIABLES := DATA WANDB SPLIT RUN DEVICE PROCESSES PYTHON FILES IMAGES $(foreach stage,TRAIN PRUNE \
+	QUANTIZE INT8 COMPRESS SWEEP SENSITIVITY EVAL REPORT BENCH PREDICT,$(stage)_FLAGS)
+given = $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+UNKNOWN := $(filter-out $(VARIABLES) SHELL MAKE% OMP_% GLIBC_TUNABLES,$(given))
+ifneq ($(UNKNOWN),)
+$(error no variable is named $(UNKNOWN): `make help` lists them)
+endif
+
 ifneq ($(words $(RUN)),1)
 $(error RUN must be one path without spaces, not "$(RUN)")
 endif

@@ -10,9 +10,11 @@ out: a line per image (or a JSON object) on the standard output
 
 The middle square of an image is scaled to 32x32, antialiased, the size that the network was trained
 on; transparent pixels become white. JPEGs of 100 megapixels and more are scaled down as they are
-decoded. Of a folder, files and folders whose names begin with a dot are left out. HEIC needs the
-package pillow-heif. For an image that cannot be read there is one line on the standard error, the
-others are still classified, and the exit code is 1. Probabilities are the softmax of the logits.
+decoded. Of a folder, the files are taken whose names end as those of picture files do (.jpg, .png
+and others), but none whose name begins with a dot. HEIC needs the package pillow-heif. For an image
+that cannot be read there is one line on the standard error, the others are still classified, and
+the exit code is 1. Probabilities are the softmax of the logits: over the network's classes, they
+add up to 1 whatever is in the picture.
 """
 
 import dataclasses
@@ -64,14 +66,19 @@ class Settings:
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
-    paths = [path for name in cfg.images for path in images_in(Path(name))]
+    paths, unread = [], 0
+    for name in cfg.images:
+        found = images_in(Path(name))
+        if not found:
+            unread += refused(name, "a folder without images")
+        paths += found
+    asked = len(paths) + unread
     file = cfg.model or latest(Path(cfg.run_dir) / "checkpoints")
     source = runtime.load(file, cfg.assume_downsample)
     device = config.device(cfg.device)
     network = runtime.network(source, device)
     classes = source.data.get("classes", data.CLASSES)
     source.check_classes(classes)
-    unread = 0
     for start in range(0, len(paths), BATCH):
         images, names = [], []
         for path in paths[start : start + BATCH]:
@@ -82,25 +89,25 @@ def main(argv=None):
                 if note:
                     print(f"predict.py: {printable(str(path))}: {note}", file=sys.stderr)
             except Exception as error:  # Pillow's decoders raise whatever they please
-                print(f"predict.py: {printable(str(path))}: {reason_of(error)}", file=sys.stderr)
-                unread += 1
+                unread += refused(path, reason_of(error))
         if images:
             logits = network(torch.stack(images).to(device))
             for name, row in zip(names, logits.softmax(1).cpu(), strict=True):
                 print(shown(name, row, classes, cfg), flush=True)
     if unread:
-        raise UserError(f"{unread} of {len(paths)} images could not be read")
+        raise UserError(f"{unread} of {asked} images could not be read")
 
 
 def images_in(path: Path) -> list[Path]:
     """Return the image files in a folder and its subfolders (see lib.pictures.in_folder), or else
-    the path itself. Raises UserError for a folder without images."""
-    if not path.is_dir():
-        return [path]
-    files = pictures.in_folder(path)
-    if not files:
-        raise UserError(f"no images in {printable(str(path))}")
-    return files
+    the path itself."""
+    return pictures.in_folder(path) if path.is_dir() else [path]
+
+
+def refused(path: str | Path, why: str) -> int:
+    """Print why there is no answer for a path; return 1, to be counted."""
+    print(f"predict.py: {printable(str(path))}: {why}", file=sys.stderr)
+    return 1
 
 
 def latest(folder: Path) -> Path:

@@ -73,6 +73,10 @@ class Settings(config.Common):
             raise ValueError("--epochs and --batch-size must be at least 1")
         if not self.lr > 0 or self.weight_decay < 0:
             raise ValueError("--lr must be over 0, --weight-decay at least 0")
+        if not self.width > 0:
+            raise ValueError("--width must be over 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError("--dropout must be in [0, 1)")
         if not 0 <= self.warmup < self.epochs:
             raise ValueError("--warmup-epochs must be at least 0 and less than --epochs")
         if not 0 <= self.label_smoothing <= 1 or not 0 <= self.ema < 1:

@@ -14,6 +14,7 @@ import ctypes
 import dataclasses
 import inspect
 import os
+import re
 import shlex
 import sys
 import types
@@ -28,7 +29,8 @@ import torch
 METAVARS = {
     "parent": "FILE", "out": "FILE", "decompress": "FILE", "onnx": "FILE", "data": "PATH",
     "run_dir": "DIR", "release": "DIR", "layer_bits": "BITS", "teacher": "FILE",
-    "init": "FILE", "results": "FILE", "beside": "FILE", "reference": "DIR", "environment": "DIR",
+    "init": "FILE", "model": "FILE", "results": "FILE", "beside": "FILE", "reference": "DIR",
+    "environment": "DIR",
 }  # fmt: skip
 LARGEST_SEED = 2**32 - 1
 
@@ -68,7 +70,8 @@ class Common:
 
     data: str | None = flag(
         None, "file or folder: cifar10.npz, cifar-10-batches-py, its .tar.gz, parquet files, "
-        "train/CLASS and test/CLASS; or `synthetic`; default: download CIFAR-10 to ./data",
+        "train/CLASS and test/CLASS; or `synthetic`: generated images, to try the program with; "
+        "default: download CIFAR-10 to ./data",
         heading="files and data",
     )  # fmt: skip
     val_size: int | None = flag(
@@ -76,7 +79,8 @@ class Common:
     )
     run_dir: str = flag(".", "folder that holds checkpoints/, logs/ and plots/")
     seed: int = flag(
-        47, "of weights, order and augmentation (47 is the report's)", heading="run and machine"
+        47, "of all that a stage draws: first weights, order, augmentation, calibration images",
+        heading="run and machine",
     )
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...")
     wandb: bool = flag(False, "log to Weights & Biases too; offline if there is no key")
@@ -238,6 +242,8 @@ def device(name: str, share: bool = False) -> torch.device:
                 "index of the builds that suit other GPUs and drivers", file=sys.stderr,
             )  # fmt: skip
         name = "cpu" if why is not None else "cuda"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
+        raise UserError(f"--device {name} cannot be used here: give auto, cpu, cuda or cuda:NUMBER")
     if name == "cuda":
         name = _gpu(share)
     elif name.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not share:

@@ -192,11 +192,11 @@ def fit(
     world, rank = processes.world_and_rank()
     device = images.device
     steps = len(images.train) // recipe.batch_size
-    if recipe.batch_size % world or not steps:
-        raise UserError(
-            f"--batch-size {recipe.batch_size} must be a multiple of the {world} processes "
-            f"and at most the {len(images.train)} training images"
-        )
+    if not steps:
+        count = len(images.train)
+        raise UserError(f"--batch-size {recipe.batch_size} is over the {count} training images")
+    if recipe.batch_size % world:
+        raise UserError(f"--batch-size {recipe.batch_size} is no multiple of the {world} processes")
     if world > 1:
         processes.synchronize_batchnorm(model)
     state = TrainingState.start(model, recipe, velocity)

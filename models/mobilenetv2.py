@@ -24,8 +24,10 @@ def standard(
     full_size = {4: 3, 8: 2, 16: 1, 32: 0}  # downsample: how many of the five get stride 1
     if downsample not in full_size:
         raise ValueError(f"downsample must be one of {sorted(full_size)}, not {downsample}")
-    if not width > 0 or not 0 <= dropout < 1:
-        raise ValueError(f"width must be over 0 and dropout in [0, 1), not {width} and {dropout}")
+    if not width > 0:
+        raise ValueError(f"width must be over 0, not {width}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), not {dropout}")
     at_one = full_size[downsample]
     stem = _round_channels(32 * width)
     settings = {

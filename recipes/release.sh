@@ -4,6 +4,7 @@
 #
 #     recipes/release.sh DATA [RUN]     DATA as for train.py, RUN a folder (runs/release)
 #
+# It replaces results/release.json and results/sweep.json of this folder.
 # GRID=FILE recipes/release.sh ... shows the report's grid.csv beside ours.
 # It starts from release/baseline.pth. TRAIN=1 recipes/release.sh ... trains that network anew (10
 # minutes on an H100, a day and a half on 2 CPU cores).
@@ -52,9 +53,10 @@ run "$C/quantized.pth" quantize.py --rd-lambda 3.1
 run "$C/int8.pth" to_int8.py
 run "$C/compressed.nnz" sparse_compress.py
 FILES=("$C"/{baseline,pruned_a,pruned_b,pruned,quantized,int8}.pth "$C/compressed.nnz")
-for split in val test; do
-  "$PYTHON" eval.py "${FILES[@]}" --data "$DATA" --run-dir "$RUN" --split $split
-done
+"$PYTHON" eval.py "${FILES[@]}" --data "$DATA" --run-dir "$RUN" --split val
+"$PYTHON" eval.py "${FILES[@]}" --data "$DATA" --run-dir "$RUN" --split test \
+  --results results/release.json --title "Our own network, compressed" \
+  --labels baseline.pth,pruned_a.pth,pruned_b.pth,pruned.pth,quantized.pth,int8.pth,mobilenetv2-cifar10.nnz
 title="Our own pruned network at every pair of bit-widths"
 "$PYTHON" sweep.py --data "$DATA" --run-dir "$RUN" --split test --results results/sweep.json \
   ${GRID:+--beside "$GRID"} \

@@ -68,6 +68,17 @@ def test_clean_that_fails_stops_make(tmp_path):
     assert make("clean", f"RUN={tmp_path}/nowhere").returncode == 0
 
 
+def test_a_misspelt_variable_stops_make():
+    """It would be ignored, and a stage run for hours without it."""
+    for variable in ("PRUNE_FLAG=--target=0.97", "data=DIR", "MODEL=x.nnz"):
+        run, name = make("-n", "prune", variable), variable.split("=")[0]
+        assert run.returncode != 0 and f"no variable is named {name}" in run.stderr
+    flags = [f"{stage}_FLAGS=" for stage in ("TRAIN", "PRUNE", "QUANTIZE", "INT8", "COMPRESS",
+             "SWEEP", "SENSITIVITY", "EVAL", "REPORT", "BENCH", "PREDICT")]  # fmt: skip
+    known = [f"{name}=" for name in ("DATA", "WANDB", "DEVICE", "PROCESSES", "FILES", "IMAGES")]
+    assert make("-n", "status", *flags, *known, "SPLIT=val", "RUN=x", "PYTHON=x").returncode == 0
+
+
 def test_several_processes_share_the_stages_that_can(tmp_path):
     run = make("-n", "compress", "PROCESSES=2", "DEVICE=cpu", f"RUN={tmp_path}", "PYTHON=python3")
     launched = re.findall(r"; (python3 [^;|]*) \|", run.stdout)

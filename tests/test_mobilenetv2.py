@@ -159,7 +159,7 @@ def test_states_of_other_networks_are_refused(change):
     [({"downsample": 5}, r"downsample must be one of \[4, 8, 16, 32\], not 5"),
      ({"width": 0}, "width must be over 0"), ({"width": -1}, "width must be over 0"),
      ({"width": float("nan")}, "width must be over 0"),
-     ({"dropout": 1}, r"dropout in \[0, 1\)"), ({"dropout": -0.1}, "dropout in")],
+     ({"dropout": 1}, r"dropout must be in \[0, 1\)"), ({"dropout": -0.1}, "dropout must be in")],
 )  # fmt: skip
 def test_impossible_settings(kwargs, what):
     with pytest.raises(ValueError, match=what):

@@ -106,9 +106,10 @@ def test_wrong_usage(run, flags, what):
 
 def test_nothing_to_do_it_with(run, folder, picture, tmp_path):
     (tmp_path / "empty").mkdir()
-    code, _, err = run(tmp_path / "empty", f"--run-dir={folder}")
-    assert code == 1 and one_line("predict", err) and "no images in" in err
     Image.fromarray(picture).save(tmp_path / "x.png")
+    code, out, err = run(tmp_path / "empty", tmp_path / "x.png", f"--run-dir={folder}")
+    assert code == 1 and out.count("\n") == 1 and "x.png" in out  # the other is classified
+    assert "empty: a folder without images" in err and "1 of 2 images could not be read" in err
     code, _, err = run(tmp_path / "x.png", f"--run-dir={tmp_path}")
     assert code == 1 and one_line("predict", err) and "compressed.nnz does not exist" in err
 
