@@ -108,8 +108,8 @@ def main(argv: list[str] | None = None) -> None:
          "channels of all layers"], rows, device=device,
         text=f"PTQ, 8-bit activations, --rd-lambda {cfg.rd_lambda:g}; the parent has "
         f"{engine.evaluate(small, images.val)} and {channels(small):,} channels. The last rows "
-        "differ in the calibration images alone: their spread is the noise. Accuracies are "
-        "those of the network in floats, which may differ by an image from those of its file in integers.",
+        "differ in the calibration images alone: their spread is the noise. Accuracies are those "
+        "of the network in floats; those of its file, in integers, may differ by an image.",
         data=f"{images.source}, validation split, n={len(images.val):,}",
     )  # fmt: skip
     tables.show(table, cfg.results)
