@@ -53,12 +53,12 @@ def carry(
     matrices: with their channels in the order of their keys. If the order could carry more than
     there is, it carries zeros at the end.
     """
-    unique, twins = {}, {}
+    single, twins = {}, {}
     for group, keys in _keys(matrices, groups):
-        unique[group], twins[group] = _unique_and_twins(keys, range(len(keys)))
-    digits, carried = _digits(data, [n for found in unique.values() for n in _radices(found)])
+        single[group], twins[group] = _single_and_twins(keys, range(len(keys)))
+    digits, carried = _digits(data, [n for found in single.values() for n in _radices(found)])
     orders, start = {}, 0
-    for group, channels in unique.items():
+    for group, channels in single.items():
         left = list(channels)
         own = digits[start : start + len(channels)]
         orders[group] = np.array([left.pop(digit) for digit in own] + twins[group])
@@ -75,15 +75,15 @@ def collect(matrices: list[np.ndarray], groups: list[tuple]) -> tuple[list[np.nd
     orders, digits, radices = {}, [], []
     for group, keys in _keys(matrices, groups):
         order = sorted(range(len(keys)), key=keys.__getitem__)
-        unique, twins = _unique_and_twins(keys, order)
-        if twins != list(range(len(unique), len(keys))):
+        single, twins = _single_and_twins(keys, order)
+        if twins != list(range(len(single), len(keys))):
             raise Malformed("section CODE: channels of one key that are not the last ones")
-        rank = dict(zip(unique, range(len(unique)), strict=True))
-        left = list(range(len(unique)))
-        for channel in range(len(unique)):
+        rank = dict(zip(single, range(len(single)), strict=True))
+        left = list(range(len(single)))
+        for channel in range(len(single)):
             digits.append(bisect_left(left, rank[channel]))
             del left[digits[-1]]
-        radices += _radices(unique)
+        radices += _radices(single)
         orders[group] = np.array(order)
     return permute(matrices, groups, orders), _bytes(digits, radices)
 
@@ -115,16 +115,16 @@ def _keys(matrices, groups) -> Iterator[tuple[Group, list[bytes]]]:
         ]
 
 
-def _unique_and_twins(keys: list[bytes], channels) -> tuple[list[int], list[int]]:
+def _single_and_twins(keys: list[bytes], channels) -> tuple[list[int], list[int]]:
     """Return those of `channels` whose key no other channel has, and the others, in their order."""
     count = Counter(keys)
-    unique = [channel for channel in channels if count[keys[channel]] == 1]
-    return unique, [channel for channel in channels if count[keys[channel]] > 1]
+    single = [channel for channel in channels if count[keys[channel]] == 1]
+    return single, [channel for channel in channels if count[keys[channel]] > 1]
 
 
-def _radices(unique: list[int]) -> range:
+def _radices(single: list[int]) -> range:
     """Return how many choices there are for each channel of a group in turn."""
-    return range(len(unique), 0, -1)
+    return range(len(single), 0, -1)
 
 
 def _chunks(radices: list[int]) -> Iterator[tuple[list[int], int]]:
