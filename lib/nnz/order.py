@@ -6,6 +6,10 @@ them back. Every channel has a key, made of its levels, that depends on no order
 the channels in the order of their keys; in the file they lie in another one, which stands for a
 number, and so for bytes of something else (after Kunze et al. 2024, "Entropy Coding of Unordered
 Data Structures": they, too, let what is free to choose carry other bits).
+
+Measured, bytes in version 2 and in version 3: the report's network at W8A8 128,591 and 125,723, at
+W4A8 80,178 and 77,357, at a lambda of 0.44 57,503 and 55,587; our own 60,746 and 57,308. A part of
+it, 1% of our own, is that scales lie by size in the order of the keys.
 """
 
 from bisect import bisect_left
