@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from lib import data, quantizers
 from lib.metrics import weight_layers
 from lib.quantizers import Quantizer, by_channel, per_row
+from lib.rate import ideal_squared_scale
 from lib.reconstruct import reconstruct
 from lib.thinning import thin
 from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
@@ -367,14 +368,12 @@ class _Walk:
         """Return e: the biases of the layer before that quantizer are rounded to multiples of 2^e.
 
         Where bias_bits decides, 2^e is about 2^-bias_bits times the quantizer's scale. Else lambda
-        does: on a grid of width g, a bias has an expected squared error of g^2 / 12, and doubling g
-        saves one bit. So 2^e is about the g of least cost, importance * g^2 / 12 - lambda * log2 g:
-        g^2 = 6 lambda / (importance * ln 2), with the mean importance of the layer's biases.
+        does: 2^e is about the scale of least cost, with the mean importance of the layer's biases.
         """
         if layer not in self.mean_bias_importance:
             return round(math.log2(float(quantizer.step))) - self.options.bias_bits
         importance = self.mean_bias_importance[layer]
-        squared = 6 * self.options.lambda_per_bit / (math.log(2) * importance)
+        squared = ideal_squared_scale(self.options.lambda_per_bit, importance)
         return round(math.log2(squared) / 2)
 
     def layer(self, fp32_layer: nn.Module, pair: Pair, output_units: Tensor | None = None) -> Pair:

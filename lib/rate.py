@@ -53,6 +53,17 @@ def code_lengths(levels: Tensor, max_level: int) -> CodeLengths:
     return CodeLengths(F.softplus(x) / LN2, F.softplus(-x) / LN2 + 1, magnitude)
 
 
+def ideal_squared_scale(lambda_per_bit, curvature):
+    """Return the square of the scale at which the cost of a value, error + lambda * bits, is least.
+
+    On a grid of scale s, a value has an expected error of curvature * s^2 / 12, and doubling s
+    saves one bit: curvature * s^2 / 12 - lambda * log2 s is least at s^2 = 6 / ln 2 * lambda /
+    curvature (Gish and Pierce 1968, the uniform quantizer followed by an entropy coder).
+    curvature: the error per squared change of the value. Both are floats, or tensors over 0.
+    """
+    return 6 / LN2 * lambda_per_bit / curvature
+
+
 def _classes(max_level: int, device: torch.device) -> Tensor:
     """Return the class in which each magnitude from 0 to max_level is counted, (max_level + 1,).
 

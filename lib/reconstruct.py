@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.quantizers import max_level, put_on_grid, round_mantissa
-from lib.rate import CodeLengths, code_lengths
+from lib.rate import CodeLengths, code_lengths, ideal_squared_scale
 
-POSITIONS = 65536  # positions (pixels of output maps) that a layer is fitted on, at most
+POSITIONS = 65536  # a layer is fitted on so many pixels of its input maps, at most
 SWEEPS = 3  # over the coordinates, between two fits of the scales
 ROUNDS = 4  # fits of the scales
 SCALES, SCALES_WITH_LAMBDA = 29, 48  # that a search tries
@@ -271,16 +271,15 @@ class IntegerLeastSquares:
         """Estimate the code lengths on the grid that lambda asks for; with them, search each row's
         scale. From now on, bits count.
 
-        A scale s makes an expected error of curvature * s^2 / 12 per weight, and doubling it saves
-        a bit: error + row_lambda * bits is least at s^2 = 6 / ln 2 * row_lambda / curvature (Gish
-        and Pierce 1968, the uniform quantizer followed by an entropy coder). coarseness: (rows, 1),
-        multiples of s^2. The scale stays so fine that the largest weight is no zero, and so coarse
-        that it is not clipped.
+        coarseness: (rows, 1), multiples of the squared scale that theory gives (see
+        lib.rate.ideal_squared_scale). The scale stays so fine that the largest weight is no zero,
+        and so coarse that it is not clipped.
         """
         diagonal = self.gram.diagonal(dim1=1, dim2=2)[:, None]
         live = self.mask.sum(2, keepdim=True).clamp(min=1)
         curvature = (self.mask * diagonal).sum(2, keepdim=True) / live
-        scale = (6 / math.log(2) * coarseness * self.row_lambda / curvature.clamp(min=1e-20)).sqrt()
+        squared = ideal_squared_scale(self.row_lambda, curvature.clamp(min=1e-20))
+        scale = (coarseness * squared).sqrt()
         top = self._top()
         self.scale = scale.clamp(min=top / self.max_level, max=top)
         self.weight = self.on_grid(self.start, self.scale)
