@@ -198,7 +198,7 @@ def test_a_clip_sees_all_channels(channels, signed):
 @pytest.mark.parametrize("act_bits", [8, 32])
 def test_integers_of_a_dequantized_network_are_kept(small, pixels, act_bits):
     model = small(2)
-    with torch.no_grad():  # the max_level weights are in channels that compaction removes
+    with torch.no_grad():  # the largest weights are in channels that compaction removes
         project = model.features[3].conv[2].weight
         project[:, 5] = 0
         model.features[3].conv[0][0].weight[5] *= 3

@@ -93,7 +93,7 @@ def test_a_step_a_row_is_each_row_on_its_own(shape):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_grid_is_found_again(bits):
-    """Also where its max_level levels have gone; where there is no grid, from the max_level."""
+    """Also without its largest levels; where there is no grid, from the largest magnitude."""
     step = torch.tensor(0.0123)
     levels = torch.randint(-max_level(bits), max_level(bits) + 1, (6, 5, 3, 3)).float()
     levels[0, 0, 0, 0], levels[0, 0, 0, 1] = max_level(bits), 1  # no common factor
