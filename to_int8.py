@@ -63,7 +63,7 @@ def main(argv=None):
     try:
         saved = checkpoint.save(
             unchecked, "int8", model, cfg, parent, metrics=figures, data=images.provenance(),
-            quantization=scheme, state=state,
+            quantization=scheme, state=state, seed=parent.seed,
         )  # fmt: skip
         check(saved, model, images.val, expected)
         # Before the .pth is replaced: an interruption leaves no new one beside an older .onnx.
