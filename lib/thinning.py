@@ -23,7 +23,7 @@ from lib.reconstruct import reconstruct
 from models.layers import CLASSIFIER, PROJECT, layers
 from models.mobilenetv2 import MobileNetV2
 
-IMAGES = 512  # that statistics are taken from
+THINNING_IMAGES = 512  # that statistics are taken from
 # Bits in a file of a non-zero weight, position and sign included, and of the scale and bias of a
 # row: as measured on the reference report's network at W4A8.
 WEIGHT_BITS, ROW_BITS = 5.5, 11.5
@@ -40,7 +40,7 @@ def thin(
     its rows, {layer: (rows,)}.
 
     model: with batch norms, in eval mode; it is not changed.
-    images: (n, 3, H, W), normalized; the first IMAGES are used.
+    images: (n, 3, H, W), normalized; the first THINNING_IMAGES are used.
     importance: of the model's rows, {layer: (rows,)}, see lib.ptq.row_importance.
     lambda_per_bit: see lib.ptq.quantize.
     """
@@ -60,14 +60,14 @@ def thin(
         reader = thinned.get_submodule(described_reader.name)
         norm = thinned.get_submodule(described_reader.norm) if described_reader.norm else None
         made_by = [thinned.get_submodule(name) for name in makers[described_reader.input_group]]
-        error = _errors(reader, norm, after, importance[described_reader.name])
+        error = _channel_errors(reader, norm, after, importance[described_reader.name])
         worthless = error < CAUTION * lambda_per_bit * _coded_bits(reader, made_by)
         if worthless.any():
             target = model.get_submodule(described_reader.name)(before)
             reader.weight[:, worthless] = 0
             _refit(reader, norm, after, target)
 
-    images = images[:IMAGES]
+    images = images[:THINNING_IMAGES]
     before, after = model.stem(images), thinned.stem(images)
     for number, blocks in enumerate(zip(model.blocks, thinned.blocks, strict=True), start=1):
         hidden = [block.conv[:-2](x) for block, x in zip(blocks, (before, after), strict=True)]
@@ -83,7 +83,9 @@ def thin(
     }
 
 
-def _errors(layer: nn.Module, norm: nn.Module | None, inputs: Tensor, importance: Tensor) -> Tensor:
+def _channel_errors(
+    layer: nn.Module, norm: nn.Module | None, inputs: Tensor, importance: Tensor
+) -> Tensor:
     """Return the squared error of the logits without each input channel of a layer, (C,).
 
     It is variance of the input * sum over the rows of importance * w^2. The mean of the input goes
