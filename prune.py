@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from autoaugment import augmentation
-from lib import checkpoint, config, engine, metrics, plots, processes, pruning, ptq
+from lib import budget, checkpoint, config, engine, metrics, plots, processes, pruning, ptq
 from lib.compaction import compact, take
 from lib.config import UserError, flag
 from models.layers import roles
 from models.mobilenetv2 import MobileNetV2
 
-SAMPLE = 512  # training images that the score obd and the size of logits are computed on
+LOGIT_IMAGES = 512  # training images that the score obd and the size of logits are computed on
 
 
 @dataclasses.dataclass
@@ -147,12 +147,10 @@ def main(argv=None):
     images.split("val")  # it decides where pruning stops
     out = cfg.path(cfg.out, "checkpoints/pruned.pth")
     model = parent.build(device)
-    parent_layers = metrics.layer_counts(model)  # for the chart
     teacher_file = parent.teacher(cfg.teacher, cfg.assume_downsample, images)
     teacher = teacher_file.build(device)
-    sample = ptq.calibration_images(images.train, SAMPLE, cfg.seed)
     if cfg.teacher:
-        engine.match_logits(teacher, model, sample)
+        engine.match_logits(teacher, model, _sample(cfg, images))
     total = parent.original_weights  # what sparsity is a share of
     start = sparsity_of(model, total)
     if cfg.schedule == "cubic" and cfg.rounds and cfg.target < start + 1e-4:
@@ -163,8 +161,7 @@ def main(argv=None):
     }  # fmt: skip
     engine.say_device(device)
     log = metrics.Log(cfg.place("logs/prune.jsonl"), identity, cfg.wandb)
-    state_file = out.with_name(out.name + ".resume")
-    round_file = out.with_name(out.name + ".round.resume")
+    state_file, round_file = _state_files(out)
     if not cfg.resume:
         processes.discard(state_file, round_file)
     state = _resume(state_file, round_file, identity, device) if state_file.is_file() else None
@@ -174,10 +171,41 @@ def main(argv=None):
         result = engine.evaluate(model, images.val)
         state = State([_line(0, model, total, result, True, [], 0.0)], model)
         engine.say(f"parent: {_describe(state.rounds[0])}")
-    floor = state.rounds[0]["val_accuracy"] - cfg.max_drop / 100
-    floor = processes.from_main_process(floor, device)
     log.begin(state.rounds)
+    state = _run_rounds(
+        state, cfg, parent, images, teacher, out=out, identity=identity, log=log
+    )  # fmt: skip
+    rounds = state.rounds
+    if cfg.rounds and not rounds[1]["kept"]:
+        if processes.is_main():
+            state_file.unlink()
+        raise UserError(
+            f"round 1 fell to {rounds[1]['val_accuracy']:.2%} at sparsity "
+            f"{rounds[1]['sparsity']:.2%}, under the floor of {_floor(cfg, rounds):.2%}: "
+            "nothing to keep; give it more --epochs, more --rounds or a larger --max-drop"
+        )
+    if processes.is_main():
+        figures = {"teacher_sha256": teacher_file.sha256} if cfg.teacher else {}
+        _finish(cfg, parent, images, state, figures, out)
+        charts = [cfg.place(f"plots/{name}.png") for name in ("prune", "sparsity")]
+        log.close({"sparsity": sparsity_of(state.last_good, total)}, charts)
+        for file in (round_file, state_file):  # last: until here, the run could be continued
+            file.unlink(missing_ok=True)
+    processes.stop()
 
+
+def _run_rounds(
+    state: State, cfg, parent, images, teacher, *, out: Path, identity: dict, log: metrics.Log
+) -> State:
+    """Run the rounds that are left, to the first that is not good enough; return the last state.
+
+    teacher: the network to learn from. identity: of this run, in the files of its state.
+    """
+    device, total, sample = images.device, parent.original_weights, _sample(cfg, images)
+    start = sparsity_of(parent.build(), total)
+    state_file, round_file = _state_files(out)
+    first = state.rounds[0]
+    fewest = budget.fewest_correct(first["val_correct"], first["val_total"], cfg.max_drop)
     for number in range(len(state.rounds), cfg.rounds + 1):
         if not state.rounds[-1]["kept"]:
             break
@@ -202,7 +230,7 @@ def main(argv=None):
             engine.say(f"round {number}: {error}; the last good one stays")
             break
         result = engine.evaluate(model, images.val)
-        good = processes.from_main_process(result.accuracy, device) >= floor
+        good = bool(processes.from_main_process(result.correct >= fewest, device))
         line = _line(number, model, total, result, good, history, time.monotonic() - began)
         state = State(
             [*state.rounds, line], model if good else state.last_good,
@@ -211,27 +239,25 @@ def main(argv=None):
         state.save(state_file, identity)
         processes.discard(round_file)
         log(line)
-        verdict = "kept" if good else f"under the floor of {floor:.2%}: the last good one stays"
-        engine.say(f"round {number}: {_describe(line)}, {verdict}")
+        under = f"under the floor of {_floor(cfg, state.rounds):.2%}: the last good one stays"
+        engine.say(f"round {number}: {_describe(line)}, {'kept' if good else under}")
+    return state
 
-    rounds = state.rounds
-    if cfg.rounds and not rounds[1]["kept"]:
-        if processes.is_main():
-            state_file.unlink()
-        raise UserError(
-            f"round 1 fell to {rounds[1]['val_accuracy']:.2%} at sparsity "
-            f"{rounds[1]['sparsity']:.2%}, under the floor of {floor:.2%}: nothing to keep; "
-            "give it more --epochs, more --rounds or a larger --max-drop"
-        )
-    if processes.is_main():
-        _finish(
-            cfg, out, state.last_good, parent_layers, parent, teacher_file, images, rounds, floor
-        )
-        charts = [cfg.place(f"plots/{name}.png") for name in ("prune", "sparsity")]
-        log.close({"sparsity": sparsity_of(state.last_good, total)}, charts)
-        for file in (round_file, state_file):  # last: until here, the run could be continued
-            file.unlink(missing_ok=True)
-    processes.stop()
+
+def _sample(cfg, images) -> Tensor:
+    """Return the normalized training images that logits are computed on."""
+    return ptq.calibration_images(images.train, LOGIT_IMAGES, cfg.seed)
+
+
+def _state_files(out: Path) -> tuple[Path, Path]:
+    """Return where the finished rounds are kept, and the finished epochs of the present one."""
+    return out.with_name(out.name + ".resume"), out.with_name(out.name + ".round.resume")
+
+
+def _floor(cfg, rounds: list[dict]) -> float:
+    """Return the accuracy that a round must not fall below, for texts and charts: what decides is
+    the number of answers, since accuracies are rounded."""
+    return rounds[0]["val_accuracy"] - cfg.max_drop / 100
 
 
 def _recipe(cfg, number: int) -> engine.Recipe:
@@ -301,25 +327,25 @@ def _describe(line: dict) -> str:
     )
 
 
-def _finish(cfg, out, model, parent_layers, parent, teacher, images, rounds, floor) -> None:
-    """Save the pruned network and draw both charts."""
+def _finish(cfg, parent, images, state: State, figures: dict, out: Path) -> None:
+    """Save the network of the last good round and draw both charts. figures: further ones."""
+    rounds, model = state.rounds, state.last_good
     last_kept = max(i for i, line in enumerate(rounds) if line["kept"])
     last = rounds[last_kept]
-    figures = {k: last[k] for k in ("round", "sparsity", "val_correct", "val_total")}
-    if cfg.teacher:
-        figures["teacher_sha256"] = teacher.sha256
+    figures = {k: last[k] for k in ("round", "sparsity", "val_correct", "val_total")} | figures
     saved = checkpoint.save(
         out, "pruned", model, cfg, parent, metrics=figures, data=images.provenance()
     )
     plots.accuracy_sparsity(
-        rounds, last_kept, floor, cfg.place("plots/prune.png"),
+        rounds, last_kept, _floor(cfg, rounds), cfg.place("plots/prune.png"),
         f"Accuracy against sparsity (validation: n={len(images.val)})",
     )  # fmt: skip
+    before = metrics.layer_counts(parent.build())  # sparsity is of the weights that a layer had
     role = roles(model.settings)
     left = {name: nonzeros for name, _, nonzeros in metrics.layer_counts(model)}
     plots.layer_sparsity(
         [{"layer": name, "role": role[name], "weights": weights, "nonzeros": left[name]}
-         for name, weights, _ in parent_layers],  # of the weights that each layer had
+         for name, weights, _ in before],
         cfg.place("plots/sparsity.png"),
         f"Sparsity of every layer, against {parent.file.name} (of the first network's weights: "
         f"{last['sparsity']:.2%})",

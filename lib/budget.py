@@ -4,7 +4,8 @@
 
 A higher lambda makes a smaller file that is less accurate. So a budget of bytes wants the lowest
 lambda whose file fits, and one of accuracy the highest whose file is accurate enough. At a lambda
-of 0, bytes count nothing. (All this holds about: a lower lambda may also lose by chance.)
+of 0, bytes count nothing. All this holds only roughly, as a lower lambda may also lose by chance:
+so of all attempts that the search makes, the best one is taken.
 """
 
 import dataclasses
@@ -53,6 +54,16 @@ class Budget:
         return -(1 - result.accuracy + errors_per_bit * 8 * size)
 
 
+def fewest_correct(correct: int, total: int, max_drop: float) -> int:
+    """Return with how many correct answers a network still loses no more than max_drop.
+
+    correct: answers of the network that it is compared with, of a total. max_drop: percentage
+    points, in which a whole number of answers may come out a little too small: 0.06% of 5,000 are
+    2.9999999999999996. (Accuracies, as shares, are rounded in the same way.)
+    """
+    return correct - math.floor(max_drop / 100 * total + 1e-9)
+
+
 @dataclasses.dataclass(eq=False)  # its tensors have no ==
 class Attempt:
     """A quantized network, and what came of it."""
@@ -67,43 +78,65 @@ class Attempt:
 def search(
     attempt: Callable[[float], Attempt], budget: Budget
 ) -> tuple[Attempt | None, list[Attempt]]:
-    """Find the lambda at the edge of a budget: bracket it, then narrow the bracket to CLOSE.
+    """Look for the lambda at the edge of a budget: bracket it, then narrow the bracket to CLOSE.
 
     attempt: makes an attempt at a lambda.
-    Returns (the attempt found, all attempts in their order); None if no lambda meets the budget.
+    Returns (the `best` attempt on the way there, all attempts in their order).
     """
     attempts, for_bytes = [], budget.max_bytes is not None
 
-    def meets(rd_lambda: float) -> bool:
+    def try_lambda(rd_lambda: float) -> Attempt:
         attempts.append(attempt(rd_lambda))
-        return budget.met(attempts[-1].bytes, attempts[-1].result)
+        return attempts[-1]
 
     met, failed, rd_lambda = None, None, FIRST
     while not (met and failed) and LOWEST <= rd_lambda <= HIGHEST:
-        if meets(rd_lambda):
-            met = attempts[-1]
+        tried = try_lambda(rd_lambda)
+        if _meets(tried, budget):
+            met = tried
         else:
-            failed = attempts[-1]
+            failed = tried
         if _uses_up(met, budget):
-            return met, attempts
-        if met and for_bytes and len(attempts) == 1 and meets(0.0):  # no byte need be saved
-            return max(attempts, key=_accuracy), attempts
+            break
+        if met and for_bytes and len(attempts) == 1:
+            at_zero = try_lambda(0.0)
+            if _meets(at_zero, budget):  # no byte need be saved
+                break
         # A lower lambda, if bytes are left or too much accuracy is lost.
         rd_lambda *= 1 / FACTOR if bool(met) == for_bytes else FACTOR
-    if not met and not for_bytes and meets(0.0):
-        return attempts[-1], attempts
+    if not met and not for_bytes:
+        try_lambda(0.0)
     while met and failed and not _are_close(met, failed, budget):
         ratio = failed.rd_lambda / met.rd_lambda
-        if meets(met.rd_lambda * ratio ** _share(met, failed, budget)):
-            met = attempts[-1]
+        tried = try_lambda(met.rd_lambda * ratio ** _share(met, failed, budget))
+        if _meets(tried, budget):
+            met = tried
         else:
-            failed = attempts[-1]
-    return met, attempts
+            failed = tried
+    return best(attempts, budget), attempts
 
 
-def _accuracy(attempt: Attempt) -> tuple[int, float]:
-    """Return what attempts are compared by; without validation a lower lambda is better."""
-    return (attempt.result.correct if attempt.result else 0), -attempt.rd_lambda
+def best(attempts: list[Attempt], budget: Budget) -> Attempt | None:
+    """Return the attempt that serves a budget best, or None if none meets it.
+
+    For bytes it is the most accurate, and of those the smallest; without validation, the one of the
+    lowest lambda. For a floor it is the smallest, and of those the most accurate. What is left
+    equal is decided by the lambda that is nearer to the edge of the budget.
+    """
+    def by_bytes(tried: Attempt) -> tuple:
+        accuracy = (tried.result.correct, -tried.bytes) if tried.result else ()
+        return *accuracy, -tried.rd_lambda
+
+    def by_floor(tried: Attempt) -> tuple:
+        return -tried.bytes, tried.result.correct, tried.rd_lambda
+
+    meeting = [tried for tried in attempts if _meets(tried, budget)]
+    return max(meeting, key=by_floor if budget.max_bytes is None else by_bytes, default=None)
+
+
+def _meets(tried: Attempt, budget: Budget) -> bool:
+    """Whether an attempt is within a budget."""
+    return budget.met(tried.bytes, tried.result)
 
 
 def _uses_up(met: Attempt | None, budget: Budget) -> bool:

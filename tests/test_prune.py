@@ -83,7 +83,7 @@ def test_obd_scores_say_what_the_loss_of_a_weight_does_to_the_logits(small, pixe
     """Each weight of a sample is left out, and the batch norm after it takes up the constant part
     of the error, as it does in fine-tuning."""
     model = quantizers.fold(small(0))
-    scores = pruning._errors(small(0), pixels)
+    scores = pruning._weight_errors(small(0), pixels)
     with torch.no_grad():
         expected, found, guessed, sizes = model(pixels), [], [], []
         for name, layer in weight_layers(model).items():
@@ -270,11 +270,11 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist
 import prune
 from lib import pruning
-errors = pruning._errors
+errors = pruning._weight_errors
 def disturbed(*args):
     factor = 1 + dist.get_rank()  # the second process would choose other weights
     return {{n: e ** factor for n, e in errors(*args).items()}}
-pruning._errors = disturbed
+pruning._weight_errors = disturbed
 prune.main(sys.argv[1:])
 """
     script = tmp_path / "disturbed.py"
@@ -317,6 +317,22 @@ def test_stops_at_the_floor_and_keeps_the_last_good_round(tiny, baseline, tmp_pa
     layers = weight_layers(pruned.build())
     left = sum(int((x.weight != 0).sum()) for x in layers.values()) / pruned.original_weights
     assert left == pytest.approx(1 - pruning.cubic(0, 0.8, 1, 3), abs=1e-3)
+
+
+def test_a_round_that_loses_exactly_the_largest_drop_is_kept(
+    tiny, baseline, tmp_path, monkeypatch
+):
+    """Answers are counted: 24/30 - 0.1 is more than 21/30 in floating point."""
+    assert 24 / 30 - 10 / 100 > 21 / 30
+    scores = iter([24, 24, 24, 21, 24, 24, 20])  # parent; then 2 epochs and the round, twice
+
+    def scripted(model, split, *args, **kwargs):
+        return engine.Evaluation(next(scores), 30, 1.0, torch.zeros(30))
+
+    monkeypatch.setattr(engine, "evaluate", scripted)
+    pruned, lines = run(tiny, baseline, tmp_path, "--max-drop=10")
+    assert [x["kept"] for x in lines] == [True, True, False]
+    assert pruned.metrics["val_correct"] == 21
 
 
 def test_a_round_that_diverges_leaves_the_last_good_one(tiny, baseline, tmp_path, monkeypatch):
