@@ -30,7 +30,8 @@ measure the bytes of the .nnz and the accuracy on the validation split.
 
 --layer-bits takes NAME=BITS, separated by commas; a NAME is a layer, or `first` (the stem), `last`
 (the classifier and its input), or `last_act` (only the classifier's input). An item without `=` is
-a JSON file of such names and bits. Of items for the same layer, the later one counts.
+a JSON file of such names and bits. Of items for the same layer, the later one counts; for the
+classifier's input, `last_act` counts before `last` in either order.
 """
 
 import copy
@@ -39,8 +40,6 @@ import functools
 import math
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from autoaugment import augmentation
 from lib import (
@@ -65,8 +64,8 @@ from lib.rate import BITS_PER_KILOBYTE
 from models.mobilenetv2 import MobileNetV2
 
 LARGEST_IN_CHAIN = 8  # weight bits: to_int8.py takes no more
-SMALLEST_LOSS = 1e-6  # of a network without errors
-LOGITS = 512  # training images that the size of logits is computed on, and what an error costs
+LAMBDA_FLAGS = "--rd-lambda, --max-bytes and --max-drop"  # with which bits count: see has_lambda
+LOGIT_IMAGES = 512  # training images that the size of logits, and the cost of a bit, come from
 # With --max-drop, qat starts from a network that loses this many times as much.
 DROP_BEFORE_QAT = 2.0
 # How a state names the hash of what training began with: it is part of an error, too.
@@ -144,13 +143,12 @@ class Settings(config.AfterTraining):
             raise ValueError("--max-drop must be 0 to 100 percentage points")
         given = [self.rd_lambda or None, self.max_bytes, self.max_drop]
         if sum(value is not None for value in given) > 1:
-            raise ValueError("give one of --rd-lambda, --max-bytes and --max-drop")
+            raise ValueError(f"give one of {LAMBDA_FLAGS}")
         if self.has_lambda and (self.weight_scale == "tensor" or self.method == "reference"):
-            raise ValueError("--rd-lambda, --max-bytes and --max-drop are for --method ptq or qat "
-                             "with --weight-scale channel")
+            raise ValueError(f"{LAMBDA_FLAGS} are for --method ptq or qat with --weight-scale "
+                             "channel")  # fmt: skip
         if self.has_lambda and self.weight_bits > LARGEST_IN_CHAIN:
-            raise ValueError("--rd-lambda, --max-bytes and --max-drop are for 2 to "
-                             f"{LARGEST_IN_CHAIN} weight bits")  # fmt: skip
+            raise ValueError(f"{LAMBDA_FLAGS} are for 2 to {LARGEST_IN_CHAIN} weight bits")
         if not 1 <= self.calibration <= 50_000:
             raise ValueError("--calibration must be 1 to 50000 images")
         if self.epochs < 1 or self.batch_size < 1:
@@ -203,8 +201,8 @@ class Job:
         """Return what is asked for, or a Budget of nothing; times: multiplies --max-drop."""
         if self.cfg.max_drop is None:
             return budget.Budget(max_bytes=self.cfg.max_bytes)
-        allowed = times * self.cfg.max_drop / 100 * self.before.total
-        return budget.Budget(floor=self.before.correct - allowed)
+        before, max_drop = self.before, times * self.cfg.max_drop
+        return budget.Budget(floor=budget.fewest_correct(before.correct, before.total, max_drop))
 
 
 def main(argv=None):
@@ -340,8 +338,11 @@ def post_training(job: Job) -> PostTraining:
     fallback, attempts = budget.search(attempt, job.goal())
     start = fallback
     if cfg.method == "qat" and cfg.max_drop is not None:
-        start, further = budget.search(attempt, job.goal(DROP_BEFORE_QAT))
+        _, further = budget.search(attempt, job.goal(DROP_BEFORE_QAT))
         attempts += [tried for tried in further if tried not in attempts]
+        # Of those of both searches: one may have come across what the other looked for.
+        start = budget.best(attempts, job.goal(DROP_BEFORE_QAT))
+        fallback = budget.best(attempts, job.goal())
     if job.before:
         draw_budget(job, attempts, start)
     if start is None:
@@ -388,8 +389,12 @@ def scheme_of(cfg, model) -> dict:
     bits, others = layer_bits.by_layer(cfg.layer_bits, layers, cfg.act_bits)
     for layer, count in bits.items():
         if cfg.has_lambda and count > LARGEST_IN_CHAIN:
-            raise UserError(f"--layer-bits: {layer} at {count} bits: --rd-lambda, --max-bytes and "
-                            f"--max-drop are for 2 to {LARGEST_IN_CHAIN} weight bits")  # fmt: skip
+            raise UserError(f"--layer-bits: {layer} at {count} bits: {LAMBDA_FLAGS} are for 2 to "
+                            f"{LARGEST_IN_CHAIN} weight bits")  # fmt: skip
+    # Version 3 of the .nnz file cannot hold this. Of version 1, which repeats what the files before
+    # it say of themselves, the size is not known in advance.
+    if cfg.has_lambda and cfg.act_bits < 32 and others.get("last_act_bits") == 32:
+        raise UserError(f"--layer-bits last_act=32: {LAMBDA_FLAGS} need --act-bits 32 as well")
     others |= {"method": cfg.method, "weight_scale": cfg.weight_scale, "layer_bits": bits}
     return ptq.make_scheme(cfg.weight_bits, cfg.act_bits, **others)
 
@@ -407,12 +412,18 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
     model, latent = copy.deepcopy(start.network), start.latent
     # Weights zeroed to save bits count as pruned: they would flip to and from 0.
     if start.rd_lambda:
-        for name, layer in metrics.weight_layers(model).items():
-            latent[name][layer.weight == 0] = 0
+        layers = metrics.weight_layers(model)
+        latent = {name: latent[name].where(layers[name].weight != 0, 0) for name in latent}
     qat.begin(model, job.scheme, latent)
     mask, goal = pruning.Mask(model), job.goal()
     refuse_different_starts(beginning := qat.fingerprint(model), out, images.device)
-    loss_per_bit, errors_per_bit = cost_of_a_bit(job, start) if cfg.has_lambda else (0.0, 0.0)
+    sample = ptq.calibration_images(images.train, LOGIT_IMAGES, cfg.seed)
+    loss_per_bit, errors_per_bit = 0.0, 0.0
+    if cfg.has_lambda:
+        loss_per_bit, errors_per_bit = qat.cost_of_a_bit(
+            start.network, sample, start.rd_lambda / BITS_PER_KILOBYTE, start.result,
+            cfg.distill, cfg.temperature,
+        )  # fmt: skip
 
     def judge(network) -> tuple[engine.Evaluation, dict, float]:
         """Judge a network in training as a file; see engine.fit."""
@@ -434,7 +445,6 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
     teacher_network = job.network
     if cfg.teacher:
         teacher_network = teacher.build(images.device)
-        sample = ptq.calibration_images(images.train, LOGITS, cfg.seed)
         engine.match_logits(teacher_network, job.network, sample)
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
@@ -456,24 +466,6 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
         raise UserError(f"no epoch has {cfg.budget_in_words}: the best one, {best + 1}, has "
                         f"{history[best]['val_accuracy']:.2%} and {history[best]['bytes']:,} bytes")
     return job.measure(model, start.rd_lambda)
-
-
-def cost_of_a_bit(job: Job, start: budget.Attempt) -> tuple[float, float]:
-    """Return what a bit costs at the lambda of `start`: in training loss, and in the share of wrong
-    answers on the validation split (0 without one)."""
-    cfg = job.cfg
-    sample = ptq.calibration_images(job.images.train, LOGITS, cfg.seed)
-    with torch.no_grad():
-        logits = start.network(sample)
-    error = start.rd_lambda / BITS_PER_KILOBYTE  # the squared error that a bit may cost
-    loss = error * qat.loss_per_squared_error(logits, cfg.distill, cfg.temperature)
-    if not start.result:
-        return loss, 0.0
-    cross_entropy = error * qat.loss_per_squared_error(logits, 0.0, cfg.temperature)
-    # Wrong answers rise with the cross-entropy, in about their present proportion. Where there are
-    # none yet, one is taken: else bytes would count nothing.
-    wrong = max(1, start.result.total - start.result.correct) / start.result.total
-    return loss, cross_entropy * wrong / max(start.result.loss, SMALLEST_LOSS)
 
 
 def refuse_different_starts(beginning: str, out: Path, device) -> None:

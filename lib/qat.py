@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import quantizers, rate
+from lib.engine import Evaluation
 from lib.metrics import weight_layers
 from lib.quantizers import FakeQuantize, Quantizer, max_level, per_row
 
@@ -53,6 +54,7 @@ class _Unrounded(Quantizer):
         return x if self.signed else nn.functional.hardtanh(x, 0.0, self.clip)
 
 
+SMALLEST_LOSS = 1e-6  # of a network without errors
 # Scales learn this many times faster than weights: a step changes a logarithm, so a scale moves by
 # a share of itself.
 SCALE_LR_FACTOR = 5.0
@@ -124,6 +126,29 @@ def loss_per_squared_error(logits: Tensor, distill: float, temperature: float) -
 
     soft = of((logits / temperature).softmax(1))
     return (1 - distill) * of(logits.softmax(1)) + distill * soft
+
+
+@torch.no_grad()
+def cost_of_a_bit(
+    model: nn.Module, images: Tensor, lambda_per_bit: float, result: Evaluation | None,
+    distill: float, temperature: float,
+) -> tuple[float, float]:  # fmt: skip
+    """Return what a bit costs at a lambda: in training loss, and in the share of wrong answers on
+    the validation split (0 without one).
+
+    model: the network that lib.ptq made at this lambda. images: (n, 3, H, W), normalized.
+    lambda_per_bit: see lib.ptq.quantize. result: of the model on the validation split, if there is
+    one. distill, temperature: see lib.engine.Recipe.
+    """
+    logits = model(images)
+    loss = lambda_per_bit * loss_per_squared_error(logits, distill, temperature)
+    if not result:
+        return loss, 0.0
+    cross_entropy = lambda_per_bit * loss_per_squared_error(logits, 0.0, temperature)
+    # Wrong answers rise with the cross-entropy, in about their present proportion. Where there are
+    # none yet, one is taken: else bytes would count nothing.
+    wrong = max(1, result.total - result.correct) / result.total
+    return loss, cross_entropy * wrong / max(result.loss, SMALLEST_LOSS)
 
 
 def fingerprint(model: nn.Module) -> str:
