@@ -11,7 +11,7 @@ import torch
 import quantize
 import sparse_compress
 import to_int8
-from lib import budget, checkpoint, data, engine, synthetic
+from lib import budget, checkpoint, data, engine, ptq, qat, synthetic
 
 
 def attempts_at(edge: float):
@@ -55,12 +55,13 @@ def test_without_need_nothing_is_saved():
     # The first attempt already uses the budget up.
     found, tried = budget.search(attempts_at(1.0), budget.Budget(max_bytes=10))
     assert found.rd_lambda == budget.FIRST and len(tried) == 1
-    # The lowest lambda need not be the best one.
+    # A lower lambda may lose more, and the search still ends at the edge.
     def uneven(rd_lambda):
         correct = {0.0: 5, 0.5: 4, 0.125: 5}.get(rd_lambda, 7)
         return budget.Attempt(rd_lambda, None, {}, 10, engine.Evaluation(correct, 10, 1.0, None))
 
-    assert budget.search(uneven, budget.Budget(floor=6))[0].result.correct == 7
+    found, _ = budget.search(uneven, budget.Budget(floor=6))
+    assert 0.125 / budget.CLOSE < found.rd_lambda < 0.125
 
     def better(rd_lambda):
         result = engine.Evaluation(7 if rd_lambda == 0.5 else 5, 10, 1.0, None)
@@ -71,6 +72,41 @@ def test_without_need_nothing_is_saved():
     # No lambda is small enough, and 0 is.
     found, tried = budget.search(attempts_at(budget.LOWEST / 2), budget.Budget(floor=6))
     assert found.rd_lambda == 0 and len({a.rd_lambda for a in tried}) == len(tried)
+
+
+def test_of_all_that_meet_a_budget_the_best_is_taken():
+    """Neither bytes nor accuracy follow the lambda exactly: the last attempt need not be it."""
+
+    def search(asked, by_lambda: dict):
+        """The (bytes, correct) that is found; by_lambda: those up to each lambda, ascending."""
+
+        def attempt(rd_lambda):
+            size, correct = next(v for edge, v in by_lambda.items() if rd_lambda <= edge)
+            result = None if correct is None else engine.Evaluation(correct, 10, 1.0, None)
+            return budget.Attempt(rd_lambda, None, {}, size, result)
+
+        found, tried = budget.search(attempt, asked)
+        assert found in tried
+        return found.bytes, found.result and found.result.correct
+
+    fits, drops = budget.Budget(max_bytes=100), budget.Budget(floor=6)
+    # From 0.5 down: 0.125 fits, 0.03 does not; the edge is at 0.1.
+    assert search(fits, {0.1: (200, 9), 0.2: (90, 5), 8: (60, 7)}) == (60, 7)
+    assert search(fits, {0.1: (200, 9), 0.2: (90, 7), 8: (60, 7)}) == (60, 7)
+    assert search(fits, {0.1: (200, 9), 0.2: (90, 8), 8: (60, 7)}) == (90, 8)
+    assert search(fits, {0.1: (200, None), 0.2: (90, None), 8: (60, None)}) == (90, None)
+    # From 0.5 up: 2 meets it, 8 does not; the edge is at 4.
+    assert search(drops, {1: (60, 6), 4: (70, 8), 9999: (50, 5)}) == (60, 6)
+    assert search(drops, {1: (70, 6), 4: (70, 8), 9999: (50, 5)}) == (70, 8)
+    assert search(drops, {1: (80, 6), 4: (70, 8), 9999: (50, 5)}) == (70, 8)
+
+
+@pytest.mark.parametrize(("correct", "total", "max_drop", "fewest"), [
+    (4000, 5000, 0.06, 3997), (4000, 5000, 1.14, 3943), (24, 30, 10, 21), (24, 30, 9.9, 22),
+    (24, 30, 0, 24), (24, 30, 99.9, -5),
+])  # fmt: skip
+def test_a_loss_of_exactly_the_largest_drop_is_within_it(correct, total, max_drop, fewest):
+    assert budget.fewest_correct(correct, total, max_drop) == fewest
 
 
 @pytest.mark.parametrize("asked", [budget.Budget(max_bytes=4), budget.Budget(floor=9)])
@@ -140,7 +176,8 @@ def lines_of(folder) -> list[dict]:
 
 
 def chain(answered, parent, folder, *flags) -> tuple[dict, int]:
-    """Run quantize.py and the stages after it; return its log's line and the file's bytes."""
+    """Run quantize.py and, with their defaults, the stages after it; return its log's line and the
+    file's bytes."""
     where = [f"--data={answered}", f"--run-dir={folder}", "--val-size=100"]
     quantize.main([f"--parent={parent}", "--calibration=64", *where, *flags])
     to_int8.main(where)
@@ -163,6 +200,12 @@ def test_max_bytes_is_kept_by_the_file_itself(answered, parent, tmp_path, capsys
     assert (tmp_path / "small/plots/budget.png").is_file()
 
 
+def test_a_file_has_the_seed_that_its_network_was_quantized_with(answered, parent, tmp_path):
+    line, size = chain(answered, parent, tmp_path, "--rd-lambda=1", "--seed=1234567")
+    assert checkpoint.load(tmp_path / "checkpoints/compressed.nnz").seed == 1234567
+    assert line["nnz_bytes"] == size
+
+
 def test_max_drop_is_kept_on_validation(answered, parent, tmp_path):
     sizes = []
     for drop in (20, 50):
@@ -174,14 +217,14 @@ def test_max_drop_is_kept_on_validation(answered, parent, tmp_path):
 
 def test_a_byte_has_a_price_where_nothing_is_wrong_yet(answered, parent):
     file = checkpoint.load(parent)
-    network, cfg = file.build(), quantize.Settings(rd_lambda=1.0)
-    images = file.images(answered, 100, torch.device("cpu"))
+    network, images = file.build(), file.images(answered, 100, torch.device("cpu"))
     result = engine.evaluate(network, images.val)
     assert result.correct == result.total
-    job = quantize.Job(cfg, file, network, {}, images, result)
+    sample = ptq.calibration_images(images.train, 100, 0)
     for loss in (result.loss, 0.0):
-        start = budget.Attempt(1.0, network, None, 0, dataclasses.replace(result, loss=loss))
-        assert all(0 < price < math.inf for price in quantize.cost_of_a_bit(job, start))
+        nothing_wrong = dataclasses.replace(result, loss=loss)
+        prices = qat.cost_of_a_bit(network, sample, 1e-4, nothing_wrong, 0.5, 2.0)
+        assert all(0 < price < math.inf for price in prices)
 
 
 QAT = ["--method=qat", "--epochs=2", "--batch-size=20", "--distill=1", "--no-amp"]
@@ -225,6 +268,7 @@ def test_training_that_ruins_the_network_leaves_what_it_started_from(
         (["--max-drop=0", "--act-bits=2"], "at most 0 points less .* came to .*/100. on valid"),
         (["--max-drop=1", "--val-size=0"], "no validation"),
         (["--max-bytes=3000", "--layer-bits=last=32"], "classifier.1 at 32 bits: .* for 2 to 8"),
+        (["--rd-lambda=1", "--layer-bits=last_act=32"], "last_act=32: .* need --act-bits 32 as we"),
     ],
 )
 def test_a_budget_that_cannot_be_kept_is_an_error(answered, parent, tmp_path, flags, reason):

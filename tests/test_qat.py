@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -305,6 +309,60 @@ def test_training_is_not_continued_from_another_beginning(tiny, parent, tmp_path
     with pytest.raises(UserError, match="state of another run .ptq's network .another processor "
                                         ".* was .*, is .*no-resume"):  # fmt: skip
         run(tiny, parent, tmp_path)
+
+
+def in_two_processes(tiny, parent, folder, before: str = "") -> subprocess.CompletedProcess:
+    """Run quantize.py as torchrun does. before: code that each process runs first."""
+    root = Path(__file__).parent.parent
+    script = folder / "quantize.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(root)!r})
+import torch.distributed as dist
+import quantize
+from lib import config, ptq
+{before}
+config.run(quantize.main)
+""")
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+         "--rdzv-endpoint=localhost:0", script, *FLAGS, "--device=cpu", f"--data={tiny}",
+         f"--parent={parent}", f"--run-dir={folder}"],
+        cwd=root, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_two_processes_train_one_network(tiny, parent, whole, tmp_path):
+    run = in_two_processes(tiny, parent, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("quantized.pth: ") == 1  # one of them writes and says so
+    lines = [json.loads(x) for x in (tmp_path / "logs/quantize.jsonl").read_text().splitlines()]
+    # The same images in the same global batches as in one process: only their sums are rounded
+    # otherwise, from which other levels may follow.
+    for line, expected in zip(lines, whole[1], strict=True):
+        assert line["epoch"] == expected["epoch"]
+        assert line["train_loss"] == pytest.approx(expected["train_loss"], rel=0.02)
+    saved = checkpoint.load(tmp_path / "checkpoints/quantized.pth")
+    quantizers.integer_state(saved.state, saved.quantization)
+    best = engine.evaluate(saved.build(), saved.images(tiny, 50, torch.device("cpu")).val)
+    assert best.correct == max(round(50 * line["val_accuracy"]) for line in lines)
+    assert [p.name for p in saved.file.parent.iterdir()] == ["quantized.pth"]
+
+
+def test_processes_that_did_not_quantize_alike_do_not_train_together(tiny, parent, tmp_path):
+    run = in_two_processes(tiny, parent, tmp_path, """
+made = ptq.quantize
+def otherwise(*args, **kwargs):
+    network, latent = made(*args, **kwargs)
+    if dist.get_rank() == 1:
+        network.classifier[1].weight.data[0] = 0.0
+    return network, latent
+ptq.quantize = otherwise
+""")  # fmt: skip
+    assert run.returncode == 1
+    reason = "quantized.pth: the processes did not quantize alike, so they cannot train together"
+    assert run.stderr.count(f"{reason}: run it in one process\n") == 1
+    assert not (tmp_path / "checkpoints/quantized.pth").exists()
 
 
 def test_other_bits_of_a_layer_are_another_run(tiny, parent, tmp_path, monkeypatch):
