@@ -230,17 +230,27 @@ def test_a_byte_has_a_price_where_nothing_is_wrong_yet(answered, parent):
 QAT = ["--method=qat", "--epochs=2", "--batch-size=20", "--distill=1", "--no-amp"]
 
 
-def test_training_keeps_an_epoch_within_the_budget(answered, parent, tmp_path, capsys):
-    flags = [*QAT, "--max-bytes=3000", "--lr=1e-3"]
-    _, size = chain(answered, parent, tmp_path, *flags)
+def test_training_keeps_an_epoch_within_the_budget(
+    answered, parent, tmp_path, capsys, monkeypatch
+):
+    """Of the epochs that are within it, the most accurate, if ptq's network is less accurate."""
+    untrained = quantize.post_training
+
+    def inaccurate(job):  # few steps on few images do not win against ptq by themselves
+        made = untrained(job)
+        result = dataclasses.replace(made.fallback.result, correct=0)
+        return made._replace(fallback=dataclasses.replace(made.fallback, result=result))
+
+    monkeypatch.setattr(quantize, "post_training", inaccurate)
+    _, size = chain(answered, parent, tmp_path, *QAT, "--max-bytes=2200", "--lr=1e-3")
     lines, out = lines_of(tmp_path), capsys.readouterr().out
-    within = [x for x in lines if x["bytes"] <= 3000]
-    assert size <= 3000 and all(x["score"] < 0 for x in lines if x not in within)
+    within = [x for x in lines if x["bytes"] <= 2200]
+    assert all((x["score"] > 0) == (x in within) for x in lines)
     saved = checkpoint.load(tmp_path / "checkpoints/quantized.pth")
-    if "that is kept" not in out:
-        best = max(within, key=lambda x: x["val_accuracy"])
-        assert (size, saved.metrics["val_correct"]) == (best["bytes"], 100 * best["val_accuracy"])
-    assert saved.metrics["nnz_bytes"] == size
+    assert "that is kept" not in out and saved.quantization["method"] == "qat"
+    best = max(within, key=lambda x: x["val_accuracy"])
+    assert saved.metrics["val_correct"] == round(100 * best["val_accuracy"])
+    assert saved.metrics["nnz_bytes"] == size == best["bytes"]
 
 
 @pytest.mark.parametrize("asked", ["--max-bytes=3000", "--rd-lambda=2", "--max-drop=30"])
