@@ -330,8 +330,9 @@ def test_foreign_files(raw):
 
 def test_version_1_is_another_module_s():
     refuse(v1.encode({}, {}, {}, {}), UnsupportedVersion)
-    with pytest.raises(UnsupportedVersion):
-        v1.decode(v3.encode(*made_up()))
+    for read in (v1.decode, v1.sections):
+        with pytest.raises(UnsupportedVersion):
+            read(v3.encode(*made_up()))
 
 
 def described(change, widths=None, text=None, tail=b""):

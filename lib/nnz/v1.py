@@ -167,13 +167,13 @@ def decode(
     return meta, sparse, dense, {entry.name: entry.bits for entry in sparse_entries}
 
 
-def sections(data: bytes, limit: int = LIMIT) -> dict[str, int]:
+def sections(data: bytes) -> dict[str, int]:
     """Return {part: bytes} of a file; they add up to len(data).
 
     The parts are values, indices, dense, metadata and frame (header, section table and SHA-256).
     """
     kinds = {"values": "SVAL", "indices": "SIDX", "dense": "DENS", "metadata": "META"}
-    payloads = unpack(data, limit)
+    payloads = unpack(data, version=1)
     sizes = {kind: len(payloads[tag]) for kind, tag in kinds.items()}
     return {**sizes, "frame": len(data) - sum(sizes.values())}
 
