@@ -58,13 +58,17 @@ class Checkpoint:
     def build(self, device="cpu") -> nn.Module:
         """Return the network with its weights, in eval mode, channels last.
 
-        Raises UserError if the state does not fit the settings.
+        Raises UserError if the state does not fit the settings, or an activation scale is not over
+        0.
         """
         try:
-            model = MobileNetV2(self.settings)
-            if self.quantization:
-                quantizers.attach(model, self.quantization)
-            model.load_state_dict(quantizers.float_state(self.state), strict=True)
+            # First without memory: the settings of a small file can ask for any amount of it.
+            with torch.device("meta"):
+                self._network({name: tensor.to("meta") for name, tensor in self.state.items()})
+            for name, tensor in self.state.items():
+                if name.endswith(".step") and not tensor > 0:
+                    raise ValueError(f"{name}, a scale of activations, is {float(tensor)}")
+            model = self._network(self.state)
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             # A strict load names the tensor in its second line; torch does not check the CRCs of
             # its own files, so a flipped bit can also have made nonsense of the settings.
@@ -72,6 +76,14 @@ class Checkpoint:
             text = f"{self.file} does not fit its own description: {_shortened(reasons[0])}"
             raise UserError(text) from None
         return model.to(device, memory_format=torch.channels_last).eval()
+
+    def _network(self, state: dict) -> MobileNetV2:
+        """Return a network of these settings and this scheme that holds the state."""
+        model = MobileNetV2(self.settings)
+        if self.quantization:
+            quantizers.attach(model, self.quantization)
+        model.load_state_dict(quantizers.float_state(state), strict=True)
+        return model
 
     @property
     def weights(self) -> int:
@@ -203,7 +215,7 @@ def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
         models.mobilenetv2.standard). None: those of the report, and a line on the standard error
         says so. Files of the chain hold theirs.
     Raises UserError for a file that is missing, damaged or foreign, or that holds NaN or infinite
-    values. Only tensors, plain types and numpy's scalars are unpickled.
+    values or fields of other types. Only tensors, plain types and numpy's scalars are unpickled.
     """
     path = Path(path)
     if not path.is_file():
@@ -217,18 +229,67 @@ def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
         loaded = _from_dict(foreign.read_safetensors(raw, path), path, downsample)
     else:
         loaded = _from_dict(read(path), path, downsample)
+    check_fields(loaded, path)
     check_finite(loaded.state, path)
     loaded.file, loaded.bytes = path, len(raw)
     loaded.sha256 = hashlib.sha256(raw).hexdigest()
     return loaded
 
 
+def check_fields(source: Checkpoint, path: Path) -> None:
+    """Raise UserError unless the fields that a file fills have the types that this program writes.
+
+    Whether state and settings fit each other is for `build` to find.
+    """
+    def ensure(legal, what):
+        if not legal:
+            raise UserError(f"{path} does not fit its own description: {what}")
+
+    ensure(isinstance(source.stage, str), "its stage is no text")
+    for name in ("settings", "state", "data", "config", "metrics"):
+        value = getattr(source, name)
+        ensure(isinstance(value, dict), f"{name}: a {type(value).__name__!r} object, not a dict")
+    foreign.check_stored(source.state, path)
+    if source.quantization is not None:
+        _check_scheme(source.quantization, ensure)
+    ensure(isinstance(source.ancestors, list), "ancestors: not a list")
+    for row in source.ancestors:
+        match row:
+            case {"stage": str(), "sha256": str() | None, "weights": int() | None,
+                  "metrics": dict()}:  # fmt: skip
+                continue
+        ensure(False, "an ancestor without a legal stage, sha256, weights and metrics")
+    weights = source.ancestors[0]["weights"] if source.ancestors else 1
+    ensure(weights and weights > 0, "the first ancestor has no weights")  # ratios are against them
+    names, held_out = source.data.get("classes", []), source.data.get("val_size")
+    ensure(isinstance(names, list) and all(isinstance(n, str) for n in names), "names of classes")
+    ensure(
+        "classes" not in source.data or len(names) == source.settings.get("classes"),
+        f"{len(names)} names of {source.settings.get('classes')} classes",
+    )
+    ensure(held_out is None or type(held_out) is int and held_out >= 0, "data: val_size")
+
+
+def _check_scheme(scheme, ensure) -> None:
+    """Ensure that a scheme is one that lib/quantizers.py describes."""
+    ensure(isinstance(scheme, dict), "quantization: not a dict")
+    layer_bits = scheme.get("layer_bits", {})
+    ensure(isinstance(layer_bits, dict), "quantization: 'layer_bits' is not a dict")
+    bits = {name: scheme.get(name) for name in ("weight_bits", "act_bits")}
+    bits |= {"last_act_bits": scheme.get("last_act_bits", bits["act_bits"])} | layer_bits
+    for name, value in bits.items():
+        legal = type(value) is int and value in quantizers.BITS
+        ensure(legal, f"quantization: {name!r} is not 2 to 16, or 32")
+    method = scheme.get("method")
+    ensure(method in ("reference", "ptq", "qat"), "quantization: an unknown 'method'")
+    ensure(method == "reference" or "layer_bits" in scheme, "quantization: no 'layer_bits'")
+
+
 def check_finite(state: dict, path: Path) -> None:
     """Raise UserError if a tensor of the state holds NaN or infinite values."""
     bad = [
-        name for name, tensor in (state.items() if isinstance(state, dict) else ())
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-        and not tensor.isfinite().all()
+        name for name, tensor in state.items()
+        if tensor.is_floating_point() and not tensor.isfinite().all()
     ]  # fmt: skip
     if bad:
         others = f" and {len(bad) - 1} more" if len(bad) > 1 else ""

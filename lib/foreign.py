@@ -51,6 +51,7 @@ def state_dict(raw: dict, path: Path) -> dict[str, Tensor]:
     others = [_place(*network[:2]) for network in networks[1:]]
     done += [f"not the network at {first_three(others)}"] if others else []
     if any(name.endswith("_mask") for name in state):
+        check_stored(state, path)
         state = _masked(state, path)
         done.append("its weights multiplied by their masks")
     if done:
@@ -102,6 +103,21 @@ def _masked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         elif not (name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in state):
             result[name] = tensor
     return result
+
+
+def check_stored(state: dict, path: Path) -> None:
+    """Raise UserError unless these are dense tensors by name, with all of their elements stored.
+
+    An expanded tensor stores one element for many, and any copy of it would take memory for all.
+    """
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(f"{path}: {name!r} in its state is no tensor")
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type != "cpu":
+            raise UserError(f"{path}: {name!r} in its state is no dense tensor")
+        size = tensor.numel() * tensor.element_size()
+        if size > (stored := tensor.untyped_storage().nbytes()):
+            raise UserError(f"{path}: {name!r} is of {size} bytes, of which {stored} are stored")
 
 
 def first_three(names: list[str]) -> str:

@@ -94,6 +94,8 @@ def conv_norm(
 
     folded: the batch norm is part of the convolution's weight and bias; an Identity replaces it.
     """
+    if type(stride) is not int or not 1 <= stride <= 255:
+        raise ValueError(f"a stride of {stride!r}, not 1 to 255")
     pad = kernel // 2
     conv = nn.Conv2d(inputs, outputs, kernel, stride, pad, groups=groups, bias=folded)
     return [conv, nn.Identity() if folded else nn.BatchNorm2d(outputs)]
@@ -139,6 +141,8 @@ class InvertedResidual(nn.Module):
 
     def __init__(self, folded, inputs, hidden, out, stride, expand, residual):
         super().__init__()
+        if residual and not has_residual(stride, inputs, out):
+            raise ValueError(f"a residual block of stride {stride}, {inputs} channels to {out}")
         layers = [ConvBNReLU6(folded, inputs, hidden, 1)] if expand else []
         layers += [
             ConvBNReLU6(folded, hidden, hidden, 3, stride, hidden),

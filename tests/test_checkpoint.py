@@ -1,5 +1,6 @@
 """lib/checkpoint.py: what was saved comes back to the bit; all else is refused in one line."""
 
+import copy
 import hashlib
 import io
 import pickle
@@ -15,12 +16,15 @@ from torchvision.models import mobilenet_v2
 import prune
 import quantize
 import train
-from lib import checkpoint, compressed, config, data, quantizers
+from lib import checkpoint, compressed, config, data, ptq, quantizers
 from lib.config import UserError
 from lib.files import atomic
+from lib.nnz import v1
 from models.mobilenetv2 import MobileNetV2, standard
 
 SETTINGS = standard(0.1, 8)
+REFERENCE = {"method": "reference", "weight_bits": 8, "act_bits": 8}
+ANCESTOR = {"stage": "pruned", "sha256": None, "bytes": None, "weights": 5, "metrics": {}}
 
 
 def save(path, stage="baseline", parent=None, model=None, **kwargs):
@@ -35,6 +39,13 @@ def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "x.pth"
     save(path)
     return path.read_bytes()
+
+
+def changed_block(number, **changes):
+    """The settings with another block of this number, counted from 1."""
+    settings = copy.deepcopy(SETTINGS)
+    settings["blocks"][number - 1] |= changes
+    return settings
 
 
 def nnz_of(source, path):
@@ -294,13 +305,90 @@ def test_foreign_content(tmp_path, content, what):
     ({"state": {}}, "Missing key"),
     ({"state": 3}, "'int' object"),
     ({"quantization": {"method": "ptq", "bits": 8}}, "'weight_bits'"),
-    ({"quantization": {"method": "x", "weight_bits": 8, "act_bits": 8}}, "Missing key"),
+    ({"quantization": {"method": "x", "weight_bits": 8, "act_bits": 8}}, "'method'"),
+    ({"settings": SETTINGS | {"stem_stride": 0}}, "a stride of 0, not 1 to 255"),
+    ({"settings": SETTINGS | {"stem_stride": 1.0}}, "a stride of 1.0"),
+    ({"settings": changed_block(2, residual=True, stride=2)}, "a residual block of stride 2"),
+    ({"settings": changed_block(17, residual=True)}, "a residual block of stride 1, 16"),
+    ({"stage": None}, "its stage is no text"),
+    ({"state": {"classifier.1.weight": [1]}}, "'classifier.1.weight' in its state is no tensor"),
+    ({"state": {1: torch.zeros(1)}}, "1 in its state is no tensor"),
+    ({"state": {"x": torch.zeros(2, 2).to_sparse()}}, "'x' in its state is no dense tensor"),
+    ({"state": {"x": torch.zeros(2, device="meta")}}, "'x' in its state is no dense tensor"),
+    ({"quantization": 8}, "quantization: not a dict"),
+    ({"quantization": {}}, "'weight_bits'"),
+    ({"quantization": REFERENCE | {"act_bits": 8.0}}, "'act_bits' is not 2 to 16, or 32"),
+    ({"quantization": REFERENCE | {"weight_bits": 1000}}, "'weight_bits' is not 2 to 16, or 32"),
+    ({"quantization": REFERENCE | {"method": ["ptq"]}}, "'method'"),
+    ({"quantization": REFERENCE | {"method": "ptq"}}, "'layer_bits'"),
+    ({"quantization": REFERENCE | {"layer_bits": {"x": None}}}, "'x' is not 2 to 16, or 32"),
+    ({"data": []}, "data: a 'list' object, not a dict"),
+    ({"data": {"classes": "abc"}}, "names of classes"),
+    ({"data": {"classes": list(range(10))}}, "names of classes"),
+    ({"data": {"classes": ["cat", "dog"]}}, "2 names of 10 classes"),
+    ({"data": {"val_size": "30"}}, "val_size"), ({"data": {"val_size": -1}}, "val_size"),
+    ({"ancestors": {}}, "ancestors: not a list"), ({"ancestors": ["pruned"]}, "an ancestor"),
+    ({"ancestors": [ANCESTOR | {"sha256": 3}]}, "an ancestor without a legal"),
+    ({"ancestors": [ANCESTOR | {"stage": None}]}, "an ancestor without a legal"),
+    ({"ancestors": [ANCESTOR, ANCESTOR | {"metrics": None}]}, "an ancestor without a legal"),
+    ({"ancestors": [ANCESTOR | {"weights": 0}]}, "the first ancestor has no weights"),
+    ({"ancestors": [ANCESTOR | {"weights": None}]}, "the first ancestor has no weights"),
+    ({"config": 1}, "config"), ({"metrics": 1}, "metrics"),
 ])  # fmt: skip
 def test_content_that_does_not_fit_itself(whole, tmp_path, change, what):
     raw = torch.load(io.BytesIO(whole), weights_only=True)
     torch.save(raw | change, tmp_path / "x.pth")
-    refused(tmp_path / "x.pth", "does not fit its own description")
+    if " in its state is no " not in what:
+        refused(tmp_path / "x.pth", "does not fit its own description")
     refused(tmp_path / "x.pth", what)
+
+
+def test_no_memory_is_taken_for_a_state_that_does_not_fit(tmp_path, monkeypatch):
+    """A small file can say any number of classes: its network is first made without memory."""
+    built = []
+
+    class Watched(MobileNetV2):
+        def __init__(self, settings):
+            built.append(torch.empty(0).device.type)
+            super().__init__(settings)
+
+    meta = {"settings": SETTINGS | {"classes": 1000}, "quantization": None, "data": {}, "seed": 1,
+            "ancestors": [], "mean": list(data.MEAN), "std": list(data.STD)}  # fmt: skip
+    (tmp_path / "x.nnz").write_bytes(v1.encode(meta, {}, {}, {}))
+    state = MobileNetV2(SETTINGS).state_dict()
+    torch.save(state | {"classifier.1.weight": torch.zeros(1000, 0)}, tmp_path / "x.pth")
+    wide = state["classifier.1.weight"].to(torch.int8)[:1]  # one row, for the scales of many
+    state |= {"classifier.1.weight": wide, "classifier.1.weight_scale": torch.ones(1000)}
+    torch.save(state, tmp_path / "y.pth")
+    monkeypatch.setattr(checkpoint, "MobileNetV2", Watched)
+    for name in ("x.nnz", "x.pth", "y.pth"):
+        refused(tmp_path / name, "does not fit its own description")
+    assert built == ["meta"] * 3
+
+
+@pytest.mark.parametrize("wrapped", ["plain", "masked", "format"])
+def test_tensors_that_are_not_stored_whole_are_refused(whole, tmp_path, wrapped):
+    """A file of one element can say that it is repeated: any copy would take memory for all."""
+    content = torch.load(io.BytesIO(whole), weights_only=True)
+    state, name = content["state"], "features.18.0.weight"
+    repeated = torch.ones(1).expand(state[name].shape)
+    if wrapped == "masked":
+        state |= {f"{name}_orig": state.pop(name), f"{name}_mask": repeated}
+    else:
+        state[name] = repeated
+    torch.save(content if wrapped == "format" else state, tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", f"is of {4 * repeated.numel()} bytes, of which 4 are stored")
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_activation_scales_are_over_0(tmp_path, scale):
+    scheme = ptq.make_scheme(8, 8)
+    model = MobileNetV2(SETTINGS | {"folded": True})
+    quantizers.attach(model, scheme)
+    save(tmp_path / "x.pth", model=model, quantization=scheme).build()
+    model.features[3].stream.step.fill_(scale)
+    save(tmp_path / "x.pth", model=model, quantization=scheme)
+    refused(tmp_path / "x.pth", f"features.3.stream.step, a scale of activations, is {scale}")
 
 
 def test_integers_without_their_scale_are_refused(whole, tmp_path):
