@@ -26,6 +26,7 @@ from lib.checkpoint import Checkpoint
 from lib.config import UserError, reason
 from lib.files import write_bytes
 from models.layers import layers
+from models.mobilenetv2 import MobileNetV2
 
 FLOAT, INTEGER, ONNX = "float32", "integers", "onnxruntime"
 
@@ -73,8 +74,11 @@ def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
         checkpoint.check_finite(_floats(model), path)
         source = OnnxFile("onnx", meta["settings"], weights, meta["quantization"],
                           data=meta["data"], ancestors=meta["ancestors"], seed=meta["seed"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        with torch.device("meta"):
+            MobileNetV2(source.settings)  # is never built, but described: its MACs are counted
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} does not fit its own description: {reason(error)}") from None
+    checkpoint.check_fields(source, path)
     source.file, source.bytes, source.graph = path, len(raw), raw
     source.sha256 = hashlib.sha256(raw).hexdigest()
     source.target = meta.get("target", "any")  # files of before there were two
@@ -179,10 +183,13 @@ class _Session:
     arithmetic = ONNX
 
     def __init__(self, raw: bytes, threads: int | None, name):
-        self.session = session(raw, threads or torch.get_num_threads(), name)
+        self.session, self.name = session(raw, threads or torch.get_num_threads(), name), name
 
     def __call__(self, images: Tensor) -> Tensor:
-        (logits,) = self.session.run(None, {"images": images.cpu().contiguous().numpy()})
+        try:
+            (logits,) = self.session.run(None, {"images": images.cpu().contiguous().numpy()})
+        except Exception as error:  # onnxruntime's own, of many kinds
+            raise UserError(f"onnxruntime cannot run {self.name}: {reason(error)}") from None
         return torch.from_numpy(logits).to(images.device)
 
 

@@ -14,6 +14,7 @@ from onnx import TensorProto, numpy_helper
 import train
 from lib import checkpoint, compressed, data, graph, integer, ptq, quantizers, runtime, synthetic
 from lib.config import UserError
+from lib.nnz import v2
 from models.mobilenetv2 import MobileNetV2, standard
 
 OLD = Path(__file__).parent / "golden/w4a8-1.onnx"  # of QLinearConv, as this project wrote it first
@@ -311,7 +312,13 @@ def test_which_processors_saturate():
 def test_files_of_before_there_were_targets(images):
     old = runtime.load(OLD)
     assert old.target == "any" and old.settings["head"] == 7
-    network = integer.convert(checkpoint.load(OLD.with_name("w4a8.nnz")))
+    # Its activation scales are random numbers: no checkpoint would be built of it.
+    meta, tensors = v2.decode(OLD.with_name("w4a8.nnz").read_bytes())
+    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    model = MobileNetV2(meta["settings"])
+    quantizers.attach(model, meta["quantization"])
+    model.load_state_dict(quantizers.float_state(state))
+    network = integer.IntegerNetwork(model, state)
     assert (runtime.network(old)(images) - network(images)).abs().max() < 1e-3
     new = run(graph.to_bytes(graph.int8(network, {})), images)
     assert torch.allclose(runtime.network(old)(images), new, rtol=1e-6)
@@ -370,7 +377,10 @@ def test_files_that_are_not_ours(exported, small, tmp_path):
              (exported.graph[:-100], "not an ONNX file, or is damaged")]  # fmt: skip
     meta = json.loads({p.key: p.value for p in ours.metadata_props}[graph.META])
     for spoilt in ("[]", "{", "null", json.dumps(meta | {"settings": {}}),
-                   json.dumps(meta | {"settings": meta["settings"] | {"stem": 999}})):  # fmt: skip
+                   json.dumps(meta | {"settings": meta["settings"] | {"stem": 999}}),
+                   json.dumps(meta | {"settings": meta["settings"] | {"stem_stride": 0}}),
+                   json.dumps(meta | {"quantization": {"method": "ptq"}}),
+                   json.dumps(meta | {"ancestors": [None]}), "[" * 100_000):  # fmt: skip
         onnx.helper.set_model_props(ours, {"format": graph.FORMAT, graph.META: spoilt})
         cases.append((ours.SerializeToString(), "does not fit its own description"))
     for raw, what in cases:
@@ -389,6 +399,16 @@ def test_a_graph_that_onnxruntime_does_not_take(exported, tmp_path):
     found = runtime.load(tmp_path / "x.onnx")
     with pytest.raises(UserError, match="onnxruntime does not take"):
         runtime.network(found)
+
+
+def test_a_graph_that_onnxruntime_cannot_run(exported, images, tmp_path):
+    model = onnx.load_from_string(exported.graph)
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 31
+    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+    network = runtime.network(runtime.load(tmp_path / "x.onnx"))
+    with pytest.raises(UserError, match=r"cannot run .*x\.onnx: .*dimensions") as caught:
+        network(images)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_graph_is_no_parent(exported):
