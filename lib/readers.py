@@ -16,8 +16,10 @@ import io
 import json
 import pickle
 import re
+import struct
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ HELP = (
     "folder that holds one of these, or the word synthetic"
 )
 MEMBERS = r"data_batch_\d|test_batch|batches\.meta|train|test|meta"
+ARRAYS_LIMIT = 1 << 30  # bytes of the arrays in a compressed .npz: CIFAR-10's have 184 MB
 MEMBER_LIMIT = 1 << 28  # bytes of a file in a .tar.gz: CIFAR-100's largest has 155 MB
 NO_IMAGES, NO_LABELS = np.zeros((0, 32, 32, 3), np.uint8), np.zeros(0, np.int64)
 
@@ -59,7 +62,11 @@ def read(name: str) -> Arrays:
     if path.is_file():
         if path.suffix == ".parquet":
             return _parquet(path.parent)
-        return _tar(path) if tarfile.is_tarfile(path) else _npz(path)
+        if tarfile.is_tarfile(path):
+            return _tar(path)
+        if path.suffix != ".npz" and not zipfile.is_zipfile(path):
+            raise UserError(f"{path} is neither a .parquet, a .tar.gz nor a .npz file: {HELP}")
+        return _npz(path)
     if not path.is_dir():
         raise UserError(f"no data at {path}: {HELP}")
     if (path / "cifar10.npz").is_file():
@@ -96,7 +103,13 @@ def _npz(path: Path) -> Arrays:
     """Read the four arrays from a file in Keras' layout; those of training may both be missing."""
     keys = ("x_train", "y_train", "x_test", "y_test")
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no zip archive, or not a whole one")
         with np.load(path, allow_pickle=False) as file:
+            names = [f"{key}.npy" for key in keys]
+            size = sum(info.file_size for info in file.zip.infolist() if info.filename in names)
+            if size > max(ARRAYS_LIMIT, path.stat().st_size):  # any size, if it is stored as such
+                raise ValueError(f"its arrays have {size:,} bytes, {ARRAYS_LIMIT:,} is most")
             missing = [key for key in keys if key not in file]
             if missing == ["x_train", "y_train"]:
                 return Arrays(NO_IMAGES, NO_LABELS, file["x_test"], file["y_test"])
@@ -168,8 +181,8 @@ def _batches(get: Callable, where: Path, kind: str) -> Arrays:
             parts += [np.concatenate(images), np.concatenate(labels)]
         name, raw = known.meta["filename"], get(known.meta["filename"])
         names = _entry(_unpickle(raw), known.meta["key"]) if raw is not None else None
-    except ValueError as error:
-        raise UserError(f"{title} in {where} is damaged ({name} {error}): {HELP}") from None
+    except (ValueError, TypeError, OverflowError) as error:  # numpy's, of what a file counts, too
+        raise UserError(f"{title} in {where} is damaged ({name} {reason(error)}): {HELP}") from None
     if not original:
         print(
             f"{where}: other files than {title}'s own, by their MD5 sums; taken as they are",
@@ -189,10 +202,14 @@ def _batch(content, label_key: str) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(labels, _Array):
         labels = labels.array()
     elif isinstance(labels, list) and all(type(n) in (int, np.int64) for n in labels):
+        if not all(abs(n) < 2**63 for n in labels):
+            raise ValueError("holds labels of over 64 bits")
         labels = np.array(labels, np.int64)
     else:
         raise ValueError("holds labels that are no integers")
-    if labels.shape != (len(rows),):
+    if labels.ndim != 1:
+        raise ValueError(f"holds an array of {labels.ndim} dimensions as labels")
+    if len(labels) != len(rows):
         raise ValueError(f"holds {len(labels)} labels of {len(rows)} images")
     return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels.astype(np.int64)
 
@@ -218,6 +235,16 @@ class _Unpickler(pickle._Unpickler):
         if not stand_in:
             raise ValueError(f"holds {module}.{name}, which is no data: it is not unpickled")
         return stand_in
+
+    def load_bytearray8(self):
+        """Read as many bytes as the file counts; the standard library's allocates them first."""
+        (count,) = struct.unpack("<Q", self.read(8))
+        content = self.read(count)
+        if len(content) < count:
+            raise ValueError("ends early")
+        self.append(bytearray(content))
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: load_bytearray8}
 
 
 def _unpickle(raw: bytes):

@@ -5,8 +5,10 @@ import io
 import json
 import pickle
 import shutil
+import struct
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 from urllib.error import URLError
 
@@ -18,7 +20,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
 from autoaugment import augmentation
-from lib import data, synthetic
+from lib import data, readers, synthetic
 from lib.config import UserError
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -233,6 +235,8 @@ class Reduced:
     ({"data": np.zeros((2, 32), np.uint8), "labels": [0, 1]}, "uint8 (2, 32) as data, not uint8"),
     ({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}, "holds 1 labels of 2 images"),
     ({"data": np.zeros((2, 3072), np.uint8), "labels": ["a", "b"]}, "labels that are no integers"),
+    ({"data": np.zeros((2, 3072), np.uint8), "labels": [2**70, 0]}, "labels of over 64 bits"),
+    ({"data": np.zeros((2, 3072), np.uint8), "labels": np.array(3)}, "of 0 dimensions as labels"),
     ({"data": np.array([{}]), "labels": [0]}, "holds an array of no integers"),
     (Reduced(eval, ("1 + 1",)), "holds builtins.eval, which is no data"),
     (Reduced(np.load, ("x",)), ".load, which is no data"),
@@ -248,6 +252,17 @@ def test_batches_that_are_none_are_refused(batches_py, protocol, content, what):
     for end in (0, 1, len(raw) // 2, len(raw) - 1):
         (batches_py / "data_batch_2").write_bytes(raw[:end])
         refused(str(batches_py), "is damaged (data_batch_2 ")
+
+
+def test_what_a_pickle_counts_is_not_allocated(batches_py):
+    count = struct.pack("<Q", 1 << 26)
+    (batches_py / "data_batch_2").write_bytes(b"\x80\x05\x96" + count + b"abc.")
+    data.load("synthetic")  # imports what is slow to import
+    tracemalloc.start()
+    refused(str(batches_py), "is damaged (data_batch_2 ends early")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
 
 
 def test_a_batch_that_is_missing(batches_py):
@@ -458,6 +473,26 @@ def test_damaged_pixels_are_noticed(npz):
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
     refused(str(path), "CRC")
+
+
+def test_arrays_that_inflate_to_more_than_a_limit(arrays, npz, tmp_path, monkeypatch):
+    total = sum(array.nbytes for array in arrays.values()) + 4 * 128  # with numpy's headers
+    monkeypatch.setattr(readers, "ARRAYS_LIMIT", total - 1)
+    data.load(npz())  # not compressed: no longer than the file
+    zeros = arrays | {"x_train": np.zeros_like(arrays["x_train"])}
+    np.savez_compressed(tmp_path / "zeros.npz", **zeros)
+    refused(str(tmp_path / "zeros.npz"), f"its arrays have {total:,} bytes, {total - 1:,} is most")
+    monkeypatch.setattr(readers, "ARRAYS_LIMIT", total)
+    data.load(str(tmp_path / "zeros.npz"))
+
+
+@pytest.mark.parametrize("name", ["README.md", "x.nnz", "x.npy"])
+def test_files_that_are_no_set_of_images(tmp_path, name):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    (tmp_path / "README.md").write_text("# Data\n")
+    (tmp_path / "x.nnz").write_bytes(b"\x89NNZ" + bytes(100))
+    what = f"{name} is neither a .parquet, a .tar.gz nor a .npz file: give --data"
+    refused(str(tmp_path / name), what)
 
 
 @pytest.mark.parametrize("content", [np.zeros(3), {"x_train": 1}])
