@@ -206,6 +206,8 @@ def freshness(source, hashes: dict[str, str], stale: set[str]) -> str:
     if not source.ancestors:
         return "up to date: the start of a chain"
     parent, given = source.ancestors[-1], source.config.get("parent")
+    if parent["sha256"] is None:  # a cell of sweep.py, whose parent was never a file
+        return "parent unknown: this file records no hash"
     if given and Path(given).is_file():
         hashes = hashes | {given: sha256_of(given)}
     same = next((name for name, value in hashes.items() if value == parent["sha256"]), None)

@@ -1,5 +1,6 @@
 """report.py: the parts are the whole file, the table is of every file, stale files are named."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import report
 import sparse_compress
 import to_int8
 import train
-from lib import checkpoint, memory, metrics, plots, ptq, quantizers
+from lib import checkpoint, compressed, memory, metrics, plots, ptq, quantizers
 from lib.config import UserError
 from lib.nnz import frame
 from models.mobilenetv2 import MobileNetV2, standard
@@ -190,6 +191,15 @@ def test_status_of_missing_damaged_and_other_code(run, status):
     assert lines["quantized.pth"].endswith("missing")
     assert "stale: parent missing: no quantized.pth" in lines["int8.pth"]
     assert f"made by code 0123456789ab, this is {checkpoint.code_version()}" in lines["int8.pth"]
+
+
+def test_status_of_a_file_that_records_no_hash_of_its_parent(run, status):
+    """A cell of sweep.py, whose quantized network was never a file of its own."""
+    source = checkpoint.load(run / "checkpoints/quantized.pth")
+    (run / "checkpoints/compressed.nnz").write_bytes(
+        compressed.encode(dataclasses.replace(source, sha256=None))
+    )
+    assert "parent unknown: this file records no hash" in status()["compressed.nnz"]
 
 
 def test_status_of_unfinished_runs(run, status):
