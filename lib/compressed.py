@@ -108,6 +108,9 @@ def decode(raw: bytes, path: Path | str = "the file") -> dict:
         else:
             meta, weights, dense, _ = v1.decode(raw)
             tensors = weights | dense
+        if [meta["mean"], meta["std"]] != [list(data.MEAN), list(data.STD)]:
+            raise UserError(f"{path} is of images with mean {meta['mean']} and standard deviation "
+                            f"{meta['std']}: this program has {data.MEAN} and {data.STD} alone")
         fields = {
             name: meta[name] for name in ("settings", "quantization", "data", "ancestors", "seed")
         }

@@ -207,6 +207,9 @@ def test_damaged_files(tmp_path):
 @pytest.mark.parametrize(("change", "what"), [
     (lambda m: {"hello": 1}, "is a .nnz file of something else"),
     (lambda m: {k: v for k, v in m.items() if k != "settings"}, "'settings' missing"),
+    (lambda m: m | {"mean": [0.5, 0.5, 0.5]}, "is of images with mean [0.5, 0.5, 0.5] and"),
+    (lambda m: m | {"std": [1.0, 1.0, 1.0]}, "standard deviation [1.0, 1.0, 1.0]: this program"),
+    (lambda m: {k: v for k, v in m.items() if k != "mean"}, "'mean' missing"),
     (lambda m: {k: v for k, v in m.items() if k != "quantization"}, "'quantization' missing"),
     (lambda m: m | {"settings": 5}, "does not fit its own description"),
     (lambda m: m | {"settings": {}}, "does not fit its own description"),

@@ -96,8 +96,8 @@ def one(row, values=b"", indices=b"", content=b""):
     return seal({"dense": [], "meta": {}, "sparse": [row]}, values, indices, b"", content)
 
 
-def refuse(data, error=FormatError, **limit):
-    with pytest.raises(error) as caught:
+def refuse(data, error=FormatError, match="", **limit):
+    with pytest.raises(error, match=match) as caught:
         decode(data, **limit)
     assert type(caught.value) is not FormatError and "\n" not in str(caught.value)
 
@@ -279,20 +279,25 @@ def test_illegal_contents():
     refuse(seal(bools, dense=b"\0", content=b"\0"), Malformed)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        [3, *W[1:]], ["", *W[1:]], ["x" * 256, *W[1:]], ["w", "int9", *W[2:]], ["w", None, *W[2:]],
-        ["w", ["int8"], *W[2:]], ["w", "int8", 3, 8, 2], ["w", "int8", [-1], 8, 0],
-        ["w", "int8", [True, 2], 8, 0], ["w", "int8", [2.0], 8, 0], ["w", "int8", [1] * 9, 8, 0],
-        ["w", "int8", [2**33], 8, 0], ["w", "int8", [2], 1, 0], ["w", "int8", [2], 9, 0],
-        ["w", "int8", [2], 8.0, 0], ["w", "float32", [2], 16, 0], ["w", "int8", [2], 8, 3],
-        ["w", "int8", [2], 8, -1], ["w", "int8", [2], 8, False], ["w", "int8", [0], 8, 1],
-        ["w", "int8", [2], 8], [*W, 0], "wibits", {}, None,
-    ],
-)  # fmt: skip
-def test_illegal_rows(row):
-    refuse(one(row), Malformed)
+@pytest.mark.parametrize(("what", "rows"), [
+    ("a tensor name must be a string", [[3, *W[1:]], ["", *W[1:]], ["x" * 256, *W[1:]]]),
+    ("is not of int8, int16, float32", [
+        ["w", "int9", *W[2:]], ["w", None, *W[2:]], ["w", ["int8"], *W[2:]]]),
+    ("a shape must be a list of at most 8", [["w", "int8", 3, 8, 2], ["w", "int8", [1] * 9, 8, 0]]),
+    ("a dimension must be an integer", [
+        ["w", "int8", [-1], 8, 0], ["w", "int8", [True, 2], 8, 0], ["w", "int8", [2.0], 8, 0],
+        ["w", "int8", [2**33], 8, 0]]),
+    ("an illegal number of bits", [
+        ["w", "int8", [2], 1, 0], ["w", "int8", [2], 9, 0], ["w", "int8", [2], 8.0, 0],
+        ["w", "float32", [2], 16, 0]]),
+    ("an illegal number of non-zeros", [
+        ["w", "int8", [2], 8, 3], ["w", "int8", [2], 8, -1], ["w", "int8", [2], 8, False],
+        ["w", "int8", [0], 8, 1]]),
+    ("a directory row must be a list of 5", [["w", "int8", [2], 8], [*W, 0], "wibits", {}, None]),
+])  # fmt: skip
+def test_illegal_rows(what, rows):
+    for row in rows:
+        refuse(one(row), Malformed, what)
 
 
 @pytest.mark.parametrize(

@@ -273,8 +273,8 @@ def test_the_dictionary_is_that_of_the_text():
 # ---- what must be refused ------------------------------------------------------------------------
 
 
-def refuse(raw, error=FormatError, **limit):
-    with pytest.raises(error) as caught:
+def refuse(raw, error=FormatError, match="", **limit):
+    with pytest.raises(error, match=match) as caught:
         (v2 if raw[8:9] == b"\2" else v3).decode(raw, **limit)
     assert type(caught.value) is not FormatError
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
@@ -336,7 +336,8 @@ def test_version_1_is_another_module_s():
 
 
 def described(change, widths=None, text=None, tail=b""):
-    """A file of a description that may be illegal, sealed, with the right SHA-256 of no tensors."""
+    """A file of a description that may be illegal, sealed. Its section CODE is illegal in any case:
+    only the message tells what was refused."""
     found = json.loads(description.DICTIONARY)
     change(found)
     text = frame.canonical(found) if text is None else text
@@ -349,25 +350,32 @@ def described(change, widths=None, text=None, tail=b""):
 @pytest.mark.parametrize("change", [
     lambda d: d.pop("seed"), lambda d: d.update(more=1), lambda d: d.update(seed=1.5),
     lambda d: d.update(settings=5), lambda d: d.update(quantization=[]),
-    lambda d: d.update(data=[]), lambda d: d.update(mean="0"), lambda d: d.update(std=[1]),
-    lambda d: d.update(ancestors=[]), lambda d: d.update(ancestors=[1]),
+    lambda d: d.update(data=[]), lambda d: d.update(mean="0"), lambda d: d.update(std=[1, 1, 1]),
+    lambda d: d.update(mean=[0.5] * 2), lambda d: d.update(std=[0.5] * 4),
+    lambda d: d.update(std=[0.5, 0.0, 0.5]), lambda d: d.update(std=[0.5, 0.5, -0.5]),
+    lambda d: d.update(ancestors=[], parent=None), lambda d: d.update(ancestors=[1], parent=0),
     lambda d: d.update(parent=4), lambda d: d.update(parent=-1), lambda d: d.update(parent=True),
-    lambda d: d.update(weights=-1), lambda d: d.update(weights=1 << 32),
+    lambda d: d.update(weights=0), lambda d: d.update(weights=1 << 32),
     lambda d: d["settings"].update(blocks={}), lambda d: d["settings"].update(blocks=[1]),
     lambda d: d["settings"].update(blocks=d["settings"]["blocks"] * 20),
     lambda d: d["settings"].update(stem=8), lambda d: d["settings"].update(classes=0),
     lambda d: d["settings"].update(folded=1),
     lambda d: d["settings"]["blocks"][3].update(expand=1),
     lambda d: d["settings"]["blocks"][3].update(stride=0),
+    lambda d: d["settings"]["blocks"][3].update(kernel=3),
+    lambda d: d["settings"]["blocks"][4].update(stride=2),  # which is residual
+    lambda d: d["settings"].update(stem_stride=0), lambda d: d["settings"].update(stem_stride=1.0),
+    lambda d: d["settings"].update(dropout=1), lambda d: d["settings"].update(dropout=None),
     lambda d: d["quantization"].update(weight_bits=17),
     lambda d: d["quantization"].update(act_bits=1),
     lambda d: d["quantization"].update(last_act_bits=None),
     lambda d: d["quantization"].update(last_act_bits=32),
     lambda d: d["quantization"].update(layer_bits={"x": "8"}),
+    lambda d: d["quantization"].update(layer_bits=[]),
     lambda d: d["quantization"].update(method=["ptq"]),
 ])  # fmt: skip
 def test_illegal_descriptions(change):
-    refuse(described(change), Malformed)
+    refuse(described(change), Malformed, "^section NETW: (?!a width outside|.* too many)")
 
 
 @pytest.mark.parametrize(("options", "error"), [
@@ -385,7 +393,12 @@ def test_illegal_descriptions(change):
     ({"text": b'"' + b"a" * description.TEXT_LIMIT}, LimitExceeded),
 ])  # fmt: skip
 def test_illegal_sections(options, error):
-    refuse(described(lambda d: None, **options), error)
+    refuse(described(lambda d: None, **options), error, "^section NETW|weights, over the limit")
+
+
+def test_a_legal_description_is_not_what_is_refused():
+    refuse(described(lambda d: None), Malformed, "^section CODE")
+    refuse(described(lambda d: d["settings"].pop("dropout")), Malformed, "^section CODE")
 
 
 def test_huge_sizes_are_refused_before_anything_is_allocated():

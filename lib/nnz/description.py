@@ -153,6 +153,10 @@ def check(described: dict) -> None:
         ensure(type(block) is dict and set(block) == {"expand", "residual", "stride"}, "a block")
         ensure(type(block["expand"]) is type(block["residual"]) is bool, "a block's flag")
         ensure(is_integer(block["stride"], 1, 255), "a stride: 1 to 255")
+        ensure(block["stride"] == 1 or not block["residual"], "a residual block's stride: 1")
+    ensure(is_integer(settings.get("stem_stride", 1), 1, 255), "stem_stride: 1 to 255")
+    dropout = settings.get("dropout", 0)
+    ensure(type(dropout) in (int, float) and 0 <= dropout < 1, "dropout: a number in [0, 1)")
     ensure(scheme.get("method") in ("ptq", "qat"), "the method must be ptq or qat")
     layer_bits = scheme.get("layer_bits")
     ensure(type(layer_bits) is dict, "no layer_bits")
@@ -165,9 +169,10 @@ def check(described: dict) -> None:
     ensure(last_act_bits != 32 or act_bits == 32, "last_act_bits 32, but act_bits is not")
     ensure(type(stages) is list and stages and all(type(s) is str for s in stages), "ancestors")
     ensure(parent is None or is_integer(parent, 0, len(stages) - 1), "parent")
-    ensure(is_integer(described["weights"], 0, MAX_LENGTH), "weights")
+    ensure(is_integer(described["weights"], 1, MAX_LENGTH), "weights")
     ensure(described["seed"] is None or type(described["seed"]) is int, "seed")
     ensure(type(described["data"]) is dict, "data")
     for name in ("mean", "std"):
         numbers = described[name]
-        ensure(type(numbers) is list and all(type(x) is float for x in numbers), name)
+        ensure(type(numbers) is list and [type(x) for x in numbers] == [float] * 3, name)
+    ensure(min(described["std"]) > 0, "std: over 0")
