@@ -96,7 +96,7 @@ def one(row, values=b"", indices=b"", content=b""):
     return seal({"dense": [], "meta": {}, "sparse": [row]}, values, indices, b"", content)
 
 
-def refuse(data, error=FormatError, match="", **limit):
+def refuse(data, error=FormatError, match=None, **limit):
     with pytest.raises(error, match=match) as caught:
         decode(data, **limit)
     assert type(caught.value) is not FormatError and "\n" not in str(caught.value)

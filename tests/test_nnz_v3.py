@@ -273,7 +273,7 @@ def test_the_dictionary_is_that_of_the_text():
 # ---- what must be refused ------------------------------------------------------------------------
 
 
-def refuse(raw, error=FormatError, match="", **limit):
+def refuse(raw, error=FormatError, match=None, **limit):
     with pytest.raises(error, match=match) as caught:
         (v2 if raw[8:9] == b"\2" else v3).decode(raw, **limit)
     assert type(caught.value) is not FormatError
