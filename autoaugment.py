@@ -364,9 +364,7 @@ def augmentation(level: str) -> Augmentation:
 
 @dataclass
 class Settings:
-    data: str | None = flag(
-        None, "cifar10.npz, a folder with the data, or `synthetic`; default: download to ./data"
-    )
+    data: str | None = flag(None, config.DATA_HELP)
     run_dir: str = flag(".", "folder that holds plots/")
 
 

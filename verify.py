@@ -23,9 +23,7 @@ from lib.files import sha256_of
 
 @dataclasses.dataclass
 class Settings:
-    data: str | None = flag(
-        None, "cifar10.npz, a folder with the data, or `synthetic`; default: download to ./data"
-    )
+    data: str | None = flag(None, config.DATA_HELP)
     release: str | None = flag(None, "folder of results.json; default: release/ beside this script")
     split: str = flag(
         "all", "images to evaluate on; val needs the training images, in torchvision's order",

@@ -218,6 +218,8 @@ def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
     values or fields of other types. Only tensors, plain types and numpy's scalars are unpickled.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it")
     if not path.is_file():
         raise UserError(f"{path} does not exist: {_how_to_make(path.name)}")
     if path.suffix == ".onnx":

@@ -32,6 +32,11 @@ METAVARS = {
     "init": "FILE", "model": "FILE", "results": "FILE", "beside": "FILE", "reference": "DIR",
     "environment": "DIR",
 }  # fmt: skip
+DATA_HELP = (
+    "file or folder: cifar10.npz, cifar-10-batches-py, its .tar.gz, parquet files, train/CLASS and "
+    "test/CLASS; or `synthetic`: generated images, to try the program with; default: download "
+    "CIFAR-10 to ./data"
+)
 LARGEST_SEED = 2**32 - 1
 
 
@@ -68,12 +73,7 @@ def files(help: str):
 class Common:
     """The settings of all stages."""
 
-    data: str | None = flag(
-        None, "file or folder: cifar10.npz, cifar-10-batches-py, its .tar.gz, parquet files, "
-        "train/CLASS and test/CLASS; or `synthetic`: generated images, to try the program with; "
-        "default: download CIFAR-10 to ./data",
-        heading="files and data",
-    )  # fmt: skip
+    data: str | None = flag(None, DATA_HELP, heading="files and data")
     val_size: int | None = flag(
         None, "validation images held out of training; default: the parent's, else a tenth"
     )
