@@ -12,7 +12,7 @@ import torch
 import prune
 import train
 from autoaugment import augmentation
-from lib import checkpoint, data, engine, pruning, quantizers
+from lib import checkpoint, data, engine, pruning, ptq, quantizers
 from lib.compaction import compact, take
 from lib.config import UserError
 from lib.metrics import weight_layers
@@ -143,7 +143,7 @@ def test_a_pruned_parent_is_pruned_further_and_learns_from_the_dense_network(
     assert any(not torch.equal(own.state[n], t) for n, t in taught.state.items())
     quantized = tmp_path / "q.pth"
     checkpoint.save(quantized, "quantized", first.build(), train.Settings(), None, metrics={},
-                    data={}, quantization={"method": "ptq"})  # fmt: skip
+                    data={}, quantization=ptq.make_scheme(8, 8))  # fmt: skip
     with pytest.raises(UserError, match="q.pth is quantized: give an fp32 network as --teacher"):
         run(tiny, first.file, tmp_path / "bad", f"--teacher={quantized}")
 
