@@ -58,7 +58,7 @@ names = $(if $(shell [ -e $(call quote,$(1)) ] && echo yes),$(call quote,$(1)),$
 VARIABLES := DATA WANDB SPLIT RUN DEVICE PROCESSES PYTHON FILES IMAGES $(foreach stage,TRAIN PRUNE \
 	QUANTIZE INT8 COMPRESS SWEEP SENSITIVITY EVAL REPORT BENCH PREDICT,$(stage)_FLAGS)
 given = $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
-UNKNOWN := $(filter-out $(VARIABLES) SHELL MAKE% OMP_% GLIBC_TUNABLES,$(given))
+UNKNOWN := $(filter-out $(VARIABLES) SHELL .SHELLFLAGS MAKE% OMP_% GLIBC_TUNABLES,$(given))
 ifneq ($(UNKNOWN),)
 $(error no variable is named $(UNKNOWN): `make help` lists them)
 endif

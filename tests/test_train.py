@@ -187,7 +187,7 @@ def test_decay_can_leave_out_norms_and_biases():
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("flags", [["--batch-size=1000"], ["--val-size=7"], ["--width=-1"],
+@pytest.mark.parametrize("flags", [["--batch-size=1000"], ["--val-size=7"],
                                    ["--device=nonsense"], ["--data=/nowhere"]])  # fmt: skip
 def test_impossible_flags_are_one_line(tiny, tmp_path, flags):
     run = subprocess.run(
