@@ -135,7 +135,7 @@ def best(attempts: list[Attempt], budget: Budget) -> Attempt | None:
 
 
 def _meets(tried: Attempt, budget: Budget) -> bool:
-    """Whether an attempt is within a budget."""
+    """Return whether an attempt is within a budget."""
     return budget.met(tried.bytes, tried.result)
 
 

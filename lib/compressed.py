@@ -18,7 +18,7 @@ from lib.nnz import frame, v1, v2, v3
 from lib.nnz.frame import FormatError
 from lib.quantizers import bits_of, float_state, integer_state
 
-SHORT = {2: v2, 3: v3}  # versions that give back meta and all tensors
+QUANTIZED = {2: v2, 3: v3}  # the versions for quantized networks; 1 is for any
 
 
 def encode(source) -> bytes:
@@ -68,7 +68,7 @@ def stored(source) -> tuple[dict, dict[str, torch.Tensor]]:
         raise UserError(f"{source.file}: {reason(error)}") from None
     if _is_folded(scheme):
         with contextlib.suppress(FormatError):
-            v3.in_order(_meta(source, settings), arrays)  # version 3 can hold it
+            v3.check(_meta(source, settings), arrays)  # else it lacks what the next line needs
             settings, state = without_unread(settings, state)
             arrays = v3.in_order(_meta(source, settings), _arrays(state))
             state = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -103,8 +103,8 @@ def decode(raw: bytes, path: Path | str = "the file") -> dict:
     Raises UserError for anything but a whole and legal file.
     """
     try:
-        if version(raw) in SHORT:
-            meta, tensors = SHORT[version(raw)].decode(raw)
+        if version(raw) in QUANTIZED:
+            meta, tensors = QUANTIZED[version(raw)].decode(raw)
         else:
             meta, weights, dense, _ = v1.decode(raw)
             tensors = weights | dense
@@ -133,7 +133,7 @@ def sections(raw: bytes) -> dict[str, int]:
 
     See v1.sections, v2.sections and v3.sections of lib/nnz/.
     """
-    return SHORT.get(version(raw), v1).sections(raw)
+    return QUANTIZED.get(version(raw), v1).sections(raw)
 
 
 def _with_lists(value):

@@ -10,22 +10,30 @@ from lib.nnz import coder, description, order, v2
 from lib.nnz.frame import LIMIT, Malformed, pack, unpack
 
 
+def check(meta: dict, tensors: dict[str, np.ndarray]) -> None:
+    """Raise Malformed or LimitExceeded unless a file can hold them; see `encode`. (That its section
+    CODE is long enough for so many weights is found when it is encoded.)"""
+    _, _, settings = description.pack(meta)
+    network, scheme = v2.layers(settings), meta["quantization"]
+    expected = v2.tensors_of(settings, scheme)
+    if {name: (a.dtype.name, a.shape) for name, a in tensors.items()} != expected:
+        raise Malformed("the tensors are not those of the network that the settings describe")
+    v2.check_levels(network, _matrices(network, tensors), scheme)
+
+
 def in_order(meta: dict, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return the same network with its channels in the order in which `decode` gives them back.
 
     meta, tensors, and what is raised: as for `encode`.
     """
-    _, _, settings = description.pack(meta)
-    scheme, network = meta["quantization"], v2.layers(settings)
-    expected = v2.tensors_of(settings, scheme)
-    if {name: (a.dtype.name, a.shape) for name, a in tensors.items()} != expected:
-        raise Malformed("the tensors are not those of the network that the settings describe")
+    check(meta, tensors)
+    network = v2.layers(meta["settings"])
     matrices = _matrices(network, tensors)
-    v2.check_levels(network, matrices, scheme)
     groups = v2.kinds_and_groups(network)[1]
     orders = order.by_key(matrices, groups)
     matrices = order.permute(matrices, groups, orders)
-    sorted_tensors = {name: tensors[name] for name in expected}
+    names = v2.tensors_of(meta["settings"], meta["quantization"])
+    sorted_tensors = {name: tensors[name] for name in names}
     for layer, matrix, (rows, _) in zip(network, matrices, groups, strict=True):
         sorted_tensors[f"{layer.name}.weight"] = matrix.reshape(layer.shape)
         for part in ("weight_scale", "bias") if rows else ():
@@ -60,12 +68,9 @@ def decode(
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Return (meta, tensors) of a file, in new, writable arrays: see v2.decode."""
     payloads = unpack(data, limit, version=3)
-    meta, hashes, matrices = v2.read_levels(payloads, limit, compiled)
-    groups = v2.kinds_and_groups(v2.layers(meta["settings"]))[1]
-    matrices, carried = order.collect(matrices, groups)
-    rest = bytes(payloads["REST"])
-    side = carried + rest
-    return meta, v2.read_tensors(meta, hashes, matrices, side, compiled, padded=not rest)
+    meta, hashes, matrices, side = _read(payloads, limit, compiled)
+    padded = not payloads["REST"]
+    return meta, v2.read_tensors(meta, hashes, matrices, side, compiled, padded=padded)
 
 
 def sections(data: bytes, *, compiled: bool | None = None) -> dict[str, int]:
@@ -74,17 +79,22 @@ def sections(data: bytes, *, compiled: bool | None = None) -> dict[str, int]:
     What the order of the channels carries takes no bytes: it is the first of the scales.
     """
     payloads = unpack(data, version=3)
-    meta, _, matrices = v2.read_levels(payloads, LIMIT, compiled)
-    groups = v2.kinds_and_groups(v2.layers(meta["settings"]))[1]
-    _, carried = order.collect(matrices, groups)
-    rest = bytes(payloads["REST"])
-    side = v2.side_sizes(carried + rest, padded=not rest)
-    left = len(rest)  # whatever is last in the side is in this section
+    left = len(payloads["REST"])  # it holds whatever is last in the side
+    side = v2.side_sizes(_read(payloads, LIMIT, compiled)[-1], padded=not left)
     for part in reversed(side):
         side[part] = min(side[part], left)
         left -= side[part]
     sizes = v2.sizes_of(payloads, side, compiled)
     return sizes | {"frame": len(data) - sum(sizes.values())}
+
+
+def _read(payloads: dict, limit: int, compiled: bool | None) -> tuple:
+    """Return (meta, hashes, matrices, side) of a file: see v2.read_levels, but the channels are in
+    the order of their keys. side: what their order carried, and the section REST after it."""
+    meta, hashes, matrices = v2.read_levels(payloads, limit, compiled)
+    groups = v2.kinds_and_groups(v2.layers(meta["settings"]))[1]
+    matrices, carried = order.collect(matrices, groups)
+    return meta, hashes, matrices, carried + bytes(payloads["REST"])
 
 
 def _matrices(network, tensors) -> list[np.ndarray]:
