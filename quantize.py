@@ -120,6 +120,10 @@ class Settings(config.AfterTraining):
         "the parent's; default: the parent"
     )
     temperature: float = flag(2.0, "temperature of the soft labels")
+    views: int = flag(
+        0, "after so many epochs batches repeat, augmentation included, and the teacher, which "
+        "has answered them, is not asked again: faster; 0: new ones in every epoch"
+    )  # fmt: skip
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
     augment: str = flag("light", "see train.py", choices=("none", "light", "cutout", "auto"))
     amp: bool = flag(
@@ -151,8 +155,8 @@ class Settings(config.AfterTraining):
             raise ValueError(f"{LAMBDA_FLAGS} are for 2 to {LARGEST_IN_CHAIN} weight bits")
         if not 1 <= self.calibration <= 50_000:
             raise ValueError("--calibration must be 1 to 50000 images")
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError("--epochs and --batch-size must be at least 1")
+        if self.epochs < 1 or self.batch_size < 1 or self.views < 0:
+            raise ValueError("--epochs and --batch-size must be at least 1, --views at least 0")
         if not 0 <= self.distill <= 1 or not 0 <= self.ema < 1:
             raise ValueError("--distill must be in [0, 1], --ema in [0, 1)")
         if self.teacher and (self.method != "qat" or not self.distill):

@@ -48,6 +48,7 @@ class Recipe:
     ema: float = 0.0  # decay per step of the averaged weights; 0: no average
     distill: float = 0.0  # weight of the teacher's soft labels against the true ones
     temperature: float = 2.0  # of the soft labels
+    views: int = 0  # epochs after which batches repeat, augmentation included; 0: they never do
     amp: bool = True  # mixed precision
     cuda_graph: bool = True  # on one GPU, record a step and replay it: see lib.replay
 
@@ -171,7 +172,7 @@ def fit(
         another run's is refused. An epoch depends on (seed, epoch) and on that state alone, so
         the result equals an uninterrupted run's to the bit, on the CPU.
     teacher: an fp32 network; with recipe.distill, its soft labels are mixed in (Hinton, Vinyals
-        and Dean 2015).
+        and Dean 2015). It answers batches that repeat (recipe.views) once.
     after_step: called after each optimizer step; to hold masks, for example.
     penalty: a function whose result is added to the loss at each step; logged losses are without.
         With a CUDA graph (lib/replay.py), penalty and after_step are part of the recorded step:
@@ -202,6 +203,7 @@ def fit(
     state = TrainingState.start(model, recipe, velocity)
     # Without batch norm, the teacher is a third less to compute.
     teacher = quantizers.fold(teacher) if teacher and recipe.distill else None
+    answers = {}
     if not resume:
         processes.discard(state_file)
     if state_file.is_file():
@@ -219,7 +221,7 @@ def fit(
             torch.manual_seed(seed * 1_000_003 + epoch + rank * 999_983)
             totals = train_epoch(
                 state, images.train, recipe, augment, seed, epoch, forward=forward,
-                teacher=teacher, after_step=after_step, penalty=penalty,
+                teacher=teacher, answers=answers, after_step=after_step, penalty=penalty,
                 note=f"{note}epoch {epoch + 1}/{recipe.epochs}",
             )  # fmt: skip
             if world > 1:
@@ -402,10 +404,12 @@ def match_layouts(optimizer: torch.optim.Optimizer) -> None:
 
 def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment, seed: int,
                 epoch: int, *, forward: nn.Module | None = None, teacher: nn.Module | None = None,
-                after_step=None, penalty=None, note: str = "") -> Tensor:  # fmt: skip
+                answers: dict[tuple, list[Tensor]] | None = None, after_step=None, penalty=None,
+                note: str = "") -> Tensor:  # fmt: skip
     """Train for one epoch; return [sum of losses, correct answers] of this process, float64 (2,).
 
     forward: DistributedDataParallel around the model of `state`, or None for that model itself.
+    answers: the teacher's logits for the batches that repeat, by recipe.views; they are added.
     The rest is as in `fit`; the teacher is taken as it is.
     The host never waits for the device, except to record a step (lib/replay.py): the totals stay
     on the device, and the caller reads them once. The images of an epoch have one size.
@@ -417,20 +421,33 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
     forward.train()
     groups, steps = optimizer.param_groups, len(split) // recipe.batch_size
     learning_rates = _learning_rates(groups, recipe, epoch * steps, steps)
+    drawn = epoch % recipe.views if recipe.views else epoch
     batches = data.batches(
-        split, recipe.batch_size, augment, seed, epoch, rank, world, recipe.flip == "alternate"
+        split, recipe.batch_size, augment, seed, drawn, rank, world, recipe.flip == "alternate"
     )
     side = recipe.side(epoch)
+    known = None  # the teacher's answers, batch by batch, if they are kept
+    if teacher and recipe.views and answers is not None:
+        known = answers.setdefault((drawn, side), [])
     averaged = state.average and float_tensors(state.average, state.model)
 
-    def step(x: Tensor, labels: Tensor, group_rates) -> None:
-        if side < SIDE:
-            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+    def resize(x: Tensor) -> Tensor:
+        if side == SIDE:
+            return x
+        return F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+
+    @torch.no_grad()
+    def ask(x: Tensor) -> Tensor:
+        with _autocast(device, recipe.amp):
+            return teacher(x).float()
+
+    def step(x: Tensor, labels: Tensor, group_rates, soft: Tensor | None = None) -> None:
+        x = resize(x)
         _set_options(groups, lr=group_rates)
         with _autocast(device, recipe.amp):
             logits = forward(x)
-            with torch.no_grad():
-                soft = teacher(x).float() if teacher else None
+        if teacher and soft is None:
+            soft = ask(x)
         loss = _loss(logits.float(), labels, soft, recipe)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss + penalty() if penalty else loss).backward()
@@ -453,7 +470,12 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
     shown = tqdm(batches, total=steps, desc=note, leave=False, disable=_quiet() or rank > 0)
     numbered = enumerate(zip(shown, learning_rates, strict=True), epoch * steps)
     for i, ((x, labels), group_rates) in numbered:
-        run_step(x, labels, group_rates)
+        soft = []
+        if known is not None:
+            if len(known) == i - epoch * steps:
+                known.append(ask(resize(x)))
+            soft = [known[i - epoch * steps]]
+        run_step(x, labels, group_rates, *soft)
         if averaged:
             # A small decay at first (as in TensorFlow's ExponentialMovingAverage), so that the
             # random start is forgotten.
