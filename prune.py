@@ -72,6 +72,10 @@ class Settings(config.AfterTraining):
         "scaled to the standard deviation of the parent's; default: the parent"
     )
     temperature: float = flag(2.0, "softmax temperature of the soft labels")
+    views: int = flag(
+        0, "after so many epochs of a round batches repeat, augmentation included, and the "
+        "teacher, which has answered them, is not asked again: faster; 0: new ones in every epoch"
+    )  # fmt: skip
     augment: str = flag("cutout", "see train.py", choices=("none", "light", "cutout", "auto"))
     amp: bool = flag(
         True, "mixed precision: bf16, or fp16 on GPUs without it; fp32 on CPUs without it",
@@ -86,8 +90,9 @@ class Settings(config.AfterTraining):
             raise ValueError("--max-drop must be 0 to 100 percentage points")
         if self.last_epochs is not None and self.last_epochs < 1:
             raise ValueError("--last-epochs must be at least 1")
-        if self.rounds < 0 or self.epochs < 1 or self.batch_size < 1:
-            raise ValueError("--epochs and --batch-size must be at least 1, --rounds at least 0")
+        if self.rounds < 0 or self.views < 0 or self.epochs < 1 or self.batch_size < 1:
+            raise ValueError("--epochs and --batch-size must be at least 1, --rounds and --views "
+                             "at least 0")  # fmt: skip
         if not self.lr > 0 or self.weight_decay < 0:
             raise ValueError("--lr must be over 0, --weight-decay at least 0")
         if not 0 <= self.label_smoothing <= 1 or not 0 <= self.distill <= 1:
