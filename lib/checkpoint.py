@@ -58,8 +58,8 @@ class Checkpoint:
     def build(self, device="cpu") -> nn.Module:
         """Return the network with its weights, in eval mode, channels last.
 
-        Raises UserError if the state does not fit the settings, or an activation scale is not over
-        0.
+        Raises UserError if the state does not fit the settings, an activation scale is not over 0,
+        or a weight scale is 0.
         """
         try:
             # First without memory: the settings of a small file can ask for any amount of it.
@@ -68,6 +68,8 @@ class Checkpoint:
             for name, tensor in self.state.items():
                 if name.endswith(".step") and not tensor > 0:
                     raise ValueError(f"{name}, a scale of activations, is {float(tensor)}")
+                if name.endswith(".weight_scale") and not tensor.all():
+                    raise ValueError(f"{name} has a scale of 0")
             model = self._network(self.state)
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             # A strict load names the tensor in its second line; torch does not check the CRCs of

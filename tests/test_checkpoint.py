@@ -391,6 +391,17 @@ def test_activation_scales_are_over_0(tmp_path, scale):
     refused(tmp_path / "x.pth", f"features.3.stream.step, a scale of activations, is {scale}")
 
 
+def test_weight_scales_are_not_0(tmp_path):
+    scheme = ptq.make_scheme(8, 8)
+    model = MobileNetV2(SETTINGS | {"folded": True})
+    quantizers.attach(model, scheme)
+    model.features[18][0].weight_scale[1] = -1.0  # as a scale per tensor may become by folding
+    save(tmp_path / "x.pth", model=model, quantization=scheme).build()
+    model.features[18][0].weight_scale[1] = 0.0
+    save(tmp_path / "x.pth", model=model, quantization=scheme)
+    refused(tmp_path / "x.pth", "features.18.0.weight_scale has a scale of 0")
+
+
 def test_integers_without_their_scale_are_refused(whole, tmp_path):
     raw = torch.load(io.BytesIO(whole), weights_only=True)
     raw["state"]["classifier.1.weight"] = raw["state"]["classifier.1.weight"].to(torch.int8)
