@@ -17,6 +17,7 @@ first one that is not ends the pruning.
 
 import copy
 import dataclasses
+import functools
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from autoaugment import augmentation
-from lib import budget, checkpoint, config, engine, metrics, plots, processes, pruning, ptq
+from lib import budget, checkpoint, config, data, engine, metrics, plots, processes, pruning, ptq
 from lib.compaction import compact, take
 from lib.config import UserError, flag
 from models.layers import roles
@@ -140,6 +141,56 @@ class State:
         return cls(saved["rounds"], velocity=saved["velocity"], **networks)
 
 
+@dataclasses.dataclass(eq=False)  # its tensors have no ==
+class Run:
+    """What does not change from round to round."""
+
+    cfg: Settings
+    parent: checkpoint.Checkpoint
+    counts: list[tuple[str, int, int]]  # of the parent: see metrics.layer_counts
+    images: data.Data
+    teacher: MobileNetV2
+    out: Path
+    identity: dict  # what the files of its state belong to: see engine.refuse_other_run
+    log: metrics.Log
+
+    @property
+    def total(self) -> int:
+        """The weights of the network that the chain began with, of which sparsity is a share."""
+        return self.parent.original_weights
+
+    @property
+    def start(self) -> float:
+        """The parent's sparsity."""
+        return sparsity_of(self.counts, self.total)
+
+    @functools.cached_property
+    def sample(self) -> Tensor:
+        """The normalized training images that logits are computed on."""
+        return ptq.calibration_images(self.images.train, LOGIT_IMAGES, self.cfg.seed)
+
+    @property
+    def state_file(self) -> Path:
+        """Where the finished rounds are kept."""
+        return self.out.with_name(self.out.name + ".resume")
+
+    @property
+    def round_file(self) -> Path:
+        """Where the finished epochs of the present round are kept."""
+        return self.out.with_name(self.out.name + ".round.resume")
+
+    def floor(self, rounds: list[dict]) -> float:
+        """Return the accuracy that a round must not fall below, for texts and charts: what decides
+        is the number of answers, since accuracies are rounded."""
+        return rounds[0]["val_accuracy"] - self.cfg.max_drop / 100
+
+    def recipe(self, number: int) -> engine.Recipe:
+        """Return how to fine-tune in a round."""
+        cfg = self.cfg
+        epochs = cfg.last_epochs if cfg.last_epochs and number == cfg.rounds else cfg.epochs
+        return engine.Recipe.of(cfg, epochs=epochs)
+
+
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
@@ -150,65 +201,54 @@ def main(argv=None):
     with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
     images.split("val")  # it decides where pruning stops
-    out = cfg.path(cfg.out, "checkpoints/pruned.pth")
     model = parent.build(device)
-    teacher_file = parent.teacher(cfg.teacher, cfg.assume_downsample, images)
-    teacher = teacher_file.build(device)
-    if cfg.teacher:
-        engine.match_logits(teacher, model, _sample(cfg, images))
-    total = parent.original_weights  # what sparsity is a share of
-    start = sparsity_of(model, total)
-    if cfg.schedule == "cubic" and cfg.rounds and cfg.target < start + 1e-4:
-        raise UserError(f"--target {cfg.target} is no more than the parent's sparsity {start:.4f}")
-
+    teacher = parent.teacher(cfg.teacher, cfg.assume_downsample, images)
     identity = config.identity(cfg) | {
-        "parent": parent.sha256, "teacher": teacher_file.sha256, "data": images.provenance()
+        "parent": parent.sha256, "teacher": teacher.sha256, "data": images.provenance()
     }  # fmt: skip
+    run = Run(
+        cfg, parent, metrics.layer_counts(model), images, teacher.build(device),
+        cfg.path(cfg.out, "checkpoints/pruned.pth"), identity,
+        metrics.Log(cfg.place("logs/prune.jsonl"), identity, cfg.wandb),
+    )  # fmt: skip
+    if cfg.teacher:
+        engine.match_logits(run.teacher, model, run.sample)
+    if cfg.schedule == "cubic" and cfg.rounds and cfg.target < run.start + 1e-4:
+        raise UserError(
+            f"--target {cfg.target} is no more than the parent's sparsity {run.start:.4f}"
+        )
     engine.say_device(device)
-    log = metrics.Log(cfg.place("logs/prune.jsonl"), identity, cfg.wandb)
-    state_file, round_file = _state_files(out)
     if not cfg.resume:
-        processes.discard(state_file, round_file)
-    state = _resume(state_file, round_file, identity, device) if state_file.is_file() else None
-    if state is None:
+        processes.discard(run.state_file, run.round_file)
+    if run.state_file.is_file():
+        state = _resume(run)
+    else:
         if cfg.compact:
             model, _ = compact(model)
         result = engine.evaluate(model, images.val)
-        state = State([_line(0, model, total, result, True, [], 0.0)], model)
+        state = State([_line(run, 0, model, result, True, [], 0.0)], model)
         engine.say(f"parent: {_describe(state.rounds[0])}")
-    log.begin(state.rounds)
-    state = _run_rounds(
-        state, cfg, parent, images, teacher, out=out, identity=identity, log=log
-    )  # fmt: skip
+    run.log.begin(state.rounds)
+    state = _run_rounds(run, state)
     rounds = state.rounds
     if cfg.rounds and not rounds[1]["kept"]:
         if processes.is_main():
-            state_file.unlink()
+            run.state_file.unlink()
         raise UserError(
             f"round 1 fell to {rounds[1]['val_accuracy']:.2%} at sparsity "
-            f"{rounds[1]['sparsity']:.2%}, under the floor of {_floor(cfg, rounds):.2%}: "
+            f"{rounds[1]['sparsity']:.2%}, under the floor of {run.floor(rounds):.2%}: "
             "nothing to keep; give it more --epochs, more --rounds or a larger --max-drop"
         )
     if processes.is_main():
-        figures = {"teacher_sha256": teacher_file.sha256} if cfg.teacher else {}
-        _finish(cfg, parent, images, state, figures, out)
-        charts = [cfg.place(f"plots/{name}.png") for name in ("prune", "sparsity")]
-        log.close({"sparsity": sparsity_of(state.last_good, total)}, charts)
-        for file in (round_file, state_file):  # last: until here, the run could be continued
+        _finish(run, state, {"teacher_sha256": teacher.sha256} if cfg.teacher else {})
+        for file in (run.round_file, run.state_file):  # last: until here, it could be continued
             file.unlink(missing_ok=True)
     processes.stop()
 
 
-def _run_rounds(
-    state: State, cfg, parent, images, teacher, *, out: Path, identity: dict, log: metrics.Log
-) -> State:
-    """Run the rounds that are left, to the first that is not good enough; return the last state.
-
-    teacher: the network to learn from. identity: of this run, in the files of its state.
-    """
-    device, total, sample = images.device, parent.original_weights, _sample(cfg, images)
-    start = sparsity_of(parent.build(), total)
-    state_file, round_file = _state_files(out)
+def _run_rounds(run: Run, state: State) -> State:
+    """Run the rounds that are left, to the first that is not good enough; return the last state."""
+    cfg, images, device = run.cfg, run.images, run.images.device
     first = state.rounds[0]
     fewest = budget.fewest_correct(first["val_correct"], first["val_total"], cfg.max_drop)
     for number in range(len(state.rounds), cfg.rounds + 1):
@@ -216,74 +256,50 @@ def _run_rounds(
             break
         began = time.monotonic()
         if state.pruned is None:
-            _prune(state, cfg, number, start, total, sample)
-            state.save(state_file, identity)
+            _prune(run, state, number)
+            state.save(run.state_file, run.identity)
             if processes.world_and_rank()[0] > 1:  # the same network for all of them
-                state = State.load(state_file, identity, device)
-        model, recipe = state.pruned, _recipe(cfg, number)
+                state = State.load(run.state_file, run.identity, device)
+        model, recipe = state.pruned, run.recipe(number)
         try:
             history, _ = engine.fit(
-                model, images, recipe, augmentation(cfg.augment), cfg.seed + number, round_file,
-                config=identity | {"round": number}, teacher=teacher,
+                model, images, recipe, augmentation(cfg.augment), cfg.seed + number, run.round_file,
+                config=run.identity | {"round": number}, teacher=run.teacher,
                 after_step=pruning.Mask(model).apply, velocity=state.velocity,
                 note=f"round {number}/{cfg.rounds} ",
             )  # fmt: skip
         except engine.DivergedError as error:
             if number == 1:
-                processes.discard(round_file, state_file)
+                processes.discard(run.round_file, run.state_file)
                 raise
             engine.say(f"round {number}: {error}; the last good one stays")
             break
         result = engine.evaluate(model, images.val)
         good = bool(processes.from_main_process(result.correct >= fewest, device))
-        line = _line(number, model, total, result, good, history, time.monotonic() - began)
+        line = _line(run, number, model, result, good, history, time.monotonic() - began)
         state = State(
             [*state.rounds, line], model if good else state.last_good,
-            engine.velocity_of(round_file, model, recipe),
+            engine.velocity_of(run.round_file, model, recipe),
         )  # fmt: skip
-        state.save(state_file, identity)
-        processes.discard(round_file)
-        log(line)
-        under = f"under the floor of {_floor(cfg, state.rounds):.2%}: the last good one stays"
+        state.save(run.state_file, run.identity)
+        processes.discard(run.round_file)
+        run.log(line)
+        under = f"under the floor of {run.floor(state.rounds):.2%}: the last good one stays"
         engine.say(f"round {number}: {_describe(line)}, {'kept' if good else under}")
     return state
 
 
-def _sample(cfg, images) -> Tensor:
-    """Return the normalized training images that logits are computed on."""
-    return ptq.calibration_images(images.train, LOGIT_IMAGES, cfg.seed)
-
-
-def _state_files(out: Path) -> tuple[Path, Path]:
-    """Return where the finished rounds are kept, and the finished epochs of the present one."""
-    return out.with_name(out.name + ".resume"), out.with_name(out.name + ".round.resume")
-
-
-def _floor(cfg, rounds: list[dict]) -> float:
-    """Return the accuracy that a round must not fall below, for texts and charts: what decides is
-    the number of answers, since accuracies are rounded."""
-    return rounds[0]["val_accuracy"] - cfg.max_drop / 100
-
-
-def _recipe(cfg, number: int) -> engine.Recipe:
-    """Return how to fine-tune in a round."""
-    epochs = cfg.last_epochs if cfg.last_epochs and number == cfg.rounds else cfg.epochs
-    return engine.Recipe.of(cfg, epochs=epochs)
-
-
-def _prune(state: State, cfg, number: int, start: float, total: int, sample) -> None:
+def _prune(run: Run, state: State, number: int) -> None:
     """Put into `state` the network of a round that begins: the last good one with further weights
     zeroed, without the channels that die with them; and its momentum, whose buffers shrink alike.
-
-    start: the parent's sparsity. total: weights of the network that the chain began with, of which
-    sparsity is a share. sample: normalized training images, for the score obd.
     """
+    cfg = run.cfg
     if cfg.schedule == "cubic":
-        sparsity = pruning.cubic(start, cfg.target, number, cfg.rounds)
+        sparsity = pruning.cubic(run.start, cfg.target, number, cfg.rounds)
     else:
-        sparsity = pruning.geometric(start, cfg.prune_fraction, number)
+        sparsity = pruning.geometric(run.start, cfg.prune_fraction, number)
     model = copy.deepcopy(state.last_good)
-    pruning.keep_best(model, round((1 - sparsity) * total), cfg.score, sample)
+    pruning.keep_best(model, round((1 - sparsity) * run.total), cfg.score, run.sample)
     if cfg.compact:
         model, live = compact(model)
         if state.velocity:
@@ -291,35 +307,39 @@ def _prune(state: State, cfg, number: int, start: float, total: int, sample) -> 
     state.pruned = model
 
 
-def _resume(state_file: Path, round_file: Path, identity: dict, device) -> State:
+def _resume(run: Run) -> State:
     """Return the state of an interrupted run. Raises UserError if it is another run's."""
-    state = State.load(state_file, identity, device)
-    if processes.is_main() and _round_of(round_file) < len(state.rounds):
-        round_file.unlink(missing_ok=True)  # killed between writing a round and this
+    state = State.load(run.state_file, run.identity, run.images.device)
+    if processes.is_main() and _round_of(run.round_file) < len(state.rounds):
+        run.round_file.unlink(missing_ok=True)  # killed between writing a round and this
     processes.wait()
-    engine.say(f"continuing {state_file} after round {len(state.rounds) - 1}")
+    engine.say(f"continuing {run.state_file} after round {len(state.rounds) - 1}")
     return state
 
 
-def _round_of(round_file) -> int:
+def _round_of(round_file: Path) -> int:
     """Return the number of the round whose epochs a state file holds; 0 without a file."""
     return checkpoint.read(round_file)["config"]["round"] if round_file.is_file() else 0
 
 
-def sparsity_of(model, total: int) -> float:
-    """Return the share of `total` weights that are gone, as zeros or with their channel."""
-    return 1 - sum(n for _, _, n in metrics.layer_counts(model)) / total
+def sparsity_of(counts: list[tuple[str, int, int]], total: int) -> float:
+    """Return the share of `total` weights that are gone, as zeros or with their channel.
+
+    counts: of the network: see metrics.layer_counts.
+    """
+    return 1 - sum(nonzeros for _, _, nonzeros in counts) / total
 
 
-def _line(number, model, total, result, good, history, seconds) -> dict:
+def _line(run: Run, number, model, result, good, history, seconds) -> dict:
     """Return the log's line of a round. good: whether its accuracy is above the floor."""
-    layers = metrics.layer_counts(model)
+    counts = metrics.layer_counts(model)
     channels = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     return {
-        "round": number, "sparsity": sparsity_of(model, total), "val_accuracy": result.accuracy,
-        "val_correct": result.correct, "val_total": result.total, "kept": good,
-        "live_weights": sum(w for _, w, _ in layers), "channels": channels,
-        "macs": metrics.macs(model), "seconds": round(seconds, 1), "epochs": history,
+        "round": number, "sparsity": sparsity_of(counts, run.total),
+        "val_accuracy": result.accuracy, "val_correct": result.correct, "val_total": result.total,
+        "kept": good, "live_weights": sum(weights for _, weights, _ in counts),
+        "channels": channels, "macs": metrics.macs(model), "seconds": round(seconds, 1),
+        "epochs": history,
     }  # fmt: skip
 
 
@@ -332,31 +352,35 @@ def _describe(line: dict) -> str:
     )
 
 
-def _finish(cfg, parent, images, state: State, figures: dict, out: Path) -> None:
-    """Save the network of the last good round and draw both charts. figures: further ones."""
-    rounds, model = state.rounds, state.last_good
+def _finish(run: Run, state: State, figures: dict) -> None:
+    """Save the network of the last good round, draw both charts and end the log.
+
+    figures: further ones, for the file.
+    """
+    cfg, parent, rounds, model = run.cfg, run.parent, state.rounds, state.last_good
     last_kept = max(i for i, line in enumerate(rounds) if line["kept"])
     last = rounds[last_kept]
     figures = {k: last[k] for k in ("round", "sparsity", "val_correct", "val_total")} | figures
     saved = checkpoint.save(
-        out, "pruned", model, cfg, parent, metrics=figures, data=images.provenance()
+        run.out, "pruned", model, cfg, parent, metrics=figures, data=run.images.provenance()
     )
+    charts = [cfg.place(f"plots/{name}.png") for name in ("prune", "sparsity")]
     plots.accuracy_sparsity(
-        rounds, last_kept, _floor(cfg, rounds), cfg.place("plots/prune.png"),
-        f"Accuracy against sparsity (validation: n={len(images.val)})",
+        rounds, last_kept, run.floor(rounds), charts[0],
+        f"Accuracy against sparsity (validation: n={len(run.images.val)})",
     )  # fmt: skip
-    before = metrics.layer_counts(parent.build())  # sparsity is of the weights that a layer had
     role = roles(model.settings)
     left = {name: nonzeros for name, _, nonzeros in metrics.layer_counts(model)}
-    plots.layer_sparsity(
+    plots.layer_sparsity(  # of the weights that a layer had
         [{"layer": name, "role": role[name], "weights": weights, "nonzeros": left[name]}
-         for name, weights, _ in before],
-        cfg.place("plots/sparsity.png"),
+         for name, weights, _ in run.counts],
+        charts[1],
         f"Sparsity of every layer, against {parent.file.name} (of the first network's weights: "
         f"{last['sparsity']:.2%})",
     )  # fmt: skip
+    run.log.close({"sparsity": last["sparsity"]}, charts)
     print(
-        f"{out}: {saved.bytes:,} bytes, {_describe(last)} in round {last['round']} of "
+        f"{run.out}: {saved.bytes:,} bytes, {_describe(last)} in round {last['round']} of "
         f"{len(rounds) - 1} tried; parent {rounds[0]['val_accuracy']:.2%}"
     )
 
