@@ -96,7 +96,7 @@ stage = @set -eu -o pipefail; \
 
 .PHONY: all train prune quantize int8 compress sweep sensitivity eval report bench predict verify \
 	publish status help clean demo results test venv check-python
-all: report  ## every stage, from the images to the report
+all: report  ## the whole chain, the sweep and the report
 
 train: $(C)/baseline.pth        ## CIFAR-10 -> checkpoints/baseline.pth      (TRAIN_FLAGS)
 prune: $(C)/pruned.pth          ## baseline -> checkpoints/pruned.pth        (PRUNE_FLAGS)
@@ -134,16 +134,16 @@ bench: $(C)/int8.pth  ## speed of the fp32 networks and of int8.onnx -> plots/be
 predict: $(VENV)  ## classify IMAGES="photo.jpg folder" (PREDICT_FLAGS="--model FILE")
 	@$(PYTHON) $(HERE)predict.py --run-dir $(RUN) $(DEVICE_FLAG) $(PREDICT_FLAGS) $(call names,$(IMAGES))
 
-verify: $(VENV)  ## check the published file: its hash, that it decodes, its accuracy on your data
+verify: $(VENV)  ## check the published files: hashes, that they decode, their accuracy on your data
 	@$(PYTHON) $(HERE)verify.py $(if $(DATA),--data "$(DATA)") $(DEVICE_FLAG)
 
-publish: $(VENV)  ## copy the compressed file, and what eval.py measured on both splits, to release/
+publish: $(VENV)  ## copy the .nnz and baseline.pth, and what eval.py measured of them, to release/
 	@$(PYTHON) $(HERE)publish.py --run-dir $(RUN)
 
 status: $(VENV)  ## which files are there, which are stale, and why
 	@$(PYTHON) $(HERE)report.py --run-dir $(RUN) --status
 
-demo: $(VENV)  ## all stages on generated images, in minutes, in the folder demo/
+demo: $(VENV)  ## the whole chain on generated images, in minutes, in the folder demo/
 	@rm -rf demo
 	+@MAKE="$(MAKE)" $(HERE)recipes/demo.sh demo
 
@@ -174,12 +174,14 @@ help:  ## this list
 	@awk -F':.*## *' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' \
 		$(HERE)Makefile
 	@echo
-	@echo '  A target first runs every earlier stage whose file is missing: make -n TARGET shows which.'
+	@echo '  A target first runs every earlier stage whose file is missing, then the later ones again:'
+	@echo '  make -n TARGET shows which.'
 	@echo '  A file is made again only if the file it is made from is newer; flags do not count: to'
 	@echo '  make it with others, delete the file first.'
-	@echo '  DATA=DIR (default: download)  WANDB=1  RUN=DIR (default .)  SPLIT=val|test  PYTHON=...'
+	@echo '  DATA=DIR (default: download)  WANDB=1  RUN=DIR (default .)  PYTHON=...'
+	@echo '  SPLIT=val|test (default test): of eval and report'
 	@echo '  DEVICE=cuda:1 (default: the first GPU that works, or the CPU)'
-	@echo '  PROCESSES=4: four processes train, prune, quantize and sweep, each on a GPU of its own'
+	@echo '  PROCESSES=4: four processes train, prune, quantize and sweep, on a GPU each or on the CPU'
 	@echo "  One file with spaces: IMAGES='a b.png'; several: IMAGES=\"'a b.png' c.png\"; FILES= alike."
 	@echo '  Paths are as seen from where make is called, also with make -f elsewhere/Makefile.'
 	@echo '  e.g.  make all DATA=$$HOME/cifar10 TRAIN_FLAGS="--epochs 300" PRUNE_FLAGS="--target 0.97"'

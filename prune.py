@@ -55,7 +55,9 @@ class Settings(config.AfterTraining):
     prune_fraction: float = flag(
         0.2, "share of the remaining weights that is removed per round (geometric)"
     )
-    max_drop: float = flag(0.5, "percentage points of validation accuracy that may be lost")
+    max_drop: float = flag(
+        0.5, "largest loss of validation accuracy against the parent, in percentage points"
+    )
     compact: bool = flag(True, "remove dead channels, exactly, before and between the rounds")
     epochs: int = flag(3, "epochs of fine-tuning per round", heading="recipe of a round")
     last_epochs: int | None = flag(None, "epochs of round number --rounds; default: --epochs")
@@ -67,15 +69,19 @@ class Settings(config.AfterTraining):
     batch_size: int = flag(128, "images per step, over all processes")
     weight_decay: float = flag(5e-4, "L2 penalty, on batch norms and biases too")
     label_smoothing: float = flag(0.1, "share of each label spread over all classes")
-    distill: float = flag(0.5, "weight of the teacher's soft labels against the true ones; 0: none")
+    distill: float = flag(
+        0.5, "share of the loss, 0 to 1, that is against the teacher's soft labels; the rest is "
+        "against the true ones"
+    )  # fmt: skip
     teacher: str | None = flag(
         None, "fp32 network to learn from, for a parent that is pruned already; its logits are "
         "scaled to the standard deviation of the parent's; default: the parent"
     )
     temperature: float = flag(2.0, "softmax temperature of the soft labels")
     views: int = flag(
-        0, "after so many epochs of a round batches repeat, augmentation included, and the "
-        "teacher, which has answered them, is not asked again: faster; 0: new ones in every epoch"
+        0, "epochs of a round with batches of their own; later ones repeat these, order and "
+        "augmentation included, and the teacher's logits are not computed again: faster; 0: new "
+        "batches in every epoch"
     )  # fmt: skip
     augment: str = flag("cutout", "see train.py", choices=("none", "light", "cutout", "auto"))
     amp: bool = flag(

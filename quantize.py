@@ -24,9 +24,9 @@ a better network (lib/qat.py). reference: one scale per tensor, weights static, 
 With --rd-lambda X, levels and scales are chosen for the least squared error of an image's logits +
 X * the size of the weights in 1,000 bytes, as the coder of sparse_compress.py would take them
 (rate-distortion optimization). --weight-bits is then the most that a layer may have; how many it
-takes follows from X. What X is right depends on how large the logits are: one network's is not
-another's. --max-bytes and --max-drop search for it: of each network that they try by ptq, they
-measure the bytes of the .nnz and the accuracy on the validation split.
+takes follows from X. The right X depends on how large a network's logits are, so it differs
+between networks. --max-bytes and --max-drop search for it: of each network that they try by ptq,
+they measure the bytes of the .nnz and the accuracy on the validation split.
 
 --layer-bits takes NAME=BITS, separated by commas; a NAME is a layer, or `first` (the stem), `last`
 (the classifier and its input), or `last_act` (only the classifier's input). An item without `=` is
@@ -102,7 +102,8 @@ class Settings(config.AfterTraining):
         None, "the largest that compressed.nnz may become; finds --rd-lambda"
     )
     max_drop: float | None = flag(
-        None, "percentage points of validation accuracy that may be lost; finds --rd-lambda"
+        None, "largest loss of validation accuracy against the parent, in percentage points; finds "
+        "--rd-lambda"
     )
     calibration: int = flag(
         1024, "training images for ptq, used without their labels", heading="ptq"
@@ -113,7 +114,8 @@ class Settings(config.AfterTraining):
     )
     batch_size: int = flag(128, "images per step, over all processes")
     distill: float = flag(
-        0.5, "weight of the teacher's soft labels against the true ones; 0: none"
+        0.5, "share of the loss, 0 to 1, that is against the teacher's soft labels; the rest is "
+        "against the true ones"
     )
     teacher: str | None = flag(
         None, "fp32 network that qat learns from, its logits scaled to the standard deviation of "
@@ -121,8 +123,9 @@ class Settings(config.AfterTraining):
     )
     temperature: float = flag(2.0, "temperature of the soft labels")
     views: int = flag(
-        0, "after so many epochs batches repeat, augmentation included, and the teacher, which "
-        "has answered them, is not asked again: faster; 0: new ones in every epoch"
+        0, "epochs with batches of their own; later ones repeat these, order and augmentation "
+        "included, and the teacher's logits are not computed again: faster; 0: new batches in "
+        "every epoch"
     )  # fmt: skip
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
     augment: str = flag("light", "see train.py", choices=("none", "light", "cutout", "auto"))
@@ -144,7 +147,7 @@ class Settings(config.AfterTraining):
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ValueError("--max-bytes must be at least 1")
         if self.max_drop is not None and not 0 <= self.max_drop < 100:
-            raise ValueError("--max-drop must be 0 to 100 percentage points")
+            raise ValueError("--max-drop must be at least 0 and under 100 percentage points")
         given = [self.rd_lambda or None, self.max_bytes, self.max_drop]
         if sum(value is not None for value in given) > 1:
             raise ValueError(f"give one of {LAMBDA_FLAGS}")
@@ -177,7 +180,7 @@ class Settings(config.AfterTraining):
 
     @property
     def has_lambda(self) -> bool:
-        """Whether bits count beside error, at a lambda that is given or searched for."""
+        """Return whether bits count beside error, at a lambda that is given or searched for."""
         return self.rd_lambda > 0 or self.has_budget
 
 
@@ -298,7 +301,7 @@ def size_figures(cfg, made: budget.Attempt, attempts: list) -> tuple[dict, str]:
 
 
 class PostTraining(NamedTuple):
-    """What ptq came to.
+    """The networks that ptq made: where qat starts, and what is kept if no epoch is better.
 
         flags              start: ptq's result, where qat starts   fallback: if no epoch is better
         none               at lambda 0                             None: the best epoch is kept

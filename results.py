@@ -1,6 +1,6 @@
 """Write RESULTS.md, and the tables in README.md, from the measurements in results/*.json.
 
-    python results.py              nothing in the two files' tables is typed by hand
+    python results.py              write RESULTS.md and the tables of README.md
     python results.py --check      write nothing; fail if they are not what the JSON says
 
 in:  results/*.json, which stages and benchmarks write (--results FILE); RESULTS.md's order is ORDER
@@ -115,7 +115,7 @@ def files_of(table: dict) -> list[dict]:
 
 def described(name: str, table: dict) -> list[str]:
     """Return a table's heading, text, rows, and how it was measured."""
-    how = [table["data"], table["hardware"], table["date"], f"code {table['code']}",
+    how = [table["data"], table["hardware"], table["date"], f"commit {table['code']}",
            f"[results/{name}.json](results/{name}.json)"]  # fmt: skip
     text = [table["text"], ""] if table["text"] else []
     return [

@@ -73,7 +73,7 @@ class Settings(config.AfterTraining):
     title: str = flag("Accuracy at every pair of bit-widths", "with --results: of the table")
     beside: str | None = flag(
         None, "with --results: a CSV of weight_bits, activation_bits and accuracy in percent, as "
-        "another program measured it; its figures stand in brackets"
+        "the report has it (not as sweep.csv); its accuracies stand in brackets"
     )  # fmt: skip
 
     def __post_init__(self):

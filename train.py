@@ -1,11 +1,11 @@
 """Train MobileNetV2 on CIFAR-10, from scratch or from the weights of another MobileNetV2.
 
-    python train.py --data DIR                       200 epochs (the report's: recipes/report.sh)
+    python train.py --data DIR                       200 epochs of our recipe
     python train.py --init mobilenet_v2.pth          from torchvision's ImageNet weights
     torchrun --nproc-per-node 2 train.py --data DIR  data-parallel, with the same global batches
 
-in:  the training images without the validation split; with --init, any fp32 file of the chain or
-     state dict of a MobileNetV2
+in:  the training images without the validation split; with --init, a baseline.pth or the state dict
+     of a MobileNetV2, with all the channels of its --width
 out: checkpoints/baseline.pth (the weights of the best validation epoch), logs/train.jsonl,
      plots/train.png; checkpoints/baseline.pth.resume while it runs
 """
@@ -29,8 +29,8 @@ class Settings(config.Common):
         None, "output file; default: checkpoints/baseline.pth", heading="files and data"
     )
     init: str | None = flag(
-        None, "file to start from: its weights, of the same --width; its classifier too if it has "
-        "as many classes; the strides are those of --downsample",
+        None, "fp32 file whose weights training starts from, of the same --width; its classifier "
+        "too if it has as many classes; the strides are those of --downsample",
     )  # fmt: skip
     resume: bool = flag(True, "continue an interrupted run if its state is there")
     epochs: int = flag(200, "epochs", heading="recipe")
@@ -59,7 +59,10 @@ class Settings(config.Common):
         16, "side of the first images in pixels; it grows to 32 over the first 70% of the epochs",
         choices=(16, 20, 24, 28, 32),
     )  # fmt: skip
-    width: float = flag(1.0, "multiplier of all channels", heading="network")
+    width: float = flag(
+        1.0, "multiplier of the channels, which are multiples of 8; under 1 the head keeps its "
+        "1,280", heading="network",
+    )  # fmt: skip
     downsample: int = flag(4, "32x32 down to 8x8 (4, the report's) or 4x4 (8)", choices=(4, 8))
     dropout: float = flag(0.0, "share of features dropped before the classifier")
     amp: bool = flag(

@@ -24,13 +24,13 @@ FULL = 0.99  # the search also ends at a file that uses this share of a budget o
 
 @dataclasses.dataclass
 class Budget:
-    """What is asked for: a size in bytes, or a number of correct answers; or neither."""
+    """What is asked of a file: a size in bytes, or a number of correct answers; or neither."""
 
     max_bytes: int | None = None
     floor: float | None = None  # correct answers on the validation split, at least
 
     def met(self, size: int, result: engine.Evaluation | None) -> bool:
-        """Whether a file of `size` bytes and that result is within the budget."""
+        """Return whether a file of `size` bytes and that result is within the budget."""
         if self.max_bytes is not None:
             return size <= self.max_bytes
         return self.floor is None or result.correct >= self.floor
@@ -140,13 +140,13 @@ def _meets(tried: Attempt, budget: Budget) -> bool:
 
 
 def _uses_up(met: Attempt | None, budget: Budget) -> bool:
-    """Whether an attempt that meets a budget of bytes leaves next to nothing of it."""
+    """Return whether an attempt that meets a budget of bytes leaves next to nothing of it."""
     return bool(met) and budget.max_bytes is not None and met.bytes > FULL * budget.max_bytes
 
 
 def _are_close(met: Attempt, failed: Attempt, budget: Budget) -> bool:
-    """Whether the lambdas of an attempt that meets the budget and of one that does not are near
-    enough to end the search, or the budget is used up."""
+    """Return whether the lambdas of an attempt that meets the budget and of one that does not are
+    near enough to end the search, or the budget is used up."""
     return _uses_up(met, budget) or 1 / CLOSE < met.rd_lambda / failed.rd_lambda < CLOSE
 
 

@@ -1,4 +1,4 @@
-"""A network as the bytes of a `.nnz` file, and back. The file itself: lib/nnz/ and FORMAT.md.
+"""Encode a network as the bytes of a `.nnz` file, and decode it (lib/nnz/; FORMAT.md).
 
 This module knows no checkpoint files: `lib.checkpoint.load` calls `decode` and builds the
 Checkpoint from its fields.

@@ -33,7 +33,8 @@ METAVARS = {
     "environment": "DIR",
 }  # fmt: skip
 DATA_HELP = (
-    "file or folder: cifar10.npz, cifar-10-batches-py, its .tar.gz, parquet files, train/CLASS and "
+    "file or folder: cifar10.npz, cifar-10-batches-py or cifar-100-python, its .tar.gz, parquet "
+    "files, train/CLASS and "
     "test/CLASS; or `synthetic`: generated images, to try the program with; default: download "
     "CIFAR-10 to ./data"
 )
@@ -71,11 +72,12 @@ def files(help: str):
 
 @dataclasses.dataclass
 class Common:
-    """The settings of all stages."""
+    """The settings that all stages share which read images."""
 
     data: str | None = flag(None, DATA_HELP, heading="files and data")
     val_size: int | None = flag(
-        None, "validation images held out of training; default: the parent's, else a tenth"
+        None, "training images held out for validation, as many of each class; 0: none; default: "
+        "as many as the parent's training held out, or without a parent a tenth"
     )
     run_dir: str = flag(".", "folder that holds checkpoints/, logs/ and plots/")
     seed: int = flag(

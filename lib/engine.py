@@ -48,7 +48,7 @@ class Recipe:
     ema: float = 0.0  # decay per step of the averaged weights; 0: no average
     distill: float = 0.0  # weight of the teacher's soft labels against the true ones
     temperature: float = 2.0  # of the soft labels
-    views: int = 0  # epochs after which batches repeat, augmentation included; 0: they never do
+    views: int = 0  # epochs with batches of their own, which later ones repeat; 0: all epochs
     amp: bool = True  # mixed precision
     cuda_graph: bool = True  # on one GPU, record a step and replay it: see lib.replay
 
@@ -90,7 +90,7 @@ class Recipe:
 
 @dataclasses.dataclass
 class Evaluation:
-    """What a network answers on a split."""
+    """The predictions of a network on a split, with its accuracy and loss."""
 
     correct: int
     total: int

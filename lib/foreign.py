@@ -1,4 +1,4 @@
-"""Networks as other programs write them: wrapped, prefixed, masked, in safetensors files, pickled.
+"""Read networks that other programs wrote: wrapped, prefixed, masked, in safetensors, pickled.
 
 What is mechanical is undone, and one line on the standard error says what was done. Of a pickle,
 tensors and plain types are read, and numpy's scalars through stand-ins of our own. All else is

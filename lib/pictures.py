@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures, how their names are printed, and what opens them."""
+"""Find picture files, print their names, open them."""
 
 import contextlib
 from functools import cache

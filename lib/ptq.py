@@ -243,7 +243,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class _Options:
-    """How a walk quantizes, apart from the scheme."""
+    """Options of a walk that are not part of the scheme."""
 
     scale_bits: int  # as for `quantize`, as is bias_bits
     bias_bits: int

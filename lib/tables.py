@@ -75,7 +75,8 @@ def hardware(device: torch.device) -> str:
     flags = fields.get("flags", "").split()
     known = [label for name, label in INSTRUCTIONS.items() if name in flags]
     name = fields.get("model name") or platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads" + f" ({', '.join(known)})" * bool(known)
+    count = torch.get_num_threads()
+    return f"{name}, {count} thread" + "s" * (count > 1) + f" ({', '.join(known)})" * bool(known)
 
 
 def write(path: Path, content: dict) -> None:

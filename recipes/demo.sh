@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every stage on a set of images that the project generates: minutes on 2 CPU cores, no download.
+# The whole chain on images that the project generates: minutes on 2 CPU cores, no download.
 #
 #     recipes/demo.sh [RUN]             RUN: a folder (demo); `make demo` deletes it first
 set -euo pipefail

@@ -7,7 +7,7 @@
 # It replaces results/release.json and results/sweep.json of this folder.
 # GRID=FILE recipes/release.sh ... shows the report's grid.csv beside ours.
 # It starts from release/baseline.pth. TRAIN=1 recipes/release.sh ... trains that network anew (10
-# minutes on an H100, a day and a half on 2 CPU cores).
+# minutes on an H100, about a day on 2 CPU cores).
 # An interrupted run continues where it was: give the same command again.
 set -euo pipefail
 DATA=${1:?usage: recipes/release.sh DATA [RUN]}

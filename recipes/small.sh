@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every stage on CIFAR-10 in about 40 minutes on 2 CPU cores: a check of the chain, at half width
+# The whole chain on CIFAR-10 in about 40 minutes on 2 CPU cores: a check of the chain, at half width
 # and six epochs, not a good network.
 #
 #     recipes/small.sh DATA [RUN]       DATA as for train.py, RUN a folder (runs/small)

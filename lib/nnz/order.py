@@ -1,4 +1,4 @@
-"""The order of the channels as a place for bytes (FORMAT.md, section 4.6).
+"""Store bytes in the order of the channels (FORMAT.md, section 4.6).
 
 A network computes the same in whatever order its hidden channels lie. n channels can lie in n!
 orders, and a file that says in which of them they do spends log2(n!) bits on it. Version 3 gets
@@ -7,9 +7,10 @@ the channels in the order of their keys; in the file they lie in another one, wh
 number, and so for bytes of something else (after Kunze et al. 2024, "Entropy Coding of Unordered
 Data Structures": they, too, let what is free to choose carry other bits).
 
-Measured, bytes in version 2 and in version 3: the report's network at W8A8 128,591 and 125,723, at
-W4A8 80,178 and 77,357, at a lambda of 0.44 57,503 and 55,587; our own 60,746 and 57,308. A part of
-it, 1% of our own, is that scales lie by size in the order of the keys.
+Measured, bytes of the same networks in version 2 and in version 3: the report's at W8A8 128,591
+and 125,723, at W4A8 80,178 and 77,357, at a lambda of 0.44 57,503 and 55,587; our own 60,746 and
+57,308. (Published files leave out the channels that no layer reads, too.) A part of it, 1% of our
+own, is that scales lie by size in the order of the keys.
 """
 
 from bisect import bisect_left
