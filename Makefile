@@ -70,7 +70,7 @@ C := $(RUN)/checkpoints
 # Stages write atomically, so a file that is there is complete: an error after that must not delete
 # the work of hours.
 .PRECIOUS: $(C)/baseline.pth $(C)/pruned.pth $(C)/quantized.pth $(C)/int8.pth $(C)/compressed.nnz
-COMMON = --run-dir $(RUN) $(if $(DATA),--data "$(DATA)") $(if $(WANDB),--wandb) \
+COMMON = --run-dir $(RUN) $(if $(DATA),--data "$(DATA)") $(if $(filter-out 0 no false,$(WANDB)),--wandb) \
 	$(DEVICE_FLAG)
 DEVICE_FLAG = $(if $(DEVICE),--device $(DEVICE))
 # The stages that several processes share, and how they are started if PROCESSES says how many.

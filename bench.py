@@ -97,6 +97,8 @@ def main(argv=None):
         raise UserError(f"{ours.file} is not an .onnx: `make int8` writes int8.onnx")
     ours.refuse_saturation()
     images = pruned.images(cfg.data, cfg.val_size, "cpu")
+    for source in (dense, ours):
+        source.check_images(images)
     split = images.split(cfg.split)
     if max(cfg.batches) > len(split):
         raise UserError(f"--batches {max(cfg.batches)}: there are {len(split):,} images")

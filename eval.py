@@ -38,8 +38,8 @@ class Settings(config.AfterTraining):
     labels: list[str] = flag([], "what the table calls the files; default: their names")
 
     def __post_init__(self):
-        if self.labels and len(self.labels) != len(self.files):
-            raise ValueError(f"{len(self.labels)} --labels for {len(self.files)} files")
+        if self.labels and not self.results:
+            raise ValueError("--labels are for a table: give --results")
 
 
 def main(argv=None):
@@ -49,6 +49,8 @@ def main(argv=None):
                           if p.exists()]  # fmt: skip
     if not files:
         raise UserError(f"no files: none named, and none in {cfg.place('checkpoints')}")
+    if cfg.labels and len(cfg.labels) != len(files):
+        raise UserError(f"{len(cfg.labels)} --labels for {len(files)} files")
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [runtime.load(file, cfg.assume_downsample) for file in files]
     log = metrics.Log(cfg.place(f"logs/eval-{cfg.split}.jsonl"), vars(cfg), cfg.wandb)

@@ -77,7 +77,7 @@ def main(argv=None):
     source = runtime.load(file, cfg.assume_downsample)
     device = config.device(cfg.device)
     network = runtime.network(source, device)
-    classes = source.data.get("classes", data.CLASSES)
+    classes = source.data.get("classes") or data.names_of(source.settings["classes"])
     source.check_classes(classes)
     for start in range(0, len(paths), BATCH):
         images, names = [], []
@@ -131,7 +131,10 @@ def read(path: Path, max_megapixels: int = MEGAPIXELS) -> tuple[np.ndarray, str]
             image.draft(None, (8 * 32, 8 * 32))  # of JPEGs alone: to 1/8 of the sides or less
         image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):  # grey levels of more than 8 bits
-            levels, note = grey_levels(np.asarray(image))
+            values = np.asarray(image)
+            levels, note = grey_levels(values)
+            if isinstance(transparent := image.info.get("transparency"), int):
+                levels[values == transparent] = 255
             image = Image.fromarray(levels)
         if image.has_transparency_data:
             image = image.convert("RGBA")

@@ -104,8 +104,8 @@ class Settings(config.AfterTraining):
             raise ValueError("--lr must be over 0, --weight-decay at least 0")
         if not 0 <= self.label_smoothing <= 1 or not 0 <= self.distill <= 1:
             raise ValueError("--label-smoothing and --distill must be in [0, 1]")
-        if self.teacher and not self.distill:
-            raise ValueError("--teacher needs a --distill over 0")
+        if (self.teacher or self.views) and not self.distill:
+            raise ValueError("--teacher and --views need a --distill over 0")
         if not self.temperature > 0:
             raise ValueError("--temperature must be over 0")
 
@@ -202,6 +202,8 @@ def main(argv=None):
     device = config.device(cfg.device)
     processes.start(device)
     file = cfg.path(cfg.parent, "checkpoints/baseline.pth")
+    out = cfg.path(cfg.out, "checkpoints/pruned.pth")
+    config.refuse_replacing(out, file, cfg.teacher)
     parent = checkpoint.load(file, cfg.assume_downsample)
     parent.refuse_quantized("prune before quantizing")
     with processes.main_first():
@@ -213,8 +215,7 @@ def main(argv=None):
         "parent": parent.sha256, "teacher": teacher.sha256, "data": images.provenance()
     }  # fmt: skip
     run = Run(
-        cfg, parent, metrics.layer_counts(model), images, teacher.build(device),
-        cfg.path(cfg.out, "checkpoints/pruned.pth"), identity,
+        cfg, parent, metrics.layer_counts(model), images, teacher.build(device), out, identity,
         metrics.Log(cfg.place("logs/prune.jsonl"), identity, cfg.wandb),
     )  # fmt: skip
     if cfg.teacher:
@@ -267,6 +268,7 @@ def _run_rounds(run: Run, state: State) -> State:
             if processes.world_and_rank()[0] > 1:  # the same network for all of them
                 state = State.load(run.state_file, run.identity, device)
         model, recipe = state.pruned, run.recipe(number)
+        pruned_in = time.monotonic() - began
         try:
             history, _ = engine.fit(
                 model, images, recipe, augmentation(cfg.augment), cfg.seed + number, run.round_file,
@@ -280,9 +282,13 @@ def _run_rounds(run: Run, state: State) -> State:
                 raise
             engine.say(f"round {number}: {error}; the last good one stays")
             break
+        began = time.monotonic()
         result = engine.evaluate(model, images.val)
         good = bool(processes.from_main_process(result.correct >= fewest, device))
-        line = _line(run, number, model, result, good, history, time.monotonic() - began)
+        # Of all epochs, also those before an interruption.
+        seconds = pruned_in + sum(epoch["seconds"] for epoch in history)
+        seconds += time.monotonic() - began
+        line = _line(run, number, model, result, good, history, seconds)
         state = State(
             [*state.rounds, line], model if good else state.last_good,
             engine.velocity_of(run.round_file, model, recipe),

@@ -11,12 +11,14 @@ out: release/mobilenetv2-cifar10.nnz, baseline.pth, and mobilenetv2-cifar10.onnx
      evaluated; release/results.json; the charts
 
 This stage measures nothing, and writes nothing if a file has changed since it was measured.
-The stages' logs and charts are taken from the run's folder without a check. The command of a file
-is the one recorded in it; a file of a version that recorded none is listed without.
+The stages' logs and charts are taken from the run's folder without a check; the log and chart of
+the training stay what they are if the run began with the published baseline.pth. The command of a
+file is the one recorded in it; a file of a version that recorded none is listed without.
 """
 
 import csv
 import dataclasses
+import json
 import shlex
 from pathlib import Path
 
@@ -63,13 +65,16 @@ def main(argv=None):
 
     release = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
     index = release / "results.json"
+    training = log_of_training(index, rows) if "train" not in logs else {}
+    logs = training | logs
     index.unlink(missing_ok=True)  # written last: until then, nothing is published
     published = {}
     for name, public in PUBLISHED.items():
         copy(files[name].file if name in files else None, release / public)
         published |= {public: name} if name in files else {}
     for chart in CHARTS:
-        copy(cfg.path(f"plots/{chart}"), release / chart)
+        if chart != "train.png" or not training:  # else it is there
+            copy(cfg.path(f"plots/{chart}"), release / chart)
     write_json(index, {
         "format": "mobilenetv2-cifar10/results/1", "published": published, "files": rows,
         "logs": logs, "sweep": cells,
@@ -148,6 +153,18 @@ def ancestry(rows: dict[str, dict]) -> list[dict]:
             raise UserError(f"the parent of the {chain[-1]['stage']} file was not evaluated")
         chain.append(by_hash[parent])
     return chain
+
+
+def log_of_training(index: Path, rows: dict[str, dict]) -> dict[str, list]:
+    """Return {"train": the log} of the published dense network if it is that of this run, too.
+
+    Such a run began with that file, and has no training of its own. index: what is published; it
+    may be missing.
+    """
+    old = json.loads(index.read_text()) if index.is_file() else {}
+    dense = old.get("files", {}).get(DENSE, {}).get("sha256")
+    same = DENSE in rows and rows[DENSE]["sha256"] == dense
+    return {name: log for name, log in old.get("logs", {}).items() if name == "train" and same}
 
 
 def sweep(path: Path, rows: dict[str, dict]) -> list[dict]:

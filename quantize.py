@@ -162,8 +162,8 @@ class Settings(config.AfterTraining):
             raise ValueError("--epochs and --batch-size must be at least 1, --views at least 0")
         if not 0 <= self.distill <= 1 or not 0 <= self.ema < 1:
             raise ValueError("--distill must be in [0, 1], --ema in [0, 1)")
-        if self.teacher and (self.method != "qat" or not self.distill):
-            raise ValueError("--teacher is for --method qat with a --distill over 0")
+        if (self.teacher or self.views) and (self.method != "qat" or not self.distill):
+            raise ValueError("--teacher and --views are for --method qat with a --distill over 0")
         if not self.temperature > 0 or not self.lr > 0:
             raise ValueError("--lr and --temperature must be over 0")
 
@@ -190,10 +190,19 @@ class Job:
 
     cfg: Settings
     parent: checkpoint.Checkpoint
+    teacher: checkpoint.Checkpoint  # that qat learns from
     network: MobileNetV2  # the parent's, without dead channels (reference: with them)
     scheme: dict  # see lib.quantizers
     images: data.Data
     before: engine.Evaluation | None  # of the parent on the validation split, if there is one
+
+    @property
+    def identity(self) -> dict:
+        """What the state of an interrupted qat belongs to, but for PTQ_NETWORK."""
+        return config.identity(self.cfg) | {
+            "scheme": self.scheme, "parent": self.parent.sha256, "teacher": self.teacher.sha256,
+            "data": self.images.provenance(),
+        }  # fmt: skip
 
     def measure(self, network, rd_lambda: float, latent: dict | None = None) -> budget.Attempt:
         """Return a quantized network with its accuracy and, if there is a lambda, its bytes."""
@@ -216,7 +225,10 @@ def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = config.device(cfg.device)
     processes.start(device)
-    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
+    file = cfg.path(cfg.parent, "checkpoints/pruned.pth")
+    out = cfg.path(cfg.out, "checkpoints/quantized.pth")
+    config.refuse_replacing(out, file, cfg.teacher)
+    parent = checkpoint.load(file, cfg.assume_downsample)
     parent.refuse_quantized()
     model = parent.build(device)
     scheme = None if cfg.method == "reference" else scheme_of(cfg, model)
@@ -227,19 +239,21 @@ def main(argv=None):
     teacher = parent.teacher(cfg.teacher, cfg.assume_downsample, images)
     engine.say_device(device)
     before = engine.evaluate(model, images.val) if len(images.val) else None
-    out = cfg.path(cfg.out, "checkpoints/quantized.pth")
 
     attempts = []
     if cfg.method == "reference":
         scheme = quantizers.quantize_reference(model, cfg.weight_bits, cfg.act_bits)
-        job = Job(cfg, parent, model, scheme, images, before)
+        job = Job(cfg, parent, teacher, model, scheme, images, before)
         made = job.measure(model, 0.0)
     else:
-        job = Job(cfg, parent, compact(model)[0], scheme, images, before)
+        job = Job(cfg, parent, teacher, compact(model)[0], scheme, images, before)
+        if cfg.method == "qat":  # before ptq, which may take hours
+            engine.refuse_unfit_batches(cfg.batch_size, images.train)
+            refuse_other_state(job, out)
         start, fallback, attempts = post_training(job)
         made = start
         if cfg.method == "qat":
-            made = train(job, start, fallback, teacher, out)
+            made = train(job, start, fallback, out)
             if made is fallback:  # the file says that it is ptq's, and becomes a little smaller
                 job = dataclasses.replace(job, scheme=job.scheme | {"method": "ptq"})
                 made = job.measure(fallback.network, fallback.rd_lambda)
@@ -406,12 +420,12 @@ def scheme_of(cfg, model) -> dict:
     return ptq.make_scheme(cfg.weight_bits, cfg.act_bits, **others)
 
 
-def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budget.Attempt:
+def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attempt:
     """Return the quantized network of `start`, trained, or `fallback` if no epoch is better; leave
     the state of the training beside `out`.
 
-    fallback: an Attempt or None, see PostTraining. teacher: the Checkpoint to learn from. With a
-    lambda, epochs are compared by what is asked for, as files: see lib.budget.Budget.score.
+    fallback: an Attempt or None, see PostTraining. With a lambda, epochs are compared by what is
+    asked for, as files: see lib.budget.Budget.score.
     """
     cfg, images = job.cfg, job.images
     if job.before:
@@ -438,10 +452,7 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
         score = goal.score(made.bytes, made.result, errors_per_bit)
         return made.result, {"bytes": made.bytes} if cfg.has_lambda else {}, score
 
-    identity = config.identity(cfg) | {
-        "scheme": job.scheme, "parent": job.parent.sha256, "teacher": teacher.sha256,
-        "data": images.provenance(), PTQ_NETWORK: beginning,
-    }  # fmt: skip
+    identity = job.identity | {PTQ_NETWORK: beginning}
     log = metrics.Log(cfg.place("logs/quantize.jsonl"), identity, cfg.wandb)
     # Adam: without batch norm, rows of all magnitudes share one learning rate, and SGD diverges.
     # Its first steps are as large as its later ones, whatever the gradients: so they are warmed up.
@@ -451,7 +462,7 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
     # Without dead channels, the parent answers the same and is faster.
     teacher_network = job.network
     if cfg.teacher:
-        teacher_network = teacher.build(images.device)
+        teacher_network = job.teacher.build(images.device)
         engine.match_logits(teacher_network, job.network, sample)
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
@@ -473,6 +484,16 @@ def train(job: Job, start: budget.Attempt, fallback, teacher, out: Path) -> budg
         raise UserError(f"no epoch has {cfg.budget_in_words}: the best one, {best + 1}, has "
                         f"{history[best]['val_accuracy']:.2%} and {history[best]['bytes']:,} bytes")
     return job.measure(model, start.rd_lambda)
+
+
+def refuse_other_state(job: Job, out: Path) -> None:
+    """Raise UserError if qat cannot continue the state that is beside `out`, as far as that is
+    known before ptq."""
+    if job.cfg.resume and state_file(out).is_file():
+        saved = checkpoint.read(state_file(out))["config"]
+        engine.refuse_other_run(
+            state_file(out), {k: v for k, v in saved.items() if k != PTQ_NETWORK}, job.identity
+        )
 
 
 def refuse_different_starts(beginning: str, out: Path, device) -> None:

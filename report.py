@@ -183,19 +183,24 @@ def status(folder: Path) -> list[tuple[str, ...]]:
             if not notes[0].startswith("up to date"):
                 stale.add(path.name)
         rows.append((path.name, stage, date, size, "; ".join(notes + unfinished(path))))
-    return [*rows, sweep_status(folder.parent / "logs/sweep.csv", hashes)]
+    return [*rows, sweep_status(folder.parent / "logs/sweep.csv", hashes, stale)]
 
 
-def sweep_status(path: Path, hashes: dict[str, str]) -> tuple[str, ...]:
-    """Return the row of the sweep's table. hashes: SHA-256 of the chain's files by name."""
+def sweep_status(path: Path, hashes: dict[str, str], stale: set[str]) -> tuple[str, ...]:
+    """Return the row of the sweep's table. hashes, stale: as for `freshness`."""
     if not path.is_file():
         return (path.name, "-", "-", "-", "missing")
     with path.open(newline="") as file:
         parents = {row.get("parent_sha256") for row in csv.DictReader(file)}
     date = f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
     same = next((name for name, value in hashes.items() if parents == {value}), None)
-    note = f"up to date with {same}" if same else "stale: measured on another parent"
+    note = up_to_date(same, stale) if same else "stale: measured on another parent"
     return (path.name, "sweep", date, f"{path.stat().st_size:,}", note)
+
+
+def up_to_date(parent: str, stale: set[str]) -> str:
+    """Say what a file is that was made of `parent`. stale: as for `freshness`."""
+    return f"stale: {parent} is not up to date" if parent in stale else f"up to date with {parent}"
 
 
 def freshness(source, hashes: dict[str, str], stale: set[str]) -> str:
@@ -212,7 +217,7 @@ def freshness(source, hashes: dict[str, str], stale: set[str]) -> str:
         hashes = hashes | {given: sha256_of(given)}
     same = next((name for name, value in hashes.items() if value == parent["sha256"]), None)
     if same:
-        return f"stale: {same} is not up to date" if same in stale else f"up to date with {same}"
+        return up_to_date(same, stale)
     of_stage = {Path(name).stem: name for name in checkpoint.CHAIN}
     name = given or of_stage.get(parent["stage"], parent["stage"])
     now = f"changed: {name} is now {hashes[name][:8]}" if name in hashes else f"missing: no {name}"

@@ -33,6 +33,8 @@ class Settings(config.AfterTraining):
     def __post_init__(self):
         if self.decompress and not (self.out or self.onnx):
             raise ValueError("--decompress needs --out FILE.pth or --onnx FILE.onnx")
+        if self.decompress and self.parent:
+            raise ValueError("--parent and --decompress both name what is read: give one of them")
         if self.onnx and not (self.decompress and self.onnx.endswith(".onnx")):
             raise ValueError("--onnx FILE.onnx goes with --decompress FILE.nnz")
         if self.wandb_artifact and (self.decompress or not self.wandb):
@@ -49,9 +51,11 @@ def main(argv=None):
 
 def compress(cfg) -> None:
     """Write the parent as a .nnz file, after checking that it decodes to the same tensors."""
-    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/int8.pth"), cfg.assume_downsample)
-    raw = compressed.encode(parent)
+    file = cfg.path(cfg.parent, "checkpoints/int8.pth")
     out = cfg.path(cfg.out, "checkpoints/compressed.nnz")
+    config.refuse_replacing(out, file)
+    parent = checkpoint.load(file, cfg.assume_downsample)
+    raw = compressed.encode(parent)
     decoded = compressed.decode(raw)["state"]
     for name, tensor in compressed.stored(parent)[1].items():
         if not torch.equal(decoded[name], tensor):
@@ -75,6 +79,8 @@ def compress(cfg) -> None:
 
 def decompress(cfg) -> None:
     """Write a .nnz file as a checkpoint, as an .onnx file, or as both."""
+    for out in filter(None, (cfg.out, cfg.onnx)):
+        config.refuse_replacing(Path(out), cfg.decompress)
     source = checkpoint.load(cfg.decompress)
     if source.stage != "compressed":
         raise UserError(f"{cfg.decompress} is not a .nnz file")

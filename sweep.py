@@ -25,6 +25,7 @@ import json
 import math
 import os
 import time
+from datetime import date
 from pathlib import Path
 
 from lib import (
@@ -50,6 +51,7 @@ COLUMNS = (
     "weight_bits", "act_bits", "rd_lambda", "method", "split", "correct", "total", "accuracy",
     "gained", "lost", "bytes", "seconds", "calibration", "seed", "sha256", "parent_sha256",
 )  # fmt: skip
+MEASURED = ("hardware", "date", "code")  # how a cell was measured, as lib.tables says it
 
 
 @dataclasses.dataclass
@@ -202,11 +204,15 @@ def table_of(cfg, rows: list[dict], parent, images, others: dict) -> dict:
     about += f"({parent.sha256[:12]}); each cell is a file that was decoded again."
     if others:
         about += f" In brackets: {Path(cfg.beside).name}."
-    return tables.table(
+    table = tables.table(
         cfg.title, ["weights", *(f"activations {bits}" for bits in widths[1]), "bytes, at most"],
         lines, device=images.device, text=about,
         data=f"{images.source}, {cfg.split} split, n={rows[0]['total']:,}",
     )  # fmt: skip
+    # Not those of now: cells may have been measured before.
+    return table | {
+        key: ", ".join(dict.fromkeys(row[key] for row in cells.values())) for key in MEASURED
+    }
 
 
 def name_of(weight_bits: int, act_bits: int, rd_lambda: float) -> str:
@@ -254,6 +260,8 @@ def cell(
         "assume_downsample": cfg.assume_downsample, "data": about_images(images, cfg.split),
         **{key: figures[key] for key in COLUMNS if key in figures},
         **{key: figures["change"][key] for key in ("gained", "lost")},
+        "hardware": tables.hardware(split.images.device), "date": date.today().isoformat(),
+        "code": checkpoint.code_version(),
     }  # fmt: skip
     write_bytes(path.with_suffix(".json"), json.dumps(row).encode())
     return row
@@ -272,7 +280,8 @@ def finished(path: Path, cfg, parent, images) -> dict | None:
     }  # fmt: skip
     try:
         row = json.loads(record.read_text())
-        return row if wanted.items() <= row.items() and set(COLUMNS) <= set(row) else None
+        known = {*COLUMNS, *MEASURED} <= set(row)  # else of an earlier version
+        return row if wanted.items() <= row.items() and known else None
     except (ValueError, AttributeError):  # not ours: measure it again
         return None
 

@@ -45,6 +45,8 @@ def main(argv=None):
     if cfg.target == "vnni" and runtime.saturates():
         raise UserError("--target vnni: this processor has no VNNI, and could not check the file")
     file = cfg.path(cfg.parent, "checkpoints/quantized.pth")
+    out = cfg.path(cfg.out, "checkpoints/int8.pth")
+    config.refuse_replacing(out, file)
     parent = checkpoint.load(file, cfg.assume_downsample)
     scheme = parent.quantization
     bits = max(scheme["weight_bits"], *scheme.get("layer_bits", {}).values(), 0) if scheme else 32
@@ -58,22 +60,28 @@ def main(argv=None):
     engine.say_device(device)
     expected = engine.evaluate(model, images.val) if len(images.val) else None
     figures = {"val_correct": expected.correct, "val_total": expected.total} if expected else {}
-    out = cfg.path(cfg.out, "checkpoints/int8.pth")
+    onnx = out.with_suffix(".onnx")
     unchecked = out.with_name(out.name + ".unchecked")
+    graph_file = onnx.with_stem(onnx.stem + ".unchecked")
     try:
         saved = checkpoint.save(
             unchecked, "int8", model, cfg, parent, metrics=figures, data=images.provenance(),
             quantization=scheme, state=state, seed=parent.seed,
         )  # fmt: skip
         check(saved, model, images.val, expected)
-        # Before the .pth is replaced: an interruption leaves no new one beside an older .onnx.
-        out.with_suffix(".onnx").unlink(missing_ok=True)
-        saved.file = unchecked.replace(out)
+        exported, text = export(saved, graph_file, images.val, cfg.target)
+        # All at once: an interruption leaves no new .pth beside an older .onnx, or beside none.
+        onnx.unlink(missing_ok=True)
+        unchecked.replace(out)
+        if exported:
+            graph_file.replace(onnx)
     finally:
         unchecked.unlink(missing_ok=True)
-    print(f"{out}: {saved.bytes:,} bytes (parent {parent.bytes:,}), val {expected}, checked")
-    figures |= export(saved, out.with_suffix(".onnx"), images.val, cfg.target)
-    metrics.log_stage(cfg, "int8", {"bytes": saved.bytes, **figures})
+        graph_file.unlink(missing_ok=True)
+    val = f"val {expected}, checked" if expected else "no validation split: weights checked"
+    print(f"{out}: {saved.bytes:,} bytes (parent {parent.bytes:,}), {val}")
+    print(f"{onnx}: {text}" if exported else f"no {onnx.name}: {text}")
+    metrics.log_stage(cfg, "int8", {"bytes": saved.bytes, **figures, **exported})
 
 
 def check(saved: checkpoint.Checkpoint, model, split, expected: engine.Evaluation | None) -> None:
@@ -89,15 +97,15 @@ def check(saved: checkpoint.Checkpoint, model, split, expected: engine.Evaluatio
         raise UserError(f"{saved.file} was not the same network as its parent: it is deleted")
 
 
-def export(saved, path, split, target: str) -> dict:
-    """Write the .onnx of an int8.pth, or say why there is none.
+def export(saved, path, split, target: str) -> tuple[dict, str]:
+    """Write the .onnx of an int8.pth; return figures for the log, with how often the three
+    arithmetics agree on the first 1,000 images of the split, and in words; or {}, and why there is
+    none.
 
-    target: one of graph.TARGETS. Returns figures for the log, with how often the three arithmetics
-    agree on the first 1,000 images of the split; it may be empty.
+    target: one of graph.TARGETS.
     """
     if why := runtime.why_no_onnx(saved.quantization):
-        print(f"no {path.name}: {why}")
-        return {}
+        return {}, why
     onnx = runtime.export(saved, path, target)
     figures, text = {"onnx_bytes": onnx.bytes, "target": target}, ""
     if len(split):
@@ -112,8 +120,7 @@ def export(saved, path, split, target: str) -> dict:
         }
         figures |= {"agree": agree, "agree_total": len(first)}
         text = f"; same answers of {len(first)}: " + "; ".join(f"{k} {n}" for k, n in agree.items())
-    print(f"{path}: {onnx.bytes:,} bytes, target {target}{text}")
-    return figures
+    return figures, f"{onnx.bytes:,} bytes, target {target}{text}"
 
 
 if __name__ == "__main__":

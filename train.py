@@ -98,6 +98,7 @@ def main(argv=None):
     device = config.device(cfg.device)
     processes.start(device)
     out = cfg.path(cfg.out, "checkpoints/baseline.pth")
+    config.refuse_replacing(out, cfg.init)
     source = checkpoint.load(cfg.init, cfg.downsample) if cfg.init else None
     with processes.main_first():
         images = data.load(cfg.data, cfg.val_size, device)

@@ -197,6 +197,14 @@ PLACES = PARENTS | {
 }
 
 
+def refuse_replacing(out: Path, *read: Path | str | None) -> None:
+    """Raise UserError if `out` is one of the files that a stage reads: it would be lost."""
+    for file in read:
+        if file and out.exists() and Path(file).exists() and out.samefile(file):
+            raise UserError(f"{out} is what this stage reads, and would be replaced: give another "
+                            "--out")  # fmt: skip
+
+
 def identity(cfg) -> dict:
     """Return the settings that a stage's result depends on."""
     return {k: v for k, v in vars(cfg).items() if k not in PLACES}

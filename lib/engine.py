@@ -192,12 +192,8 @@ def fit(
     """
     world, rank = processes.world_and_rank()
     device = images.device
+    refuse_unfit_batches(recipe.batch_size, images.train)
     steps = len(images.train) // recipe.batch_size
-    if not steps:
-        count = len(images.train)
-        raise UserError(f"--batch-size {recipe.batch_size} is over the {count} training images")
-    if recipe.batch_size % world:
-        raise UserError(f"--batch-size {recipe.batch_size} is no multiple of the {world} processes")
     if world > 1:
         processes.synchronize_batchnorm(model)
     state = TrainingState.start(model, recipe, velocity)
@@ -230,7 +226,8 @@ def fit(
             loss, correct = (totals / count).tolist()
             if not math.isfinite(loss):
                 where = f"at epoch {epoch + 1}"
-                raise DivergedError(f"the loss is {loss} {where}: lower --lr, or --no-amp")
+                advice = "lower --lr, or --no-amp, with --no-resume"
+                raise DivergedError(f"the loss is {loss} {where}: {advice}")
             line = {
                 "epoch": epoch + 1, "train_loss": loss, "train_accuracy": correct,
                 "lr": recipe.learning_rate((epoch + 1) * steps - 1, steps),
@@ -263,6 +260,15 @@ def fit(
         raise KeyboardInterrupt(f"{held}; the same command continues") from None
     model.load_state_dict(state.best_weights)
     return state.history, state.best
+
+
+def refuse_unfit_batches(size: int, split: data.Split) -> None:
+    """Raise UserError if a split cannot be trained on in batches of this size."""
+    world, _ = processes.world_and_rank()
+    if size > len(split):
+        raise UserError(f"--batch-size {size} is over the {len(split)} training images")
+    if size % world:
+        raise UserError(f"--batch-size {size} is no multiple of the {world} processes")
 
 
 @dataclasses.dataclass

@@ -59,7 +59,8 @@ def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
     if path.suffix != ".onnx":
         return checkpoint.load(path, downsample)
     if not path.is_file():
-        raise UserError(f"{path} does not exist: `make int8` makes int8.onnx")
+        raise UserError(f"{path} does not exist: `make int8` makes int8.onnx with int8.pth (delete "
+                        "that first, if it is there), where activations have 8 bits")  # fmt: skip
     raw = path.read_bytes()
     try:
         model = onnx.load_from_string(raw)

@@ -35,11 +35,12 @@ fi
 mkdir -p "$C"
 [ -e "$C/baseline.pth" ] || cp release/baseline.pth "$C"
 
-# prune NUMBER FILE FLAGS...: one pruning; each has its own log.
+# prune NUMBER FILE FLAGS...: one pruning; each has its own log, which a repeated call leaves alone.
 prune() {
   run "$C/$2" prune.py --out "$C/$2" --score obd --max-drop 20 --weight-decay 1e-4 \
     --label-smoothing 0 --distill 0.9 "${@:3}"
-  [ ! -e "$RUN/logs/prune.jsonl" ] || mv "$RUN/logs/prune.jsonl" "$RUN/logs/prune-$1.jsonl"
+  [ -e "$RUN/logs/prune-$1.jsonl" ] || [ ! -e "$RUN/logs/prune.jsonl" ] ||
+    mv "$RUN/logs/prune.jsonl" "$RUN/logs/prune-$1.jsonl"
 }
 
 # The published pruned_a.pth is of a run with `--epochs 1 --last-epochs 40` on a GPU and a CPU that was

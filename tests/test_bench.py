@@ -66,6 +66,20 @@ def test_all_of_them_run_and_are_written_down(folder, tiny, tmp_path, capsys):
     assert "--peers" not in out
 
 
+def test_networks_of_other_images_are_refused(folder, tiny, tmp_path, small, monkeypatch):
+    monkeypatch.setattr(bench, "contestants", None)  # before any work
+    other = {"metrics": {}, "data": {"source": "cifar100", "val_size": 50}}
+    file = tmp_path / "other.pth"
+    checkpoint.save(file, "baseline", small(0), train.Settings(), None, **other)
+    with pytest.raises(UserError, match="other.pth was trained on cifar100"):
+        bench.main([*few(tiny, tmp_path), f"--dense={file}"])
+    source = checkpoint.load(folder / "int8.pth")
+    source.data = other["data"]
+    runtime.export(source, tmp_path / "other.onnx")
+    with pytest.raises(UserError, match="other.onnx was trained on cifar100"):
+        bench.main([*few(tiny, tmp_path), f"--int8={tmp_path / 'other.onnx'}"])
+
+
 def few(tiny, tmp_path) -> list[str]:
     return [f"--data={tiny}", f"--run-dir={tmp_path}", "--threads=1", "--batches=1", "--turns=1",
             "--calls=1", "--calibration=64", "--peers"]  # fmt: skip

@@ -130,6 +130,9 @@ def test_defaults_are_the_chain_and_a_missing_parent_is_one_line(run, tmp_path, 
     ("prune", ["--max-drop=-5"], "--max-drop must be 0 to 100 percentage points"),
     ("quantize", ["--temperature=0"], "--lr and --temperature must be over 0"),
     ("quantize", ["--views=-1"], "at least 1, --views at least 0"),
+    ("quantize", ["--views=2"], "--views are for --method qat with a --distill over 0"),
+    ("prune", ["--views=2", "--distill=0"], "--teacher and --views need a --distill over 0"),
+    ("sparse_compress", ["--parent=a", "--decompress=b", "--out=c"], "give one of them"),
     ("prune", ["--views=-1"], "--rounds and --views at least 0"),
     ("quantize", ["--lr=nan"], "--lr and --temperature must be over 0"),
     ("train", ["--epochs"], "expected one argument"),
@@ -548,15 +551,36 @@ def test_an_interruption_leaves_no_pair_of_two_networks(run, chain, tiny, tmp_pa
     assert code == 1 and one_line("to_int8", err) and "was not the same network" in err
     assert sha256_of(folder / "int8.pth") == before and files(folder) == files_then
     monkeypatch.setattr(checkpoint, "save", save)
-    for interrupted, has_graph in (("export", False), ("network", True)):  # before it, after it
+    for interrupted in ("export", "network"):  # before the graph is written, after it
         with monkeypatch.context() as patch:
             patch.setattr(runtime, interrupted, lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                to_int8.main([*common, f"--seed={has_graph:d}"])
-        assert sha256_of(folder / "int8.pth") != before
-        assert (folder / "int8.onnx").exists() == has_graph
+                to_int8.main([*common, "--seed=1"])
+        assert sha256_of(folder / "int8.pth") == before and files(folder) == files_then
+    to_int8.main([*common, "--seed=1"])
+    assert sha256_of(folder / "int8.pth") != before and files(folder) == files_then
     graph = runtime.load(folder / "int8.onnx")
     assert graph.ancestors[-1]["sha256"] == sha256_of(folder / "int8.pth")
+
+
+@pytest.mark.parametrize(("stage", "flags"), [
+    ("train", ["--init={}/pruned.pth", "--out={}/pruned.pth"]),
+    ("prune", ["--parent={}/pruned.pth"]),
+    ("prune", ["--parent={}/int8.pth", "--teacher={}/pruned.pth"]),
+    ("quantize", ["--parent={}/quantized.pth"]), ("to_int8", ["--parent={}/int8.pth"]),
+    ("sparse_compress", ["--parent={}/compressed.nnz"]),
+    ("sparse_compress", ["--decompress={}/compressed.nnz", "--out={}/compressed.nnz"]),
+])  # fmt: skip
+def test_no_stage_replaces_what_it_reads(run, chain, tiny, tmp_path, stage, flags):
+    """A second pruning, say, whose parent is the first: it would be the only copy."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(chain / "checkpoints", folder)
+    before = {path.name: sha256_of(path) for path in folder.iterdir()}
+    code, out, err = run(stage, *(flag.format(folder) for flag in flags), f"--data={tiny}",
+                         f"--run-dir={tmp_path}")  # fmt: skip
+    assert (code, out) == (1, "") and one_line(stage, err)
+    assert "is what this stage reads, and would be replaced: give another --out" in err
+    assert {path.name: sha256_of(path) for path in folder.iterdir()} == before
 
 
 def test_an_output_that_is_a_folder_is_refused_before_the_work(run, chain, tiny, tmp_path):
@@ -604,7 +628,7 @@ def test_no_validation_split_is_no_obstacle(run, chain, tiny, tmp_path):
                          f"--run-dir={tmp_path}", "--val-size=0", "--calibration=16")  # fmt: skip
     assert (code, err) == (0, "") and "ptq W8A8" in out
     code, out, err = run("to_int8", f"--data={tiny}", f"--run-dir={tmp_path}")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "") and "no validation split: weights checked" in out
     assert checkpoint.load(tmp_path / "checkpoints/int8.pth").metrics == {}
 
 
@@ -627,5 +651,7 @@ def test_eval_writes_a_table_for_the_results(run, chain, tiny, tmp_path):
     assert [row[3] for row in table["rows"]] == [int(r.sum()) for r in right]
     gained, lost = (int((a & ~b).sum()) for a, b in (right[::-1], right))
     assert [row[5] for row in table["rows"]] == ["", f"+{gained} -{lost}"]
-    code, _, err = run("eval", *files, f"--data={tiny}", "--labels=one")
-    assert code == 2 and "1 --labels for 2 files" in err
+    code, _, err = run("eval", *files, f"--data={tiny}", "--labels=one", f"--results={path}")
+    assert code == 1 and "1 --labels for 2 files" in err
+    code, _, err = run("eval", *files, f"--data={tiny}", "--labels=one,two")
+    assert code == 2 and "--labels are for a table: give --results" in err

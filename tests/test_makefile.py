@@ -79,6 +79,12 @@ def test_a_misspelt_variable_stops_make():
     assert make("-n", "status", *flags, *known, "SPLIT=val", "RUN=x", "PYTHON=x").returncode == 0
 
 
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("", False), ("0", False), ("no", False)])
+def test_wandb_is_on_or_off(tmp_path, value, on):
+    run = make("-n", "train", f"WANDB={value}", f"RUN={tmp_path}", "PYTHON=python3")
+    assert run.returncode == 0 and ("--wandb" in run.stdout) == on
+
+
 def test_several_processes_share_the_stages_that_can(tmp_path):
     run = make("-n", "compress", "PROCESSES=2", "DEVICE=cpu", f"RUN={tmp_path}", "PYTHON=python3")
     launched = re.findall(r"; (python3 [^;|]*) \|", run.stdout)

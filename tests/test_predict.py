@@ -175,6 +175,14 @@ def test_greys_of_more_than_8_bits_are_scaled_by_their_range(tmp_path, dtype, to
     assert (said in note) if said else note == ""
 
 
+def test_transparent_greys_are_white_at_any_depth(tmp_path):
+    for dtype, top in ((np.uint8, 255), (np.uint16, 65535)):
+        levels = np.full((32, 32), top // 4, dtype)
+        levels[0] = top
+        Image.fromarray(levels).save(tmp_path / "x.png", transparency=top // 4)
+        assert (predict.read(tmp_path / "x.png")[0] == 255).all()
+
+
 @pytest.mark.parametrize("values", [[-1.0, 0.5], [0.0, 1e6], [0.0, np.nan], [0.0, np.inf]])
 def test_greys_in_no_usual_range_are_refused(run, folder, tmp_path, values):
     Image.fromarray(np.tile(np.float32(values), (4, 2))).save(tmp_path / "x.tiff")
@@ -271,6 +279,15 @@ def test_decompression_bombs_say_how_to_allow_them(run, folder, tmp_path):
     assert run(*flags, "--max-megapixels=3")[0] == 0 and run(*flags)[0] == 0
     assert run(*flags, "--max-megapixels=0")[0] == 2
     assert Image.MAX_IMAGE_PIXELS == 1024**3 // 4 // 3  # Pillow's own, as before
+
+
+def test_a_plain_state_dict_of_a_hundred_classes_has_numbers_for_names(run, tmp_path, picture):
+    torch.save(MobileNetV2(standard(0.1, classes=100)).state_dict(), tmp_path / "plain.pth")
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    code, out, _ = run(tmp_path / "x.png", f"--model={tmp_path / 'plain.pth'}",
+                       "--assume-downsample=4", "--json", "--top=100")  # fmt: skip
+    found = {pair["class"] for pair in json.loads(out.splitlines()[-1])["top"]}
+    assert code == 0 and found == set(map(str, range(100)))
 
 
 def test_a_hundred_classes_of_unusual_names(run, tmp_path, picture):

@@ -250,8 +250,27 @@ def test_what_a_run_lacks_is_not_left_of_an_earlier_one(published):
         published("eval", *published.files[:4], f"--split={split}")
     assert published("publish")[0] == 0
     names = {path.name for path in published.release.iterdir()}
-    assert names == {"mobilenetv2-cifar10.nnz", "baseline.pth", "results.json"}
+    # The chart of the training is that of the same baseline.pth.
+    assert names == {"mobilenetv2-cifar10.nnz", "baseline.pth", "results.json", "train.png"}
     assert published("verify")[0] == 0
+
+
+def test_a_run_from_the_published_network_keeps_the_log_of_its_training(published):
+    index, chart = published.release / "results.json", published.release / "train.png"
+    old = json.loads(index.read_text())["logs"]["train"]
+    chart.write_bytes(b"a chart")
+    for split in ("val", "test"):
+        published("eval", *published.files, f"--split={split}")
+    assert not (published.folder / "logs/train.jsonl").exists()
+    assert published("publish")[0] == 0
+    assert json.loads(index.read_text())["logs"]["train"] == old
+    assert chart.read_bytes() == b"a chart"
+    # Another dense network has another training.
+    results = json.loads(index.read_text())
+    results["files"]["baseline.pth"]["sha256"] = "0"
+    index.write_text(json.dumps(results))
+    assert published("publish")[0] == 0
+    assert "train" not in json.loads(index.read_text())["logs"] and not chart.exists()
 
 
 def test_a_refusal_leaves_what_was_published(published, tiny):

@@ -291,6 +291,18 @@ def test_resumed_equals_uninterrupted(tiny, parent, whole, tmp_path, monkeypatch
     assert not out.with_name("quantized.pth.resume").exists()
 
 
+def test_what_cannot_be_trained_is_refused_before_ptq(tiny, parent, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "__call__", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, parent, tmp_path)
+    monkeypatch.setattr(ptq, "quantize", None)
+    with pytest.raises(UserError, match="--batch-size 5000 is over the .* training images"):
+        run(tiny, parent, tmp_path / "other", "--batch-size=5000")
+    with pytest.raises(UserError, match="another run .epochs was 2, is 3.: give its flags"):
+        run(tiny, parent, tmp_path, "--epochs=3")
+
+
 def test_training_is_not_continued_from_another_beginning(tiny, parent, tmp_path, monkeypatch):
     """On another processor, ptq's sums may be rounded otherwise, and other weights be zero."""
     with monkeypatch.context() as patch:

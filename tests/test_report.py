@@ -180,6 +180,11 @@ def test_status_names_the_parent_that_changed_and_what_follows(chain, run, statu
     assert why in lines["quantized.pth"]
     assert "stale: parent changed: quantized.pth is now" in lines["int8.pth"]
     assert "stale: int8.pth is not up to date" in lines["compressed.nnz"]
+    (run / "logs").mkdir(exist_ok=True)
+    for name, note in (("baseline", "up to date with"), ("quantized", "stale: quantized.pth is")):
+        parent = checkpoint.load(run / f"checkpoints/{name}.pth").sha256
+        (run / "logs/sweep.csv").write_text(f"bits,parent_sha256\n4,{parent}\n")
+        assert note in status()["sweep.csv"]
 
 
 def test_status_of_missing_damaged_and_other_code(run, status):

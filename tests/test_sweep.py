@@ -72,7 +72,7 @@ def test_cells_are_measured_from_files_and_only_once(tiny, parent, tmp_path, mon
     assert [r["sha256"] for r in rows(tmp_path)][:4] == [r["sha256"] for r in first]
 
 
-def test_the_grid_is_a_table_beside_anothers_figures(tiny, parent, tmp_path):
+def test_the_grid_is_a_table_beside_anothers_figures(tiny, parent, tmp_path, monkeypatch):
     grid = ["--weight-bits=8,2", "--act-bits=32,4", f"--results={tmp_path}/results/sweep.json"]
     other = tmp_path / "grid.csv"
     other.write_text("weight_bits,activation_bits,size,accuracy\n8,4,1,17.5\n4,4,1,9\n")
@@ -87,6 +87,14 @@ def test_the_grid_is_a_table_beside_anothers_figures(tiny, parent, tmp_path):
          max(int(cells["2", a]["bytes"]) for a in ("32", "4"))],
     ]  # fmt: skip
     assert table["title"] == "Bits" and "test split, n=100" in table["data"]
+    with monkeypatch.context() as patch:  # the cells are of the earlier code, but for a new one
+        patch.setattr(checkpoint, "code_version", lambda: "another")
+        sweep.main([*flags(tiny, parent, tmp_path), *grid])
+        assert tables.read(tmp_path / "results/sweep.json")["code"] == table["code"] != "another"
+        grid[1] = "--act-bits=32,4,5"
+        sweep.main([*flags(tiny, parent, tmp_path), *grid])
+        mixed = tables.read(tmp_path / "results/sweep.json")["code"]
+        assert mixed == f"{table['code']}, another"
     other.write_text("weight_bits,accuracy\n8,17.5\n")
     with pytest.raises(UserError, match="--beside .*activation_bits"):
         sweep.main([*flags(tiny, parent, tmp_path), *grid, f"--beside={other}"])
@@ -142,10 +150,11 @@ def test_a_cell_of_an_older_version_is_measured_again(tiny, parent, tmp_path):
     sweep.main([*flags(tiny, parent, tmp_path), *grid])
     record = tmp_path / "checkpoints/sweep/w8a32.json"
     row = json.loads(record.read_text())
-    record.write_text(json.dumps({k: v for k, v in row.items() if k not in ("gained", "lost")}))
-    sweep.main([*flags(tiny, parent, tmp_path), *grid])
-    again = json.loads(record.read_text())
-    assert again | {"seconds": 0} == row | {"seconds": 0}
+    for lacking in (("gained", "lost"), ("code",)):
+        record.write_text(json.dumps({k: v for k, v in row.items() if k not in lacking}))
+        sweep.main([*flags(tiny, parent, tmp_path), *grid])
+        again = json.loads(record.read_text())
+        assert again | {"seconds": 0} == row | {"seconds": 0}
 
 
 def test_another_parent_is_measured_anew(tiny, small, parent, tmp_path):
