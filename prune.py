@@ -209,6 +209,8 @@ def main(argv=None):
     with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
     images.split("val")  # it decides where pruning stops
+    if cfg.rounds:
+        engine.refuse_unfit_batches(cfg.batch_size, images.train)
     model = parent.build(device)
     teacher = parent.teacher(cfg.teacher, cfg.assume_downsample, images)
     identity = config.identity(cfg) | {

@@ -79,8 +79,8 @@ def compress(cfg) -> None:
 
 def decompress(cfg) -> None:
     """Write a .nnz file as a checkpoint, as an .onnx file, or as both."""
-    for out in filter(None, (cfg.out, cfg.onnx)):
-        config.refuse_replacing(Path(out), cfg.decompress)
+    if cfg.out:
+        config.refuse_replacing(Path(cfg.out), cfg.decompress)
     source = checkpoint.load(cfg.decompress)
     if source.stage != "compressed":
         raise UserError(f"{cfg.decompress} is not a .nnz file")

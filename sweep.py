@@ -211,7 +211,7 @@ def table_of(cfg, rows: list[dict], parent, images, others: dict) -> dict:
     )  # fmt: skip
     # Not those of now: cells may have been measured before.
     return table | {
-        key: ", ".join(dict.fromkeys(row[key] for row in cells.values())) for key in MEASURED
+        key: " and ".join(dict.fromkeys(row[key] for row in cells.values())) for key in MEASURED
     }
 
 

@@ -70,11 +70,12 @@ def main(argv=None):
         )  # fmt: skip
         check(saved, model, images.val, expected)
         exported, text = export(saved, graph_file, images.val, cfg.target)
-        # All at once: an interruption leaves no new .pth beside an older .onnx, or beside none.
-        onnx.unlink(missing_ok=True)
-        unchecked.replace(out)
+        # The .pth last: if this is interrupted here, make finds an older one, and repeats it.
         if exported:
             graph_file.replace(onnx)
+        else:
+            onnx.unlink(missing_ok=True)
+        unchecked.replace(out)
     finally:
         unchecked.unlink(missing_ok=True)
         graph_file.unlink(missing_ok=True)

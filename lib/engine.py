@@ -226,7 +226,7 @@ def fit(
             loss, correct = (totals / count).tolist()
             if not math.isfinite(loss):
                 where = f"at epoch {epoch + 1}"
-                advice = "lower --lr, or --no-amp, with --no-resume"
+                advice = "lower --lr, or --no-amp" + ", with --no-resume" * state_file.is_file()
                 raise DivergedError(f"the loss is {loss} {where}: {advice}")
             line = {
                 "epoch": epoch + 1, "train_loss": loss, "train_accuracy": correct,
@@ -410,12 +410,13 @@ def match_layouts(optimizer: torch.optim.Optimizer) -> None:
 
 def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment, seed: int,
                 epoch: int, *, forward: nn.Module | None = None, teacher: nn.Module | None = None,
-                answers: dict[tuple, list[Tensor]] | None = None, after_step=None, penalty=None,
+                answers: dict[int, list[Tensor]] | None = None, after_step=None, penalty=None,
                 note: str = "") -> Tensor:  # fmt: skip
     """Train for one epoch; return [sum of losses, correct answers] of this process, float64 (2,).
 
     forward: DistributedDataParallel around the model of `state`, or None for that model itself.
-    answers: the teacher's logits for the batches that repeat, by recipe.views; they are added.
+    answers: the teacher's logits for the batches that repeat, by the epoch of recipe.views that
+        they are of; they are added here.
     The rest is as in `fit`; the teacher is taken as it is.
     The host never waits for the device, except to record a step (lib/replay.py): the totals stay
     on the device, and the caller reads them once. The images of an epoch have one size.
@@ -433,14 +434,9 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
     )
     side = recipe.side(epoch)
     known = None  # the teacher's answers, batch by batch, if they are kept
-    if teacher and recipe.views and answers is not None:
-        known = answers.setdefault((drawn, side), [])
+    if teacher and 0 < recipe.views < recipe.epochs and side == SIDE and answers is not None:
+        known = answers.setdefault(drawn, [])
     averaged = state.average and float_tensors(state.average, state.model)
-
-    def resize(x: Tensor) -> Tensor:
-        if side == SIDE:
-            return x
-        return F.interpolate(x, (side, side), mode="bilinear", antialias=True)
 
     @torch.no_grad()
     def ask(x: Tensor) -> Tensor:
@@ -448,7 +444,8 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
             return teacher(x).float()
 
     def step(x: Tensor, labels: Tensor, group_rates, soft: Tensor | None = None) -> None:
-        x = resize(x)
+        if side < SIDE:
+            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
         _set_options(groups, lr=group_rates)
         with _autocast(device, recipe.amp):
             logits = forward(x)
@@ -479,7 +476,7 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
         soft = []
         if known is not None:
             if len(known) == i - epoch * steps:
-                known.append(ask(resize(x)))
+                known.append(ask(x))
             soft = [known[i - epoch * steps]]
         run_step(x, labels, group_rates, *soft)
         if averaged:

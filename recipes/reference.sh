@@ -52,7 +52,7 @@ evaluate() {
   local files=("$NETWORK") run
   for run in "${@:5}"; do files+=("$RUN/$run/checkpoints/compressed.nnz"); done
   "$PYTHON" eval.py "${files[@]}" --assume-downsample 4 --data "$DATA" --run-dir "$RUN" \
-    --split "$2" --val-size 5000 --results "results/$1.json" --title "$3" --labels "the report's state dict (fp32),$4"
+    --split "$2" --val-size 5000 --results "results/$1.json" --title "$3" --labels "its state dict (fp32),$4"
 }
 
 evaluate reference test "The reference report's network, compressed" \

@@ -35,8 +35,9 @@ fi
 mkdir -p "$C"
 [ -e "$C/baseline.pth" ] || cp release/baseline.pth "$C"
 
-# prune NUMBER FILE FLAGS...: one pruning; each has its own log, which a repeated call leaves alone.
+# prune NUMBER FILE FLAGS...: one pruning; each has its own log, which stays while its file does.
 prune() {
+  [ -e "$C/$2" ] || rm -f "$RUN/logs/prune-$1.jsonl"
   run "$C/$2" prune.py --out "$C/$2" --score obd --max-drop 20 --weight-decay 1e-4 \
     --label-smoothing 0 --distill 0.9 "${@:3}"
   [ -e "$RUN/logs/prune-$1.jsonl" ] || [ ! -e "$RUN/logs/prune.jsonl" ] ||

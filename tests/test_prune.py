@@ -237,7 +237,7 @@ def test_resumed_equals_uninterrupted(tiny, baseline, whole, tmp_path, monkeypat
     assert [x["round"] for x in again] == [x["round"] for x in lines] == [0, 1, 2, 3]
     assert [x["val_correct"] for x in again] == [x["val_correct"] for x in lines]
     for line in again:  # of all epochs, those before the interruption too; rounded
-        assert line["seconds"] > sum(epoch["seconds"] for epoch in line["epochs"]) - 0.3
+        assert line["seconds"] >= sum(epoch["seconds"] for epoch in line["epochs"]) - 0.1
     assert not list((folder / "checkpoints").glob("*.resume"))
 
 

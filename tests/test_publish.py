@@ -265,12 +265,13 @@ def test_a_run_from_the_published_network_keeps_the_log_of_its_training(publishe
     assert published("publish")[0] == 0
     assert json.loads(index.read_text())["logs"]["train"] == old
     assert chart.read_bytes() == b"a chart"
-    # Another dense network has another training.
+    # Another dense network has another training; and of a damaged index nothing is known.
     results = json.loads(index.read_text())
     results["files"]["baseline.pth"]["sha256"] = "0"
-    index.write_text(json.dumps(results))
-    assert published("publish")[0] == 0
-    assert "train" not in json.loads(index.read_text())["logs"] and not chart.exists()
+    for text in (json.dumps(results), "{", "[]"):
+        index.write_text(text)
+        assert published("publish")[0] == 0
+        assert "train" not in json.loads(index.read_text())["logs"] and not chart.exists()
 
 
 def test_a_refusal_leaves_what_was_published(published, tiny):

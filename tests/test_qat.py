@@ -291,6 +291,43 @@ def test_resumed_equals_uninterrupted(tiny, parent, whole, tmp_path, monkeypatch
     assert not out.with_name("quantized.pth.resume").exists()
 
 
+def test_the_teacher_is_not_asked_again_and_resuming_changes_nothing(
+    tiny, parent, tmp_path, monkeypatch
+):
+    asked, fold = [], quantizers.fold
+
+    def count(*_):
+        if not torch.is_grad_enabled():  # the network in training is a copy of a folded one, too
+            asked.append(1)
+
+    def watched(model):
+        folded = fold(model)
+        folded.register_forward_hook(count)
+        return folded
+
+    monkeypatch.setattr(engine.quantizers, "fold", watched)
+    flags, train_epoch = ("--epochs=3", "--views=1", "--augment=cutout"), engine.train_epoch
+    counts = []
+
+    def counting(*args, **kwargs):
+        before = len(asked)
+        totals = train_epoch(*args, **kwargs)
+        counts.append(len(asked) - before)
+        return totals
+
+    monkeypatch.setattr(engine, "train_epoch", counting)
+    expected, _ = run(tiny, parent, tmp_path / "whole", *flags)
+    assert counts[0] > 0 and counts[1:] == [0, 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "__call__", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, parent, tmp_path / "broken", *flags)
+    counts.clear()
+    resumed, _ = run(tiny, parent, tmp_path / "broken", *flags)
+    assert counts[0] > 0 and counts[1:] == [0]  # it had forgotten them
+    assert all(torch.equal(expected.state[k], resumed.state[k]) for k in expected.state)
+
+
 def test_what_cannot_be_trained_is_refused_before_ptq(tiny, parent, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Log, "__call__", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))

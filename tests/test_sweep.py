@@ -94,7 +94,7 @@ def test_the_grid_is_a_table_beside_anothers_figures(tiny, parent, tmp_path, mon
         grid[1] = "--act-bits=32,4,5"
         sweep.main([*flags(tiny, parent, tmp_path), *grid])
         mixed = tables.read(tmp_path / "results/sweep.json")["code"]
-        assert mixed == f"{table['code']}, another"
+        assert mixed == f"{table['code']} and another"
     other.write_text("weight_bits,accuracy\n8,17.5\n")
     with pytest.raises(UserError, match="--beside .*activation_bits"):
         sweep.main([*flags(tiny, parent, tmp_path), *grid, f"--beside={other}"])
