@@ -128,6 +128,10 @@ class Settings(config.AfterTraining):
         "every epoch"
     )  # fmt: skip
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
+    keep: str = flag(
+        "best", "which epoch of qat: the best one on the validation split, or the last one, as for "
+        "a parent that was trained on these images", choices=("best", "last"),
+    )  # fmt: skip
     augment: str = flag("light", "see train.py", choices=("none", "light", "cutout", "auto"))
     amp: bool = flag(
         True, "mixed precision: bf16, or fp16 on GPUs without it; fp32 on CPUs without it",
@@ -164,6 +168,8 @@ class Settings(config.AfterTraining):
             raise ValueError("--distill must be in [0, 1], --ema in [0, 1)")
         if (self.teacher or self.views) and (self.method != "qat" or not self.distill):
             raise ValueError("--teacher and --views are for --method qat with a --distill over 0")
+        if self.keep == "last" and (self.method != "qat" or self.has_budget):
+            raise ValueError("--keep last is for --method qat without --max-bytes and --max-drop")
         if not self.temperature > 0 or not self.lr > 0:
             raise ValueError("--lr and --temperature must be over 0")
 
@@ -424,8 +430,8 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     """Return the quantized network of `start`, trained, or `fallback` if no epoch is better; leave
     the state of the training beside `out`.
 
-    fallback: an Attempt or None, see PostTraining. With a lambda, epochs are compared by what is
-    asked for, as files: see lib.budget.Budget.score.
+    fallback: an Attempt or None, see PostTraining; with --keep last it is not compared. With a
+    lambda, epochs are compared by what is asked for, as files: see lib.budget.Budget.score.
     """
     cfg, images = job.cfg, job.images
     if job.before:
@@ -446,10 +452,12 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
             cfg.distill, cfg.temperature,
         )  # fmt: skip
 
-    def judge(network) -> tuple[engine.Evaluation, dict, float]:
+    def judge(network, epoch: int) -> tuple[engine.Evaluation, dict, float]:
         """Judge a network in training as a file; see engine.fit."""
         made = job.measure(qat.finished(network), start.rd_lambda)
         score = goal.score(made.bytes, made.result, errors_per_bit)
+        if cfg.keep == "last":
+            score = float(epoch)
         return made.result, {"bytes": made.bytes} if cfg.has_lambda else {}, score
 
     identity = job.identity | {PTQ_NETWORK: beginning}
@@ -475,6 +483,8 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     if processes.is_main():
         plots.curves(history, cfg.place("plots/quantize.png"), "Quantization-aware training")
         log.close({"best_epoch": best + 1}, [cfg.place("plots/quantize.png")])
+    if cfg.keep == "last":
+        fallback = None
     untrained = fallback and goal.score(fallback.bytes, fallback.result, errors_per_bit)
     if fallback and untrained >= history[best]["score"]:
         engine.say(f"no epoch is better than ptq's network of {fallback.bytes:,} bytes, val "

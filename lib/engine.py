@@ -155,7 +155,7 @@ def fit(
     after_step: Callable[[], None] | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
     velocity: dict[str, Tensor] | None = None,
-    judge: Callable[[nn.Module], tuple[Evaluation, dict, float]] | None = None,
+    judge: Callable[[nn.Module, int], tuple[Evaluation, dict, float]] | None = None,
     log: metrics.Log | None = None,
     note: str = "",
 ) -> tuple[list[dict], int]:
@@ -179,8 +179,8 @@ def fit(
         their kernels run in every step, their Python code only in the first few of an epoch.
     velocity: momentum buffers for SGD to begin with, by parameter name: see `velocity_of`.
     judge: what decides which epoch is best; by default its validation accuracy. A function of the
-        network in training to (its Evaluation on images.val, further figures for the log, a
-        score); the epoch of the highest score is kept.
+        network in training and the number of the epoch, from 1, to (its Evaluation on images.val,
+        further figures for the log, a score); the epoch of the highest score is kept.
     log: gets a line per epoch.
     note: a prefix of what is shown for each epoch.
 
@@ -237,7 +237,7 @@ def fit(
                 line["peak_bytes"] = torch.cuda.max_memory_allocated(device)
             if len(images.val):
                 if judge:
-                    result, figures, score = judge(state.final)
+                    result, figures, score = judge(state.final, epoch + 1)
                     line |= figures | {"score": processes.from_main_process(score, device)}
                 else:
                     result = evaluate(state.final, images.val, recipe.amp)

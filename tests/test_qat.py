@@ -1,6 +1,7 @@
 """lib/qat.py and quantize.py --method qat: from a quantized network to a better one of its kind."""
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -326,6 +327,24 @@ def test_the_teacher_is_not_asked_again_and_resuming_changes_nothing(
     resumed, _ = run(tiny, parent, tmp_path / "broken", *flags)
     assert counts[0] > 0 and counts[1:] == [0]  # it had forgotten them
     assert all(torch.equal(expected.state[k], resumed.state[k]) for k in expected.state)
+
+
+def test_the_last_epoch_is_kept_if_asked_for(tiny, parent, tmp_path, monkeypatch):
+    """Here every epoch is worse than the one before, and than ptq's network."""
+    measure, sizes = quantize.Job.measure, iter(range(10_000, 100_000, 10_000))
+
+    def growing(job, *args):
+        return dataclasses.replace(measure(job, *args), bytes=next(sizes))
+
+    flags = ("--epochs=2", "--rd-lambda=1", "--distill=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize.Job, "measure", growing)
+        kept, _ = run(tiny, parent, tmp_path / "best", *flags)
+        assert kept.quantization["method"] == "ptq"
+        sizes = iter(range(10_000, 100_000, 10_000))
+        kept, lines = run(tiny, parent, tmp_path / "last", *flags, "--keep=last")
+    assert kept.quantization["method"] == "qat" and [x["score"] for x in lines] == [1, 2]
+    assert kept.metrics["val_correct"] == round(lines[1]["val_accuracy"] * lines[1]["val_total"])
 
 
 def test_what_cannot_be_trained_is_refused_before_ptq(tiny, parent, tmp_path, monkeypatch):
