@@ -5,6 +5,7 @@ There is no GPU in CI: torch.cuda's functions are replaced where they are asked.
 
 import functools
 import math
+import re
 import types
 
 import pytest
@@ -133,8 +134,9 @@ def test_a_torch_without_cuda_is_named_as_the_reason(gpus, monkeypatch, tmp_path
 def test_the_first_line_says_what_a_stage_runs_on(tiny, tmp_path, capsys):
     train.main([f"--data={tiny}", f"--run-dir={tmp_path}", "--epochs=1", "--batch-size=32",
                 "--width=0.1", "--device=cpu"])  # fmt: skip
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith("device: cpu, ") and f"{torch.get_num_threads()} threads" in first
+    first, count = capsys.readouterr().out.splitlines()[0], torch.get_num_threads()
+    threads = f"{count} thread" if count == 1 else f"{count} threads"
+    assert first.startswith("device: cpu, ") and re.search(rf", {threads}\b", first)
 
 
 def test_the_first_line_names_the_gpu_and_the_processes(monkeypatch, capsys):
