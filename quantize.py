@@ -331,7 +331,7 @@ class PostTraining(NamedTuple):
         --max-drop, qat    ... within DROP_BEFORE_QAT drops,       the smallest within the drop, or
                            to win the rest back                    None
 
-    Without a validation split, qat has no fallback.
+    Without a validation split, and with --keep last, qat has no fallback.
     """
 
     start: budget.Attempt
@@ -361,7 +361,8 @@ def post_training(job: Job) -> PostTraining:
 
     if not cfg.has_budget:
         start = attempt(cfg.rd_lambda)
-        return PostTraining(start, start if cfg.has_lambda and job.before else None, [start])
+        compared = cfg.has_lambda and job.before and cfg.keep == "best"
+        return PostTraining(start, start if compared else None, [start])
     fallback, attempts = budget.search(attempt, job.goal())
     start = fallback
     if cfg.method == "qat" and cfg.max_drop is not None:
@@ -430,8 +431,8 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     """Return the quantized network of `start`, trained, or `fallback` if no epoch is better; leave
     the state of the training beside `out`.
 
-    fallback: an Attempt or None, see PostTraining; with --keep last it is not compared. With a
-    lambda, epochs are compared by what is asked for, as files: see lib.budget.Budget.score.
+    fallback: an Attempt or None, see PostTraining. With a lambda, epochs are compared by what is
+    asked for, as files: see lib.budget.Budget.score.
     """
     cfg, images = job.cfg, job.images
     if job.before:
@@ -483,8 +484,6 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     if processes.is_main():
         plots.curves(history, cfg.place("plots/quantize.png"), "Quantization-aware training")
         log.close({"best_epoch": best + 1}, [cfg.place("plots/quantize.png")])
-    if cfg.keep == "last":
-        fallback = None
     untrained = fallback and goal.score(fallback.bytes, fallback.result, errors_per_bit)
     if fallback and untrained >= history[best]["score"]:
         engine.say(f"no epoch is better than ptq's network of {fallback.bytes:,} bytes, val "

@@ -72,7 +72,7 @@ def files(help: str):
 
 @dataclasses.dataclass
 class Common:
-    """The settings that all stages share which read images."""
+    """The settings that the stages which read images have in common."""
 
     data: str | None = flag(None, DATA_HELP, heading="files and data")
     val_size: int | None = flag(
