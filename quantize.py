@@ -127,6 +127,10 @@ class Settings(config.AfterTraining):
         "included, and the teacher's logits are not computed again: faster; 0: new batches in "
         "every epoch"
     )  # fmt: skip
+    lambda_from: float = flag(
+        1.0, "share of --rd-lambda that qat starts with, in ptq and in the loss; in training it "
+        "rises to 1 in the first half of the epochs, so that most zeros are chosen in training"
+    )  # fmt: skip
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
     keep: str = flag(
         "best", "which epoch of qat: the best one on the validation split, or the last one, as for "
@@ -170,6 +174,10 @@ class Settings(config.AfterTraining):
             raise ValueError("--teacher and --views are for --method qat with a --distill over 0")
         if self.keep == "last" and (self.method != "qat" or self.has_budget):
             raise ValueError("--keep last is for --method qat without --max-bytes and --max-drop")
+        if not 0 <= self.lambda_from <= 1:
+            raise ValueError("--lambda-from must be in [0, 1]")
+        if self.lambda_from < 1 and (self.method != "qat" or not self.rd_lambda):
+            raise ValueError("--lambda-from is for --method qat with --rd-lambda")
         if not self.temperature > 0 or not self.lr > 0:
             raise ValueError("--lr and --temperature must be over 0")
 
@@ -325,7 +333,7 @@ class PostTraining(NamedTuple):
 
         flags              start: ptq's result, where qat starts   fallback: if no epoch is better
         none               at lambda 0                             None: the best epoch is kept
-        --rd-lambda        at that lambda                          the same
+        --rd-lambda        at that lambda times --lambda-from      the same
         --max-bytes        the best that fits                      the same
         --max-drop, ptq    the smallest within the drop            the same
         --max-drop, qat    ... within DROP_BEFORE_QAT drops,       the smallest within the drop, or
@@ -360,7 +368,7 @@ def post_training(job: Job) -> PostTraining:
         return made
 
     if not cfg.has_budget:
-        start = attempt(cfg.rd_lambda)
+        start = attempt(cfg.rd_lambda * cfg.lambda_from)
         compared = cfg.has_lambda and job.before and cfg.keep == "best"
         return PostTraining(start, start if compared else None, [start])
     fallback, attempts = budget.search(attempt, job.goal())
@@ -444,18 +452,19 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
         latent = {name: latent[name].where(layers[name].weight != 0, 0) for name in latent}
     qat.begin(model, job.scheme, latent)
     mask, goal = pruning.Mask(model), job.goal()
+    rd_lambda = cfg.rd_lambda or start.rd_lambda
     refuse_different_starts(beginning := qat.fingerprint(model), out, images.device)
     sample = ptq.calibration_images(images.train, LOGIT_IMAGES, cfg.seed)
     loss_per_bit, errors_per_bit = 0.0, 0.0
     if cfg.has_lambda:
         loss_per_bit, errors_per_bit = qat.cost_of_a_bit(
-            start.network, sample, start.rd_lambda / BITS_PER_KILOBYTE, start.result,
+            start.network, sample, rd_lambda / BITS_PER_KILOBYTE, start.result,
             cfg.distill, cfg.temperature,
         )  # fmt: skip
 
     def judge(network, epoch: int) -> tuple[engine.Evaluation, dict, float]:
         """Judge a network in training as a file; see engine.fit."""
-        made = job.measure(qat.finished(network), start.rd_lambda)
+        made = job.measure(qat.finished(network), rd_lambda)
         score = goal.score(made.bytes, made.result, errors_per_bit)
         if cfg.keep == "last":
             score = float(epoch)
@@ -466,7 +475,8 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     # Adam: without batch norm, rows of all magnitudes share one learning rate, and SGD diverges.
     # Its first steps are as large as its later ones, whatever the gradients: so they are warmed up.
     recipe = engine.Recipe.of(
-        cfg, optimizer="adam", lr_schedule="linear", weight_decay=0.0, warmup_epochs=0.2
+        cfg, optimizer="adam", lr_schedule="linear", weight_decay=0.0, warmup_epochs=0.2,
+        penalty_from=cfg.lambda_from,
     )
     # Without dead channels, the parent answers the same and is faster.
     teacher_network = job.network
@@ -492,7 +502,7 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     if cfg.has_budget and history[best]["score"] < 0:
         raise UserError(f"no epoch has {cfg.budget_in_words}: the best one, {best + 1}, has "
                         f"{history[best]['val_accuracy']:.2%} and {history[best]['bytes']:,} bytes")
-    return job.measure(model, start.rd_lambda)
+    return job.measure(model, rd_lambda)
 
 
 def refuse_other_state(job: Job, out: Path) -> None:

@@ -19,6 +19,7 @@ from lib.config import UserError
 from lib.metrics import Log, weight_layers
 from lib.nnz import coder
 from lib.quantizers import Quantizer, per_row
+from lib.rate import BITS_PER_KILOBYTE
 
 MIXED = ptq.make_scheme(3, 4, method="qat", last_act_bits=8,
                    layer_bits={"features.0.0": 8, "features.4.conv.2": 32})  # fmt: skip
@@ -345,6 +346,29 @@ def test_the_last_epoch_is_kept_if_asked_for(tiny, parent, tmp_path, monkeypatch
         kept, lines = run(tiny, parent, tmp_path / "last", *flags, "--keep=last")
     assert kept.quantization["method"] == "qat" and [x["score"] for x in lines] == [1, 2]
     assert kept.metrics["val_correct"] == round(lines[1]["val_accuracy"] * lines[1]["val_total"])
+
+
+def test_lambda_can_rise_in_training(tiny, parent, tmp_path, monkeypatch):
+    """ptq takes the smaller lambda; in training the price becomes what it is without the flag."""
+    lambdas, prices, quantize_ptq = [], [], ptq.quantize
+    cost = quantize.qat.cost_of_a_bit
+
+    def watched(*args, lambda_per_bit, **kwargs):
+        lambdas.append(lambda_per_bit * BITS_PER_KILOBYTE)
+        return quantize_ptq(*args, lambda_per_bit=lambda_per_bit, **kwargs)
+
+    def costing(model, images, lambda_per_bit, *args):
+        prices.append(lambda_per_bit * BITS_PER_KILOBYTE)
+        return cost(model, images, lambda_per_bit, *args)
+
+    monkeypatch.setattr(quantize.ptq, "quantize", watched)
+    monkeypatch.setattr(quantize.qat, "cost_of_a_bit", costing)
+    saved, lines = run(
+        tiny, parent, tmp_path, "--epochs=4", "--lr=0.001", "--rd-lambda=100", "--lambda-from=0.1",
+        "--keep=last",
+    )  # fmt: skip
+    assert lambdas == [pytest.approx(10)] and prices == [pytest.approx(100)]
+    assert saved.metrics["rd_lambda"] == 100 and lines[-1]["bytes"] < lines[0]["bytes"]
 
 
 def test_what_cannot_be_trained_is_refused_before_ptq(tiny, parent, tmp_path, monkeypatch):
