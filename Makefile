@@ -137,7 +137,7 @@ predict: $(VENV)  ## classify IMAGES="photo.jpg folder" (PREDICT_FLAGS="--model 
 verify: $(VENV)  ## check the published files: hashes, that they decode, their accuracy on your data
 	@$(PYTHON) $(HERE)verify.py $(if $(DATA),--data "$(DATA)") $(DEVICE_FLAG)
 
-publish: $(VENV)  ## copy the .nnz and baseline.pth, and what eval.py measured of them, to release/
+publish: $(VENV)  ## replace release/: this run's .nnz, baseline.pth, charts and measurements
 	@$(PYTHON) $(HERE)publish.py --run-dir $(RUN)
 
 status: $(VENV)  ## which files are there, which are stale, and why
@@ -165,7 +165,7 @@ check-python:
 	$(call check-python,$(PYTHON))
 
 OUTPUTS = $(wildcard $(C) $(RUN)/logs $(RUN)/plots)
-clean:  ## delete all outputs but the trained baseline, its log and its state
+clean:  ## delete all of checkpoints/, logs/, plots/, demo/ but the trained baseline and its log
 	$(if $(filter .,$(RUN)),rm -rf demo)
 	$(if $(OUTPUTS),find $(OUTPUTS) -mindepth 1 -maxdepth 1 ! -name .gitkeep \
 		! -name 'baseline.pth*' ! -name 'train.*' -exec rm -rf {} +)
@@ -174,13 +174,12 @@ help:  ## this list
 	@awk -F':.*## *' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' \
 		$(HERE)Makefile
 	@echo
-	@echo '  A target first runs every earlier stage whose file is missing, then the later ones again:'
-	@echo '  make -n TARGET shows which.'
-	@echo '  A file is made again only if the file it is made from is newer; flags do not count: to'
-	@echo '  make it with others, delete the file first.'
+	@echo '  A target that makes a file, bench and report run every earlier stage whose file is missing,'
+	@echo '  then the later ones again: make -n TARGET shows which.'
+	@echo '  Dates alone are compared: to make a file with other flags, delete it first.'
 	@echo '  DATA=DIR (default: download)  WANDB=1  RUN=DIR (default .)  PYTHON=...'
 	@echo '  SPLIT=val|test (default test): of eval and report'
-	@echo '  DEVICE=cuda:1 (default: the first GPU that works, or the CPU)'
+	@echo '  DEVICE=cuda:1 (default: GPU 0 if it works, else the CPU)'
 	@echo '  PROCESSES=4: four processes train, prune, quantize and sweep, on a GPU each or on the CPU'
 	@echo "  One file with spaces: IMAGES='a b.png'; several: IMAGES=\"'a b.png' c.png\"; FILES= alike."
 	@echo '  Paths are as seen from where make is called, also with make -f elsewhere/Makefile.'

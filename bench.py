@@ -129,8 +129,8 @@ def main(argv=None):
     print(f"{text_of(rows)}\n\naccuracy on {len(split):,} {cfg.split} images; {plot}")
     if cfg.results:
         bits = ours.quantization
-        about = (f"The network of {pruned.file.name} ({pruned.bytes:,} bytes); int8.onnx: "
-                 f"W{bits['weight_bits']}A{bits['act_bits']}, target {ours.target}")  # fmt: skip
+        about = (f"dense: {dense.file.name}; compacted: {pruned.file.name} without its dead "
+                 f"channels; int8.onnx: W{bits['weight_bits']}A{bits['act_bits']}, target {ours.target}")  # fmt: skip
         tables.write(Path(cfg.results), summary(rows, images.source, about))
 
 

@@ -12,8 +12,9 @@ out: release/mobilenetv2-cifar10.nnz, baseline.pth, and mobilenetv2-cifar10.onnx
 
 This stage measures nothing, and writes nothing if a file has changed since it was measured.
 The stages' logs and charts are taken from the run's folder without a check; the log and chart of
-the training stay what they are if the run began with the published baseline.pth. The command of a
-file is the one recorded in it; a file of a version that recorded none is listed without.
+the training stay what they are if the run began with the published baseline.pth. A file or chart
+that the run does not have is deleted from release/. The command of a .pth is the one recorded in
+it; a file of a version that recorded none is listed without.
 """
 
 import csv

@@ -128,13 +128,13 @@ class Settings(config.AfterTraining):
         "every epoch"
     )  # fmt: skip
     lambda_from: float = flag(
-        1.0, "share of --rd-lambda that qat starts with, in ptq and in the loss; in training it "
-        "rises to 1 in the first half of the epochs, so that most zeros are chosen in training"
+        1.0, "share of --rd-lambda that qat starts with, in ptq and in the loss; it rises to 1 in "
+        "the first half of the epochs. Under 1, ptq zeroes fewer weights and training more"
     )  # fmt: skip
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
     keep: str = flag(
-        "best", "which epoch of qat: the best one on the validation split, or the last one, as for "
-        "a parent that was trained on these images", choices=("best", "last"),
+        "best", "which epoch qat keeps: the best one on the validation split, or the last one, as "
+        "for a parent that was trained on the validation images", choices=("best", "last"),
     )  # fmt: skip
     augment: str = flag("light", "see train.py", choices=("none", "light", "cutout", "auto"))
     amp: bool = flag(

@@ -63,9 +63,12 @@ def page(measured: dict[str, dict]) -> str:
         raise UserError(f"results/{unknown[0]}.json has no place in ORDER of results.py")
     lines = [
         "# Results", "",
-        "Every table here was written by `make results` from a file in [results/](results), which",
-        "a stage or a benchmark wrote. Accuracy: correct answers over a whole split, by the file",
-        "that is named, read back from disk.", "",
+        "Every table here was written by `make results` from a file in [results/](results). A",
+        "stage or a benchmark wrote that file; where a table names two commits, the named row",
+        "was measured later and put in. Accuracy: correct answers over a whole split. In tables",
+        "of files it is that of the file, read back from disk; in those of training recipes and",
+        "of the parts of rate-distortion quantization, that of the network in memory. A `+`",
+        "after a commit: with changes that were not committed.", "",
     ]  # fmt: skip
     for section, names in ORDER.items():
         present = [name for name in names if name in measured]

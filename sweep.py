@@ -12,7 +12,8 @@ out: checkpoints/sweep/w8a8.nnz ... (each decoded again before it is evaluated),
      plots/sweep_heatmap.png, plots/sweep_parallel.png (of the first lambda), plots/sweep_rate.png
      (if there are several lambdas)
 
-A cell that was measured before, from the same parent and on the same images, is not measured again.
+A cell that was measured before in the same way, from the same parent and on the same images, is not
+measured again.
 With --wandb each cell is a W&B run, of which the last one shows the charts. Started by an agent of
 W&B, one cell is measured and logged into the agent's run, and no CSV or chart is written.
 """
@@ -203,7 +204,7 @@ def table_of(cfg, rows: list[dict], parent, images, others: dict) -> dict:
     about = f"Accuracy in %, {cfg.method} without training, of {parent.file.name} "
     about += f"({parent.sha256[:12]}); each cell is a file that was decoded again."
     if others:
-        about += f" In brackets: {Path(cfg.beside).name}."
+        about += f" In brackets: the accuracy in {Path(cfg.beside).name}."
     table = tables.table(
         cfg.title, ["weights", *(f"activations {bits}" for bits in widths[1]), "bytes, at most"],
         lines, device=images.device, text=about,

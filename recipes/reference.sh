@@ -2,8 +2,8 @@
 # The reference report's pruned network through our stages, without training, and with 14 to 27 epochs
 # of QAT: results/reference.json (test split) and results/curve.json (validation); its 36 pairs of
 # bit-widths: results/reference_sweep.json; the parts of rate-distortion quantization:
-# results/price.json. It replaces these files of this folder. About five hours on 2 CPU cores, of
-# which QAT takes three and a half. (The published QAT at lambda 0.9 is of commit 30164ab75ab3, before
+# results/price.json. It replaces these files of this folder. Five to nine hours on 2 CPU cores, most
+# of it for QAT. (The published QAT at lambda 0.9 is of commit 30164ab75ab3, before
 # activation scales were searched on random positions.)
 #
 #     recipes/reference.sh DATA NETWORK [RUN]   NETWORK: the report's pruned.pth, a plain state dict
@@ -38,13 +38,14 @@ compress w8a8
 compress w4a8 --weight-bits 4
 lambdas=(0.1 0.2 0.3 0.44 0.6 0.9)
 for x in "${lambdas[@]}"; do compress "ptq-$x" --rd-lambda "$x"; done
-# qat LAMBDA FLAGS...: our dense network is the teacher. (--keep last: the report's network was trained
-# on the validation images, so the best epoch on them is an early one.)
+# qat LAMBDA FLAGS...: our dense network is the teacher.
 qat() {
   compress "qat-$1" --method qat --rd-lambda "$1" --teacher release/baseline.pth --distill 1 \
     --augment cutout "${@:2}"
 }
 qat 0.37 --epochs 14
+# --keep last: the report's network was trained on the validation images, so the best epoch on them is
+# an early one.
 qat 0.69 --epochs 27 --views 8 --keep last
 qat 0.9 --epochs 20 --lr 2e-4
 
