@@ -129,8 +129,10 @@ def main(argv=None):
     print(f"{text_of(rows)}\n\naccuracy on {len(split):,} {cfg.split} images; {plot}")
     if cfg.results:
         bits = ours.quantization
-        about = (f"dense: {dense.file.name}; compacted: {pruned.file.name} without its dead "
-                 f"channels; int8.onnx: W{bits['weight_bits']}A{bits['act_bits']}, target {ours.target}")  # fmt: skip
+        about = (
+            f"dense: {dense.file.name}; compacted: {pruned.file.name} without its dead channels; "
+            f"int8.onnx: W{bits['weight_bits']}A{bits['act_bits']}, target {ours.target}"
+        )
         tables.write(Path(cfg.results), summary(rows, images.source, about))
 
 
