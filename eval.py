@@ -34,12 +34,12 @@ class Settings(config.AfterTraining):
     results: str | None = flag(
         None, "write a table for RESULTS.md, such as results/reference.json", heading="RESULTS.md"
     )
-    title: str = flag("Files", "the table's heading")
+    title: str | None = flag(None, "the table's heading [Files]")
     labels: list[str] = flag([], "what the table calls the files; default: their names")
 
     def __post_init__(self):
-        if self.labels and not self.results:
-            raise ValueError("--labels are for a table: give --results")
+        if (self.labels or self.title) and not self.results:
+            raise ValueError("--labels and --title are for a table: give --results")
 
 
 def main(argv=None):
@@ -110,7 +110,7 @@ def results_table(rows: list[dict], correct: list[Tensor], cfg, images: data.Dat
         ])  # fmt: skip
     about = f"{images.source}, {cfg.split} split, n={rows[0]['total']:,}"
     return tables.table(
-        cfg.title, columns, lines, data=about, device=images.device
+        cfg.title or "Files", columns, lines, data=about, device=images.device
     )
 
 

@@ -91,7 +91,12 @@ def main(argv=None):
             except Exception as error:  # Pillow's decoders raise whatever they please
                 unread += refused(path, reason_of(error))
         if images:
-            logits = network(torch.stack(images).to(device))
+            batch = torch.stack(images).to(device)
+            if (source.quantization or {}).get("method") == "reference":
+                # Its scales come from the batch: an answer would depend on the other pictures.
+                logits = torch.cat([network(image[None]) for image in batch])
+            else:
+                logits = network(batch)
             for name, row in zip(names, logits.softmax(1).cpu(), strict=True):
                 print(shown(name, row, classes, cfg), flush=True)
     if unread:
@@ -185,7 +190,7 @@ def shown(name: str, row: torch.Tensor, classes, cfg) -> str:
     if cfg.json:
         name = name.encode("utf-8", "backslashreplace").decode()  # JSON has no lone surrogates
         return json.dumps({"file": name, "top": [{"class": c, "probability": p} for c, p in pairs]})
-    return f"{printable(name)}  " + "  ".join(f"{c} {p:.1%}" for c, p in pairs)
+    return f"{printable(name)}  " + "  ".join(f"{printable(c)} {p:.1%}" for c, p in pairs)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     folder = cfg.place("checkpoints")
     if cfg.status:
-        print(aligned(status(folder), "lllrl"))
+        print(aligned(status(folder, cfg.assume_downsample), "lllrl"))
         return
     files = [folder / name for name in checkpoint.CHAIN if (folder / name).is_file()]
     if not files:
@@ -162,8 +162,11 @@ def aligned(rows, sides: str) -> str:
 # ---- status --------------------------------------------------------------------------------------
 
 
-def status(folder: Path) -> list[tuple[str, ...]]:
-    """Return a row per file of the chain: name, stage, date, bytes, and whether it is current."""
+def status(folder: Path, downsample: int | None = None) -> list[tuple[str, ...]]:
+    """Return a row per file of the chain: name, stage, date, bytes, and whether it is current.
+
+    downsample: see checkpoint.load.
+    """
     paths = [folder / name for name in checkpoint.CHAIN]
     hashes = {p.name: sha256_of(p) for p in paths if p.is_file()}
     rows, stale, now = [], set(), checkpoint.code_version()
@@ -174,7 +177,7 @@ def status(folder: Path) -> list[tuple[str, ...]]:
             date = f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
             size = f"{path.stat().st_size:,}"
             try:
-                source = checkpoint.load(path)
+                source = checkpoint.load(path, downsample)
                 stage, notes = source.stage, [freshness(source, hashes, stale)]
                 if source.code not in (None, now):  # worth knowing, but no fault
                     notes.append(f"made by code {source.code}, this is {now}")

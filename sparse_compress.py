@@ -40,6 +40,8 @@ class Settings(config.AfterTraining):
             raise ValueError("--parent and --decompress both name what is read: give one of them")
         if self.onnx and not (self.decompress and self.onnx.endswith(".onnx")):
             raise ValueError("--onnx FILE.onnx goes with --decompress FILE.nnz")
+        if self.wandb and self.decompress:
+            raise ValueError("--wandb is not for --decompress, which measures nothing")
         if self.wandb_artifact and (self.decompress or not self.wandb):
             raise ValueError("--wandb-artifact goes with --wandb, and not with --decompress")
 
@@ -58,6 +60,7 @@ def compress(cfg) -> None:
     out = cfg.path(cfg.out, "checkpoints/compressed.nnz")
     config.refuse_replacing(out, file)
     parent = checkpoint.load(file, cfg.assume_downsample)
+    parent.build()  # or it says what does not fit: no program could use the file
     raw = compressed.encode(parent)
     decoded = compressed.decode(raw)["state"]
     for name, tensor in compressed.stored(parent)[1].items():

@@ -13,7 +13,8 @@ out: checkpoints/sweep/w8a8.nnz ... (each decoded again before it is evaluated),
      (if there are several lambdas)
 
 A cell that was measured before in the same way, from the same parent and on the same images, is not
-measured again.
+measured again. All cells are evaluated in floats, since those of more than 8 bits have no integers:
+eval.py, which takes integers where it can, may count a few answers differently.
 With --wandb each cell is a W&B run, of which the last one shows the charts. Started by an agent of
 W&B, one cell is measured and logged into the agent's run, and no CSV or chart is written.
 """
@@ -53,6 +54,7 @@ COLUMNS = (
     "gained", "lost", "bytes", "seconds", "calibration", "seed", "sha256", "parent_sha256",
 )  # fmt: skip
 MEASURED = ("hardware", "date", "code")  # how a cell was measured, as lib.tables says it
+TITLE = "Accuracy at every pair of bit-widths"
 
 
 @dataclasses.dataclass
@@ -73,7 +75,7 @@ class Settings(config.AfterTraining):
         None, "also write the grid, of the first lambda, as a table for RESULTS.md",
         heading="RESULTS.md",
     )  # fmt: skip
-    title: str = flag("Accuracy at every pair of bit-widths", "with --results: of the table")
+    title: str | None = flag(None, f"with --results: the table's heading [{TITLE}]")
     beside: str | None = flag(
         None, "with --results: a CSV of weight_bits, activation_bits and accuracy in percent, as "
         "the report has it (not as sweep.csv); its accuracies stand in brackets"
@@ -88,8 +90,8 @@ class Settings(config.AfterTraining):
             raise ValueError("--rd-lambda needs numbers of at least 0")
         if any(self.rd_lambda) and (self.method == "reference" or 32 in self.weight_bits):
             raise ValueError("--rd-lambda is for --method ptq and weights of 2 to 16 bits")
-        if self.beside and not self.results:
-            raise ValueError("--beside is for a table: give --results")
+        if (self.beside or self.title) and not self.results:
+            raise ValueError("--beside and --title are for a table: give --results")
         for bits in (*self.weight_bits, *self.act_bits):
             if bits not in quantizers.BITS:
                 raise ValueError(f"{bits} bits: must be 2 to 16, or 32 for off")
@@ -156,14 +158,20 @@ def draw(cfg, rows: list[dict], parent) -> list[Path]:
     names = ("heatmap", "parallel", "rate")
     heatmap, parallel, rate = (cfg.place(f"plots/sweep_{name}.png") for name in names)
     n = rows[0]["total"]
-    title = f"{cfg.method} quantization of {parent.file.name}, {cfg.split} (n={n})"
+    title, on = f"{cfg.method} quantization of {parent.file.name}", f", {cfg.split} (n={n})"
     first = [row for row in rows if row["rd_lambda"] == cfg.rd_lambda[0]]
-    plots.heatmap(first, heatmap, title)
-    plots.parallel_coordinates(first, parallel, title)
+    of_first = title + at_lambda(cfg.rd_lambda[0]) + on
+    plots.heatmap(first, heatmap, of_first)
+    plots.parallel_coordinates(first, parallel, of_first)
     if len(rows) == len(first):
         return [heatmap, parallel]
-    plots.accuracy_bytes(rows, rate, title)
+    plots.accuracy_bytes(rows, rate, title + on)
     return [heatmap, parallel, rate]
+
+
+def at_lambda(rd_lambda: float) -> str:
+    """Return the words for a lambda, none for 0."""
+    return f" at lambda {rd_lambda:g}" * (rd_lambda > 0)
 
 
 def read_beside(path: Path) -> dict[tuple[int, int], float]:
@@ -201,14 +209,16 @@ def table_of(cfg, rows: list[dict], parent, images, others: dict) -> dict:
          max(cells[weight_bits, act_bits]["bytes"] for act_bits in widths[1])]
         for weight_bits in widths[0]
     ]  # fmt: skip
-    about = f"Accuracy in %, {cfg.method} without training, of {parent.file.name} "
+    method = cfg.method + at_lambda(cfg.rd_lambda[0])
+    about = f"Accuracy in %, {method} without training, of {parent.file.name} "
     about += f"({parent.sha256[:12]}); each cell is a file that was decoded again."
     if others:
         about += f" In brackets: the accuracy in {Path(cfg.beside).name}."
     table = tables.table(
-        cfg.title, ["weights", *(f"activations {bits}" for bits in widths[1]), "bytes, at most"],
-        lines, device=images.device, text=about,
-        data=f"{images.source}, {cfg.split} split, n={rows[0]['total']:,}",
+        cfg.title or TITLE,
+        ["weights", *(f"activations {bits}" for bits in widths[1]), "bytes, at most"], lines,
+        data=f"{images.source}, {cfg.split} split, n={rows[0]['total']:,}", device=images.device,
+        text=about,
     )  # fmt: skip
     # Not those of now: cells may have been measured before.
     return table | {

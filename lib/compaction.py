@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lib.config import UserError
 from models.layers import DEPTHWISE, HEAD, PROJECT, STEM, layers
 from models.mobilenetv2 import MobileNetV2
 
@@ -132,8 +133,11 @@ class _Parts:
         self.classifier = model.linear
         self.head, self.head_norm = model.head.conv, model.head.norm
         self.blocks: list[_Block] = []
-        for number, block in enumerate(model.blocks):
-            assert (number == 0) == (block.expand is None)
+        expand = [block.expand is not None for block in model.blocks]
+        if model.settings.get("folded") or expand[0] or not all(expand[1:]):
+            raise UserError("dead channels are removed from networks with batch norm alone, in "
+                            "which each block but the first one expands")  # fmt: skip
+        for block in model.blocks:
             producer = block.expand or model.stem
             self.blocks.append(_Block(
                 producer.conv, producer.norm, block.depthwise.conv, block.depthwise.norm,

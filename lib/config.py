@@ -329,7 +329,7 @@ def run(main) -> typing.NoReturn:
         sys.exit(f"{name}: error: {error}")
     except BrokenPipeError:  # `eval.py ... | head`: the reader has gone, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, torch.OutOfMemoryError) as error:
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"{name}: error: {reason(error)}")
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):

@@ -5,6 +5,7 @@ tensors and plain types are read, and numpy's scalars through stand-ins of our o
 refused by its reason, which is found without executing anything of the file.
 """
 
+import io
 import json
 import math
 import pickletools
@@ -115,6 +116,8 @@ def check_stored(state: dict, path: Path) -> None:
             raise UserError(f"{path}: {name!r} in its state is no tensor")
         if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type != "cpu":
             raise UserError(f"{path}: {name!r} in its state is no dense tensor")
+        if tensor.dtype not in DTYPES.values():
+            raise UserError(f"{path}: {name!r} is of {tensor.dtype}: convert it to float32 first")
         size = tensor.numel() * tensor.element_size()
         if size > (stored := tensor.untyped_storage().nbytes()):
             raise UserError(f"{path}: {name!r} is of {size} bytes, of which {stored} are stored")
@@ -150,7 +153,9 @@ def read_safetensors(raw: bytes, path: Path) -> dict[str, Tensor]:
         header = json.loads(raw[8:start])
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            if re.fullmatch(r"[A-Z]\d\w*", kind := entry["dtype"]) and kind not in DTYPES:
+                raise UserError(f"{path}: {name!r} is of type {kind}: convert it to F32 first")
+            dtype, shape = DTYPES[kind], entry["shape"]
             low, high = entry["data_offsets"]
             size = math.prod(shape) * dtype.itemsize
             if low != end or high - low != size or min(shape, default=0) < 0:
@@ -196,7 +201,13 @@ STAND_INS = [
 
 
 def load(path: Path):
-    """Return the tensors and plain types of a torch file. Raises what torch.load does."""
+    """Return the tensors and plain types of a torch file.
+
+    Raises what torch.load does, and ValueError for what could ask for any amount of memory, which
+    torch.load allows.
+    """
+    if _is_compressed(path) or any(name.endswith(".bytearray") for name in _pickled(path)[1]):
+        raise ValueError("it could ask for any amount of memory")
     # Warnings are of what is refused in a moment anyway.
     with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(STAND_INS):
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -206,12 +217,14 @@ def why_refused(path: Path, error: Exception) -> str:
     """Return why `load` raised this error, in one line with what the file's owner can do."""
     refused = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
     protocol, names = _pickled(path)
-    names = [refused[1]] if refused else names
+    names = [refused[1]] if refused else names * (protocol > 0)
     objects = [name for name in names if not re.match(HARMLESS, name)]
     line, what = 'torch.save(model.state_dict(), "plain.pth")', None
     if _is_torchscript(path):
         what = "is a TorchScript archive, which holds code"
         line = f'torch.save(torch.jit.load("{path.name}").state_dict(), "plain.pth")'
+    elif _is_compressed(path):
+        what = "is a compressed archive, which torch.save does not write"
     elif objects and objects[0].startswith("numpy."):
         what = "holds pickled numpy arrays"
         line = 'torch.save({k: torch.from_numpy(v) for k, v in state.items()}, "plain.pth")'
@@ -227,24 +240,52 @@ def why_refused(path: Path, error: Exception) -> str:
     return f"{path} {what}: only tensors and plain types are read. Its owner can run: {line}"
 
 
+def _is_archive(path: Path) -> bool:
+    """Return whether torch reads a file as a zip archive, which its older files are not."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _is_compressed(path: Path) -> bool:
+    """Return whether a file is a zip archive with a compressed entry."""
+    if not _is_archive(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except Exception:  # it is damaged
+        return False
+
+
+def _instructions(raw: bytes):
+    """Yield the instructions of pickles that follow each other, with their arguments. In torch's
+    older files there are five, before the tensors' bytes."""
+    file = io.BytesIO(raw)
+    while raw[file.tell() : file.tell() + 1] == b"\x80":
+        for opcode, argument, _ in pickletools.genops(file):
+            yield opcode, argument
+
+
 HARMLESS = r"torch\.(_utils\.|storage\.|\w+$)|collections\.OrderedDict$|_codecs\.encode$"
 
 
 def _pickled(path: Path) -> tuple[int, list[str]]:
-    """Return a pickle's protocol and the names that it asks for; (0, []) if it is no whole pickle.
+    """Return the protocol of a file's pickles and the names that they ask for; if one is damaged, 0
+    and the names before that.
 
-    Its instructions are listed, not executed.
+    Their instructions are listed, not executed.
     """
     raw, protocol, names = path.read_bytes(), 0, []
     texts, memo, last = [], [], None  # what STACK_GLOBAL takes its two words from
     try:
-        if zipfile.is_zipfile(path):
+        if _is_archive(path):
             with zipfile.ZipFile(path) as archive:
-                entry = next(i for i in archive.infolist() if i.filename.endswith("data.pkl"))
-                if entry.file_size > len(raw):  # torch.save does not compress
-                    return 0, []
-                raw = archive.read(entry)
-        for opcode, argument, _ in pickletools.genops(raw if raw[:1] == b"\x80" else b""):
+                raw = b"".join(
+                    archive.read(entry) for entry in archive.infolist()
+                    if entry.filename.endswith("data.pkl")
+                    and entry.compress_type == zipfile.ZIP_STORED
+                )  # fmt: skip
+        for opcode, argument in _instructions(raw):
             if opcode.name == "PROTO":
                 protocol = argument
             elif opcode.name == "GLOBAL":
@@ -257,7 +298,7 @@ def _pickled(path: Path) -> tuple[int, list[str]]:
             if isinstance(last, str):
                 texts.append(last)
     except Exception:  # zipfile and pickletools raise whatever their parsers do
-        return 0, []
+        return 0, names
     return protocol, names
 
 

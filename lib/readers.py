@@ -9,7 +9,6 @@
 Nothing is unpickled freely: batches are read by an unpickler that knows arrays and plain types.
 """
 
-import codecs
 import contextlib
 import hashlib
 import io
@@ -36,7 +35,7 @@ HELP = (
     "folder that holds one of these, or the word synthetic"
 )
 MEMBERS = r"data_batch_\d|test_batch|batches\.meta|train|test|meta"
-ARRAYS_LIMIT = 1 << 30  # bytes of the arrays in a compressed .npz: CIFAR-10's have 184 MB
+ARRAYS_LIMIT = 1 << 30  # bytes of all arrays in a compressed file: CIFAR-10's have 184 MB
 MEMBER_LIMIT = 1 << 28  # bytes of a file in a .tar.gz: CIFAR-100's largest has 155 MB
 NO_IMAGES, NO_LABELS = np.zeros((0, 32, 32, 3), np.uint8), np.zeros(0, np.int64)
 
@@ -62,7 +61,7 @@ def read(name: str) -> Arrays:
     if path.is_file():
         if path.suffix == ".parquet":
             return _parquet(path.parent)
-        if tarfile.is_tarfile(path):
+        if _is_tar(path):
             return _tar(path)
         if path.suffix != ".npz" and not zipfile.is_zipfile(path):
             raise UserError(f"{path} is neither a .parquet, a .tar.gz nor a .npz file: {HELP}")
@@ -133,6 +132,14 @@ def _in_folder(folder: Path) -> Callable:
     return get
 
 
+def _is_tar(path: Path) -> bool:
+    """Return whether a file is a tar archive, or what is left of a compressed one."""
+    try:
+        return tarfile.is_tarfile(path)
+    except Exception:  # EOFError and zlib's, of a damaged .tar.gz
+        return True
+
+
 def _tar(path: Path) -> Arrays:
     """Read the batches in a .tar.gz, in memory: nothing is written."""
     files = {}
@@ -143,6 +150,8 @@ def _tar(path: Path) -> Arrays:
                     name = member.name.rpartition("/")[2]
                     if re.fullmatch(MEMBERS, name):
                         files[name] = archive.extractfile(member).read()
+                        if sum(map(len, files.values())) > ARRAYS_LIMIT:
+                            raise ValueError(f"its files have over {ARRAYS_LIMIT:,} bytes")
     except Exception as error:  # tarfile's, zlib's, EOFError
         raise UserError(f"{path} is not a readable .tar.gz ({reason(error)}): {HELP}") from None
     kind = "CIFAR100" if {"test", "meta"} <= set(files) else "CIFAR10"
@@ -229,7 +238,22 @@ class _Unpickler(pickle._Unpickler):
     it allocate memory.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.encoded = {}
+
+    def encode(self, text: str, encoding) -> bytes:
+        """Return bytes that pickle protocol 2 wrote as text: of a text that repeats, the same ones,
+        since a file repeats it in a few bytes."""
+        if encoding not in ("latin1", b"latin1"):
+            raise ValueError(f"holds text as {encoding}")
+        if text not in self.encoded:
+            self.encoded[text] = text.encode("latin1")
+        return self.encoded[text]
+
     def find_class(self, module: str, name: str):
+        if (module, name) == ("_codecs", "encode"):
+            return self.encode
         module = module.replace("numpy._core", "numpy.core")  # numpy 2 and 1
         stand_in = STAND_INS.get((module, name))
         if not stand_in:
@@ -304,20 +328,12 @@ def _scalar(dtype: _Dtype, raw: bytes) -> np.int64:
     return np.int64(np.frombuffer(raw, dtype.dtype())[0])
 
 
-def _encode(text: str, encoding) -> bytes:
-    """Return bytes that pickle protocol 2 wrote as text."""
-    if encoding not in ("latin1", b"latin1"):
-        raise ValueError(f"holds text as {encoding}")
-    return codecs.latin_1_encode(text)[0]
-
-
 STAND_INS = {
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy.core.numeric", "_frombuffer"): _Array.of_buffer,
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
     ("__builtin__", "bytes"): lambda: b"",
 }
 
@@ -342,6 +358,8 @@ def _parquet(folder: Path) -> Arrays:
                 if not re.match(rf"{split}(?![a-z])", file.name):
                     continue
                 table = parquet.ParquetFile(file)
+                if (len(images) + table.metadata.num_rows) * 3072 > ARRAYS_LIMIT:
+                    raise ValueError(f"holds over {ARRAYS_LIMIT:,} bytes of images")
                 columns = table.schema_arrow.names
                 image = next((c for c in ("img", "image") if c in columns), None)
                 label = next((c for c in ("label", "fine_label") if c in columns), None)

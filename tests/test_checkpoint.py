@@ -300,6 +300,7 @@ def test_foreign_content(tmp_path, content, what):
     ({"settings": {}}, "'stem'"),
     ({"settings": None}, "NoneType"),
     ({"settings": SETTINGS | {"head": -3}}, "negative"),
+    ({"settings": SETTINGS | {"blocks": SETTINGS["blocks"][1:2] * 256}}, "more than 255 blocks"),
     ({"settings": SETTINGS | {"blocks": [{"x": 1}]}}, "unexpected keyword argument 'x'"),
     ({"settings": standard(0.35, 8)}, "size mismatch"),
     ({"state": {}}, "Missing key"),

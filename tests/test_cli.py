@@ -137,6 +137,9 @@ def test_defaults_are_the_chain_and_a_missing_parent_is_one_line(run, tmp_path, 
     ("quantize", ["--keep=last"], "--keep last is for --method qat without --max-bytes and"),
     ("prune", ["--views=2", "--distill=0"], "--teacher and --views need a --distill over 0"),
     ("sparse_compress", ["--parent=a", "--decompress=b", "--out=c"], "give one of them"),
+    ("sparse_compress", ["--decompress=b", "--out=c", "--wandb"], "is not for --decompress"),
+    ("eval", ["x.pth", "--title=X"], "--labels and --title are for a table: give --results"),
+    ("sweep", ["--title=X"], "--beside and --title are for a table: give --results"),
     ("prune", ["--views=-1"], "--rounds and --views at least 0"),
     ("quantize", ["--lr=nan"], "--lr and --temperature must be over 0"),
     ("train", ["--epochs"], "expected one argument"),
@@ -197,6 +200,7 @@ def raising(error):
     (config.UserError("no"), "x.py: error: no", ""),
     (FileNotFoundError(2, "No such file", "a"), "x.py: error: [Errno 2] No such file: 'a'", ""),
     (TimeoutError(), "x.py: error: TimeoutError", ""),
+    (MemoryError(), "x.py: error: MemoryError", ""),
     (torch.OutOfMemoryError("CUDA out of memory\ndetails"), "x.py: error: CUDA out of memory", ""),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
      "x.py: error: not enough memory: you tried 9 bytes", ""),
@@ -348,14 +352,15 @@ def test_eval_of_the_test_split_needs_no_training_images(run, chain, tiny, tmp_p
         some = file["y_test"] < 4
         alone = {"x_test": file["x_test"][some], "y_test": file["y_test"][some]}
         few = {"x_train": file["x_train"][:30], "y_train": file["y_train"][:30]}
+    path = tmp_path / "cifar10-part.npz"
     good = chain / "checkpoints/pruned.pth"  # trained with --val-size 50
     for train_images in ({}, few):
-        np.savez(tmp_path / "x.npz", **alone, **train_images)
-        code, out, err = run("eval", good, f"--data={tmp_path}/x.npz", f"--run-dir={tmp_path}")
+        np.savez(path, **alone, **train_images)
+        code, out, err = run("eval", good, f"--data={path}", f"--run-dir={tmp_path}")
         assert (code, err) == (0, "") and f"of {some.sum()} test images" in out
-    np.savez(tmp_path / "x.npz", **alone)
+    np.savez(path, **alone)
     for flags in (["--split=val"], ["--split=train"]):
-        code, out, err = run("eval", good, f"--data={tmp_path}/x.npz", *flags)
+        code, out, err = run("eval", good, f"--data={path}", *flags)
         assert (code, out) == (1, "") and one_line("eval", err) and "it is empty" in err
 
 
@@ -401,6 +406,15 @@ def test_decompressing_gives_the_same_tensors(run, chain, tmp_path):
     a, b = checkpoint.load(tmp_path / "back.pth"), checkpoint.load(chain / "checkpoints/int8.pth")
     assert set(a.state) == set(b.state)
     assert all(torch.equal(a.state[k], b.state[k]) for k in a.state)
+
+
+def test_a_network_that_cannot_be_built_is_not_compressed(run, chain, tmp_path):
+    raw = torch.load(chain / "checkpoints/int8.pth", weights_only=True)
+    bias = raw["state"].pop("classifier.1.bias")
+    torch.save(raw, tmp_path / "x.pth")
+    code, out, err = run("sparse_compress", f"--parent={tmp_path}/x.pth", f"--run-dir={tmp_path}")
+    assert (code, out) == (1, "") and one_line("sparse_compress", err) and len(bias)
+    assert "Missing key" in err and files(tmp_path) == ["x.pth"]
 
 
 @pytest.mark.parametrize(("stage", "flags", "what"), [
@@ -658,4 +672,4 @@ def test_eval_writes_a_table_for_the_results(run, chain, tiny, tmp_path):
     code, _, err = run("eval", *files, f"--data={tiny}", "--labels=one", f"--results={path}")
     assert code == 1 and "1 --labels for 2 files" in err
     code, _, err = run("eval", *files, f"--data={tiny}", "--labels=one,two")
-    assert code == 2 and "--labels are for a table: give --results" in err
+    assert code == 2 and "are for a table: give --results" in err

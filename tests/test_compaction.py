@@ -8,6 +8,7 @@ from torch import nn
 
 from lib import integer, metrics, ptq, quantizers
 from lib.compaction import compact, take, without_unread
+from lib.config import UserError
 from lib.metrics import weight_layers
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -96,6 +97,14 @@ def test_a_constant_that_padding_makes_uneven_stays():
     _, kept = compact(model)
     gone = set(range(hidden)) - set(kept["features.2.conv.1.0.weight"][0].tolist())
     assert gone == {1, 2}
+
+
+def test_networks_of_another_shape_are_refused():
+    expanding = standard(0.25)
+    expanding["blocks"][0]["expand"] = True
+    for settings in (expanding, standard(0.25) | {"folded": True}):
+        with pytest.raises(UserError, match="dead channels are removed from networks with batch"):
+            compact(MobileNetV2(settings))
 
 
 def test_a_dense_network_is_left_as_it_is():

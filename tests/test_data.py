@@ -192,8 +192,31 @@ def test_tar_gz_of_something_else_or_cut(batches_py, tmp_path):
     with tarfile.open(path, "w:gz") as archive:
         archive.add(batches_py / "data_batch_1", "data_batch_1")
     refused(str(path), "holds no test_batch")
-    path.write_bytes(path.read_bytes()[:-2000])
-    refused(str(path), "is not a readable .tar.gz")
+    for kept in (-2000, 200, 20):
+        path.write_bytes(path.read_bytes()[:kept])
+        refused(str(path), "is not a readable .tar.gz")
+
+
+def test_a_tar_gz_of_many_large_files_is_refused(batches_py, tmp_path, monkeypatch):
+    path = tmp_path / "x.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(batches_py, "cifar-10-batches-py")
+    size = max(f.stat().st_size for f in batches_py.iterdir())
+    monkeypatch.setattr(readers, "ARRAYS_LIMIT", size)
+    refused(str(path), f"its files have over {size:,} bytes")
+
+
+def test_ten_classes_without_names_are_said_to_be_taken_as_cifar10s(npz, arrays, capfd):
+    digits = Path(npz()).with_name("digits.npz")
+    shutil.copy(npz(), digits)
+    assert data.load(str(digits)).classes == data.CLASSES
+    assert capfd.readouterr().err == (
+        f"{digits} names no classes: its ten are taken to be CIFAR-10's, airplane to truck\n"
+    )
+    assert data.load(npz()).classes == data.CLASSES and capfd.readouterr().err == ""
+    train, test = (arrays[key] % 5 for key in ("y_train", "y_test"))
+    assert data.load(npz(y_train=train, y_test=test)).classes == tuple("01234")
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("protocol", range(6))

@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -284,7 +285,7 @@ def entry(**changes):
 
 
 @pytest.mark.parametrize("change", [
-    entry(dtype="F4"), entry(dtype=None), entry(shape=[8, 3, 3]), entry(shape=[-8, -3, 3, 3]),
+    entry(dtype="float"), entry(dtype=None), entry(shape=[8, 3, 3]), entry(shape=[-8, -3, 3, 3]),
     entry(shape=[1 << 62, 4]), entry(shape="8"), entry(shape=[8.0, 27]), entry(data_offsets=[0]),
     entry(data_offsets=[8, 872]), entry(data_offsets=[0, 1 << 40]), entry(data_offsets=[-864, 0]),
     entry(data_offsets=["0", "864"]), lambda header: header.pop("features.0.0.weight"),
@@ -293,6 +294,38 @@ def entry(**changes):
 def test_damaged_headers_of_safetensors(plain, tmp_path, change):
     (tmp_path / "x.safetensors").write_bytes(safetensors(plain, change))
     assert "is a damaged safetensors file" in refusal(tmp_path / "x.safetensors")
+
+
+def test_types_of_8_bit_floats_are_named(plain, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(safetensors(plain, entry(dtype="F8_E4M3")))
+    assert "'features.0.0.weight' is of type F8_E4M3: convert it to F32" in refusal(path)
+    name = "classifier.1.weight"
+    torch.save(plain | {name: plain[name].to(torch.float8_e4m3fn)}, tmp_path / "x.pth")
+    assert f"'{name}' is of torch.float8_e4m3fn: convert it" in refusal(tmp_path / "x.pth")
+
+
+def test_what_could_ask_for_any_amount_of_memory_is_refused(plain, tmp_path, monkeypatch):
+    path, packed = tmp_path / "x.pth", tmp_path / "packed.pth"
+    torch.save(plain, path)
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for item in whole.infolist():
+            new.writestr(item.filename, whole.read(item))
+    monkeypatch.setattr(torch, "load", None)  # it is not called
+    assert "is a compressed archive" in refusal(packed)
+
+    class Large:
+        def __reduce__(self):
+            return bytearray, (1000,)
+
+    for old_format in (False, True):
+        torch.save({"x": Large()}, path, _use_new_zipfile_serialization=not old_format)
+        assert "it asks to call" in (message := refusal(path)) and "bytearray" in message
+        if old_format:  # the names before a damaged place count, too; and an archive at its end
+            raw = path.read_bytes()
+            cut = raw[: raw.rindex(b"bytearray") + 20]
+            path.write_bytes(cut + packed.read_bytes())
+            assert "is not a checkpoint, or is damaged" in refusal(path)
 
 
 def test_damaged_safetensors(plain, tmp_path):

@@ -156,8 +156,9 @@ def test_meta_survives_or_is_refused():
     for bad in ({1: "a"}, {"a": (1, 2)}, [1], None):
         with pytest.raises(Malformed):
             encode(bad, {}, {}, {})
-    with pytest.raises(ValueError):
-        encode({"a": float("nan")}, {}, {}, {})
+    for value in (float("nan"), np.zeros(1), b"x"):
+        with pytest.raises(Malformed):
+            encode({"a": value}, {}, {}, {})
     with pytest.raises(LimitExceeded):
         encode({"a": "x" * META_LIMIT}, {}, {}, {})
 

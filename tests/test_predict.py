@@ -17,7 +17,7 @@ import predict
 import sparse_compress
 import to_int8
 import train
-from lib import checkpoint, data, pictures, ptq, runtime, synthetic
+from lib import checkpoint, data, pictures, ptq, quantizers, runtime, synthetic
 from models.mobilenetv2 import MobileNetV2, standard
 
 
@@ -241,6 +241,25 @@ def test_names_that_are_not_utf_8_or_not_one_line(run, folder, picture, tmp_path
     assert [n.removeprefix(f"{tmp_path}/") for n in names] == [r"caf\udce9.png", "new\nline.png"]
     for name in names:
         name.encode()  # no surrogates
+
+
+def test_an_answer_does_not_depend_on_the_other_pictures(run, tmp_path, small):
+    """The report's activation scales are those of a batch."""
+    model = small(1)
+    scheme = quantizers.quantize_reference(model, 4, 4)
+    names = ["a\nb", *"bcdefghij"]
+    checkpoint.save(
+        tmp_path / "x.pth", "quantized", model, train.Settings(), None, metrics={},
+        data={"classes": names, "val_size": 50}, quantization=scheme,
+    )  # fmt: skip
+    pictures_of, answers = synthetic.make(4, 1)[0], []
+    for number, picture in enumerate(pictures_of):
+        Image.fromarray(picture if number else picture // 8).save(tmp_path / f"{number}.png")
+    flags = (f"--model={tmp_path}/x.pth", "--top=10")
+    for number in range(4):
+        answers.append(run(tmp_path / f"{number}.png", *flags)[1])
+    code, out, _ = run(tmp_path, *flags)
+    assert code == 0 and out == "".join(answers) and r"  a\nb " in out
 
 
 MEMORY = """

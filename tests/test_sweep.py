@@ -72,6 +72,16 @@ def test_cells_are_measured_from_files_and_only_once(tiny, parent, tmp_path, mon
     assert [r["sha256"] for r in rows(tmp_path)][:4] == [r["sha256"] for r in first]
 
 
+def test_a_lambda_is_named_beside_its_figures(tiny, parent, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(sweep.plots, "heatmap", lambda *args: titles.append(args[2]))
+    results = tmp_path / "sweep.json"
+    sweep.main([*flags(tiny, parent, tmp_path), "--weight-bits=4", "--act-bits=8", "--method=ptq",
+                "--rd-lambda=0.5", f"--results={results}"])  # fmt: skip
+    assert titles == [f"ptq quantization of {parent.name} at lambda 0.5, test (n=100)"]
+    assert "ptq at lambda 0.5 without training" in tables.read(results)["text"]
+
+
 def test_the_grid_is_a_table_beside_anothers_figures(tiny, parent, tmp_path, monkeypatch):
     grid = ["--weight-bits=8,2", "--act-bits=32,4", f"--results={tmp_path}/results/sweep.json"]
     other = tmp_path / "grid.csv"

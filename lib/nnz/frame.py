@@ -132,9 +132,13 @@ def _section_crc(tag, payload):
 def canonical(value) -> bytes:
     """Return a value as canonical JSON (FORMAT.md, section 3.1).
 
-    Raises TypeError or ValueError for what is not JSON: NaN and infinities too.
+    Raises Malformed for what is not JSON: NaN and infinities too.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    try:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Malformed(f"not JSON: {error}") from None
+    return text.encode()
 
 
 def parse_canonical(text: bytes, section: str):

@@ -85,8 +85,7 @@ def encode(
     tensors of one of DENSE_TYPES. bits: for each sparse tensor the bits per value (float32: 32).
     The order of the tensors is kept, that of the keys in `meta` is not.
 
-    Raises a FormatError for what a file cannot hold, TypeError or ValueError for a `meta` that
-    is not JSON.
+    Raises a FormatError for what a file cannot hold, and for a `meta` that is not JSON.
     """
     if set(bits) != set(sparse):
         raise Malformed("`bits` must name exactly the sparse tensors")
