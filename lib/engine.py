@@ -208,7 +208,6 @@ def fit(
     state = TrainingState.start(model, recipe, velocity)
     # Without batch norm, the teacher is a third less to compute.
     teacher = quantizers.fold(teacher) if teacher and recipe.distill else None
-    answers = {}
     if not resume:
         processes.discard(state_file)
     if state_file.is_file():
@@ -226,7 +225,7 @@ def fit(
             torch.manual_seed(seed * 1_000_003 + epoch + rank * 999_983)
             totals = train_epoch(
                 state, images.train, recipe, augment, seed, epoch, forward=forward,
-                teacher=teacher, answers=answers, after_step=after_step, penalty=penalty,
+                teacher=teacher, after_step=after_step, penalty=penalty,
                 note=f"{note}epoch {epoch + 1}/{recipe.epochs}",
             )  # fmt: skip
             if world > 1:
@@ -291,6 +290,9 @@ class TrainingState:
     history: list[dict] = dataclasses.field(default_factory=list)  # one line per epoch
     best: int = -1  # index in history of the highest score
     best_weights: dict[str, Tensor] | None = None  # the state dict of that epoch, on the CPU
+    # The teacher's logits for this process's batches that repeat, batch by batch, by the epoch of
+    # recipe.views that they are of.
+    answers: dict[int, list[Tensor]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def start(
@@ -319,12 +321,18 @@ class TrainingState:
             self.best_weights = {name: t.cpu().clone() for name, t in weights.items()}
 
     def save(self, path: Path, config: dict) -> None:
-        """Write the state, with the settings that it belongs to."""
+        """Write the state, with the settings that it belongs to.
+
+        Without answers if there are several processes, each of which has its own.
+        """
+        alone = processes.world_and_rank()[0] == 1
+        answers = self.answers if alone else {}
         checkpoint.write(path, {
             "config": config, "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "average": self.average.state_dict() if self.average else None,
             "history": self.history, "best": self.best, "best_state": self.best_weights,
+            "answers": {view: torch.stack(logits) for view, logits in answers.items()},
         })  # fmt: skip
 
     def restore(self, path: Path, config: dict) -> None:
@@ -339,6 +347,12 @@ class TrainingState:
             self.average.load_state_dict(saved["average"])
         self.history, self.best = saved["history"], saved["best"]
         self.best_weights = saved["best_state"]
+        if processes.world_and_rank()[0] == 1:
+            device = next(self.model.parameters()).device
+            self.answers = {
+                view: list(logits.to(device).unbind())
+                for view, logits in saved.get("answers", {}).items()
+            }
 
 
 def _score(line: dict) -> float:
@@ -419,13 +433,10 @@ def match_layouts(optimizer: torch.optim.Optimizer) -> None:
 
 def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment, seed: int,
                 epoch: int, *, forward: nn.Module | None = None, teacher: nn.Module | None = None,
-                answers: dict[int, list[Tensor]] | None = None, after_step=None, penalty=None,
-                note: str = "") -> Tensor:  # fmt: skip
+                after_step=None, penalty=None, note: str = "") -> Tensor:  # fmt: skip
     """Train for one epoch; return [sum of losses, correct answers] of this process, float64 (2,).
 
     forward: DistributedDataParallel around the model of `state`, or None for that model itself.
-    answers: the teacher's logits for the batches that repeat, by the epoch of recipe.views that
-        they are of; they are added here.
     The rest is as in `fit`; the teacher is taken as it is.
     The host never waits for the device, except to record a step (lib/replay.py): the totals stay
     on the device, and the caller reads them once. The images of an epoch have one size.
@@ -444,8 +455,8 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
     )
     side = recipe.side(epoch)
     known = None  # the teacher's answers, batch by batch, if they are kept
-    if teacher and 0 < recipe.views < recipe.epochs and side == SIDE and answers is not None:
-        known = answers.setdefault(drawn, [])
+    if teacher and 0 < recipe.views < recipe.epochs and side == SIDE:
+        known = state.answers.setdefault(drawn, [])
     averaged = state.average and float_tensors(state.average, state.model)
 
     @torch.no_grad()
