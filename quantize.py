@@ -129,7 +129,8 @@ class Settings(config.AfterTraining):
     )  # fmt: skip
     lambda_from: float = flag(
         1.0, "share of --rd-lambda that qat starts with, in ptq and in the loss; it rises to 1 in "
-        "the first half of the epochs. Under 1, ptq zeroes fewer weights and training more"
+        "the first half of the epochs, and before each of these the weights that are not worth "
+        "their bits are zeroed. So under 1, ptq zeroes fewer weights and training more"
     )  # fmt: skip
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
     keep: str = flag(
@@ -462,6 +463,18 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
             cfg.distill, cfg.temperature,
         )  # fmt: skip
 
+    def zero_weights(epoch: int) -> None:
+        """Zero what is not worth its bits at the present lambda; see engine.fit's before_epoch."""
+        nonlocal mask
+        share = recipe.penalty_share(epoch, 1)
+        if epoch > 0 and recipe.penalty_share(epoch - 1, 1) < 1:
+            lambda_per_bit = share * rd_lambda / BITS_PER_KILOBYTE
+            count = qat.zero_cheap_weights(model, sample, lambda_per_bit)
+            engine.say(f"lambda {share * rd_lambda:.4g}: {count:,} weights become zero")
+        weights = [layer.weight for layer in metrics.weight_layers(model).values()]
+        processes.take_from_main_process(weights)
+        mask = pruning.Mask(model)  # also those of epochs before an interruption
+
     def judge(network, epoch: int) -> tuple[engine.Evaluation, dict, float]:
         """Judge a network in training as a file; see engine.fit."""
         made = job.measure(qat.finished(network), rd_lambda)
@@ -485,8 +498,8 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
         engine.match_logits(teacher_network, job.network, sample)
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
-        config=identity, resume=cfg.resume, after_step=mask.apply, log=log,
-        teacher=teacher_network,
+        config=identity, resume=cfg.resume, log=log, teacher=teacher_network,
+        before_epoch=zero_weights if cfg.lambda_from < 1 else None, after_step=lambda: mask.apply(),
         penalty=(lambda: loss_per_bit * qat.coded_bits(model)) if loss_per_bit else None,
         judge=judge if job.before else None,
     )  # fmt: skip

@@ -160,6 +160,7 @@ def fit(
     config: dict,
     resume: bool = True,
     teacher: nn.Module | None = None,
+    before_epoch: Callable[[int], None] | None = None,
     after_step: Callable[[], None] | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
     velocity: dict[str, Tensor] | None = None,
@@ -181,6 +182,8 @@ def fit(
         the result equals an uninterrupted run's to the bit, on the CPU.
     teacher: an fp32 network; with recipe.distill, its soft labels are mixed in (Hinton, Vinyals
         and Dean 2015). It answers batches that repeat (recipe.views) once.
+    before_epoch: called with the number of each epoch, from 0, before it begins; what it changes
+        must follow from that number and the weights alone.
     after_step: called after each optimizer step; to hold masks, for example.
     penalty: a function whose result is added to the loss at each step, times
         recipe.penalty_share; logged losses are without.
@@ -221,6 +224,8 @@ def fit(
     try:
         for epoch in range(saved_epochs, recipe.epochs):
             start = time.monotonic()
+            if before_epoch:
+                before_epoch(epoch)
             # For dropout, which is a different one in each process.
             torch.manual_seed(seed * 1_000_003 + epoch + rank * 999_983)
             totals = train_epoch(

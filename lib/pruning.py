@@ -23,7 +23,7 @@ def keep_best(
             2021, equation 1). The order within a layer is the same, but a layer of small weights
             cannot vanish, since the largest weight of each layer scores 1;
         obd: the squared error of an image's logits without the weight, by a diagonal curvature
-            (LeCun, Denker and Solla 1990, "Optimal Brain Damage"; see `_weight_errors`), per bit
+            (LeCun, Denker and Solla 1990, "Optimal Brain Damage"; see `weight_errors`), per bit
             that the weight takes in the file (see `_coded_bits`). A weight is cheap among others in
             its row and column, so rows and columns of few weights empty, and whole channels die.
     images: (n, 3, 32, 32), normalized, for obd alone; their labels are not needed.
@@ -35,7 +35,7 @@ def keep_best(
         score_of = {"magnitude": torch.abs, "lamp": _lamp}[score]
         _keep(weights, [score_of(weight.flatten()) for weight in weights], keep)
         return
-    errors = [error.flatten() for error in _weight_errors(model, images).values()]
+    errors = [error.flatten() for error in weight_errors(model, images).values()]
     present = sum(int(weight.count_nonzero()) for weight in weights)
     for step in range(1, STEPS + 1):
         scores = [
@@ -68,7 +68,7 @@ def _coded_bits(weight: Tensor) -> Tensor:
     return (nonzero - zero + MAGNITUDE_BITS).clamp(min=1).view_as(weight)
 
 
-def _weight_errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def weight_errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return the error of the logits without each weight, by layer, of the shape of the weights.
 
     It is w^2 * the variance of the weight's input * the importance of its row

@@ -83,7 +83,7 @@ def test_obd_scores_say_what_the_loss_of_a_weight_does_to_the_logits(small, pixe
     """Each weight of a sample is left out, and the batch norm after it takes up the constant part
     of the error, as it does in fine-tuning."""
     model = quantizers.fold(small(0))
-    scores = pruning._weight_errors(small(0), pixels)
+    scores = pruning.weight_errors(small(0), pixels)
     with torch.no_grad():
         expected, found, guessed, sizes = model(pixels), [], [], []
         for name, layer in weight_layers(model).items():
@@ -272,11 +272,11 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist
 import prune
 from lib import pruning
-errors = pruning._weight_errors
+errors = pruning.weight_errors
 def disturbed(*args):
     factor = 1 + dist.get_rank()  # the second process would choose other weights
     return {{n: e ** factor for n, e in errors(*args).items()}}
-pruning._weight_errors = disturbed
+pruning.weight_errors = disturbed
 prune.main(sys.argv[1:])
 """
     script = tmp_path / "disturbed.py"

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -348,7 +349,7 @@ def test_the_last_epoch_is_kept_if_asked_for(tiny, parent, tmp_path, monkeypatch
     assert kept.metrics["val_correct"] == round(lines[1]["val_accuracy"] * lines[1]["val_total"])
 
 
-def test_lambda_can_rise_in_training(tiny, parent, tmp_path, monkeypatch):
+def test_lambda_can_rise_in_training(tiny, parent, tmp_path, monkeypatch, capfd):
     """ptq takes the smaller lambda; in training the price becomes what it is without the flag."""
     lambdas, prices, quantize_ptq = [], [], ptq.quantize
     cost = quantize.qat.cost_of_a_bit
@@ -369,6 +370,43 @@ def test_lambda_can_rise_in_training(tiny, parent, tmp_path, monkeypatch):
     )  # fmt: skip
     assert lambdas == [pytest.approx(10)] and prices == [pytest.approx(100)]
     assert saved.metrics["rd_lambda"] == 100 and lines[-1]["bytes"] < lines[0]["bytes"]
+    said = re.findall(r"lambda (.*): (.*) weights become zero", capfd.readouterr().out)
+    assert [float(x) for x, _ in said] == [55, 100] and all(int(count) > 0 for _, count in said)
+
+
+def test_zeroing_in_training_goes_on_after_an_interruption(tiny, parent, tmp_path, monkeypatch):
+    flags = ("--epochs=4", "--lr=0.001", "--rd-lambda=100", "--lambda-from=0.1", "--keep=last")
+    expected, _ = run(tiny, parent, tmp_path / "whole", *flags)
+    logged = Log.__call__
+
+    def interrupt(log, line):
+        logged(log, line)
+        raise KeyboardInterrupt
+
+    for _ in range(3):  # before the first zeroing, after it, and after the last one
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Log, "__call__", interrupt)
+            run(tiny, parent, tmp_path / "broken", *flags)
+    resumed, _ = run(tiny, parent, tmp_path / "broken", *flags)
+    assert all(torch.equal(expected.state[k], resumed.state[k]) for k in expected.state)
+
+
+def test_weights_that_are_not_worth_their_bits_become_zero(small, pixels):
+    """Most weights take between a sixteenth of a bit and 16 bits more than a zero."""
+    model, latent = ptq.quantize(small(1), pixels, scheme := ptq.make_scheme(4, 8))
+    qat.begin(model, scheme, latent)
+    layers, before = weight_layers(model), weight_layers(qat.finished(model))
+    errors = pruning.weight_errors(qat.finished(model), pixels)
+    lambda_per_bit = torch.cat([e[e > 0] for e in errors.values()]).median() / 4
+    assert qat.zero_cheap_weights(model, pixels, 0.0) == 0
+    count = qat.zero_cheap_weights(model, pixels, lambda_per_bit)
+    gone = {n: (layer.weight == 0) & (before[n].weight != 0) for n, layer in layers.items()}
+    kept = {n: (before[n].weight != 0) & ~gone[n] for n in layers}
+    assert count == sum(int(each.sum()) for each in gone.values()) > 0
+    assert max(errors[n][gone[n]].max() for n in layers if gone[n].any()) < 16 * lambda_per_bit
+    # A zero in a row that has no others takes more bits than a weight.
+    too_cheap = torch.cat([errors[n][kept[n]] for n in layers]) < lambda_per_bit / 16
+    assert too_cheap.float().mean() < 0.02
 
 
 def test_what_cannot_be_trained_is_refused_before_ptq(tiny, parent, tmp_path, monkeypatch):
