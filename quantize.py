@@ -65,7 +65,7 @@ from models.mobilenetv2 import MobileNetV2
 
 LARGEST_IN_CHAIN = 8  # weight bits: to_int8.py takes no more
 LAMBDA_FLAGS = "--rd-lambda, --max-bytes and --max-drop"  # with which bits count: see has_lambda
-LOGIT_IMAGES = 512  # training images that the size of logits, and the cost of a bit, come from
+LOGIT_IMAGES = 512  # training images on which logits and their errors are measured
 # With --max-drop, qat starts from a network that loses this many times as much.
 DROP_BEFORE_QAT = 2.0
 # How a state names the hash of what training began with: it is part of an error, too.
@@ -128,9 +128,9 @@ class Settings(config.AfterTraining):
         "every epoch"
     )  # fmt: skip
     lambda_from: float = flag(
-        1.0, "share of --rd-lambda that qat starts with, in ptq and in the loss; it rises to 1 in "
-        "the first half of the epochs, and before each of these the weights that are not worth "
-        "their bits are zeroed. So under 1, ptq zeroes fewer weights and training more"
+        1.0, "share of --rd-lambda that qat starts with, in ptq and in the loss. It rises to 1 in "
+        "the first half of the epochs; after each of these the weights that are not worth their "
+        "bits become zero. So under 1, ptq zeroes fewer weights and training more"
     )  # fmt: skip
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
     keep: str = flag(
@@ -179,6 +179,9 @@ class Settings(config.AfterTraining):
             raise ValueError("--lambda-from must be in [0, 1]")
         if self.lambda_from < 1 and (self.method != "qat" or not self.rd_lambda):
             raise ValueError("--lambda-from is for --method qat with --rd-lambda")
+        if self.lambda_from < 1 and (self.epochs < 2 or self.ema):
+            raise ValueError("--lambda-from needs at least 2 --epochs, and no --ema, whose average "
+                             "would keep the weights that become zero")  # fmt: skip
         if not self.temperature > 0 or not self.lr > 0:
             raise ValueError("--lr and --temperature must be over 0")
 
@@ -334,7 +337,7 @@ class PostTraining(NamedTuple):
 
         flags              start: ptq's result, where qat starts   fallback: if no epoch is better
         none               at lambda 0                             None: the best epoch is kept
-        --rd-lambda        at that lambda times --lambda-from      the same
+        --rd-lambda        at that lambda times --lambda-from      at that lambda
         --max-bytes        the best that fits                      the same
         --max-drop, ptq    the smallest within the drop            the same
         --max-drop, qat    ... within DROP_BEFORE_QAT drops,       the smallest within the drop, or
@@ -370,8 +373,10 @@ def post_training(job: Job) -> PostTraining:
 
     if not cfg.has_budget:
         start = attempt(cfg.rd_lambda * cfg.lambda_from)
-        compared = cfg.has_lambda and job.before and cfg.keep == "best"
-        return PostTraining(start, start if compared else None, [start])
+        fallback = None
+        if cfg.has_lambda and job.before and cfg.keep == "best":
+            fallback = attempt(cfg.rd_lambda)
+        return PostTraining(start, fallback, [start])
     fallback, attempts = budget.search(attempt, job.goal())
     start = fallback
     if cfg.method == "qat" and cfg.max_drop is not None:
@@ -470,9 +475,10 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
         if epoch > 0 and recipe.penalty_share(epoch - 1, 1) < 1:
             lambda_per_bit = share * rd_lambda / BITS_PER_KILOBYTE
             count = qat.zero_cheap_weights(model, sample, lambda_per_bit)
+            processes.take_from_main_process(
+                layer.weight for layer in metrics.weight_layers(model).values()
+            )
             engine.say(f"lambda {share * rd_lambda:.4g}: {count:,} weights become zero")
-        weights = [layer.weight for layer in metrics.weight_layers(model).values()]
-        processes.take_from_main_process(weights)
         mask = pruning.Mask(model)  # also those of epochs before an interruption
 
     def judge(network, epoch: int) -> tuple[engine.Evaluation, dict, float]:

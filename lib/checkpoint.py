@@ -253,9 +253,10 @@ def check_fields(source: Checkpoint, path: Path) -> None:
     for name in ("settings", "state", "data", "config", "metrics"):
         value = getattr(source, name)
         ensure(isinstance(value, dict), f"{name}: a {type(value).__name__!r} object, not a dict")
-    blocks = source.settings.get("blocks", [])
+    blocks = source.settings.get("blocks")
     # A file can repeat a block in two bytes, and each takes memory and time to build.
-    ensure(not isinstance(blocks, list) or len(blocks) <= 255, "more than 255 blocks")
+    legal = isinstance(blocks, list) and 1 <= len(blocks) <= 255
+    ensure(legal, "its 'blocks' are no list of 1 to 255")
     foreign.check_stored(source.state, path)
     if source.quantization is not None:
         _check_scheme(source.quantization, ensure)

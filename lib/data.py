@@ -5,6 +5,7 @@ The whole set is kept on the device (50,000 images are 154 MB), so that batches 
 indexing: no PIL, no DataLoader, no worker processes.
 """
 
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -165,7 +166,8 @@ def _refuse(name: str, what: str, kind: str = "CIFAR-10"):
 def _is_cifar10(source: str | None, test_images: Tensor) -> bool:
     """Return whether a set is CIFAR-10 by its name, which may be of a part of it, or its images."""
     name = Path(source or "cifar10").name.lower()
-    return "cifar10" in name.replace("-", "") or fingerprint(test_images) == CIFAR10_TEST
+    named = re.search(r"cifar[-_]?10(?!\d)", name)
+    return bool(named) or fingerprint(test_images) == CIFAR10_TEST
 
 
 def _guess_classes(*labels: Tensor) -> int:

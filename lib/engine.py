@@ -226,6 +226,7 @@ def fit(
             start = time.monotonic()
             if before_epoch:
                 before_epoch(epoch)
+            start_of_training = time.monotonic()
             # For dropout, which is a different one in each process.
             torch.manual_seed(seed * 1_000_003 + epoch + rank * 999_983)
             totals = train_epoch(
@@ -244,7 +245,7 @@ def fit(
             line = {
                 "epoch": epoch + 1, "train_loss": loss, "train_accuracy": correct,
                 "lr": recipe.learning_rate((epoch + 1) * steps - 1, steps),
-                "images_per_second": round(count / (time.monotonic() - start), 1),
+                "images_per_second": round(count / (time.monotonic() - start_of_training), 1),
             }  # fmt: skip
             if device.type == "cuda":
                 line["peak_bytes"] = torch.cuda.max_memory_allocated(device)

@@ -206,7 +206,9 @@ def load(path: Path):
     Raises what torch.load does, and ValueError for what could ask for any amount of memory, which
     torch.load allows.
     """
-    if _is_compressed(path) or any(name.endswith(".bytearray") for name in _pickled(path)[1]):
+    protocol, names = _pickled(path)
+    # What cannot be listed here might still be read by torch.
+    if not protocol or _is_compressed(path) or any(n.endswith(".bytearray") for n in names):
         raise ValueError("it could ask for any amount of memory")
     # Warnings are of what is refused in a moment anyway.
     with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(STAND_INS):
@@ -257,49 +259,55 @@ def _is_compressed(path: Path) -> bool:
         return False
 
 
-def _instructions(raw: bytes):
-    """Yield the instructions of pickles that follow each other, with their arguments. In torch's
-    older files there are five, before the tensors' bytes."""
-    file = io.BytesIO(raw)
-    while raw[file.tell() : file.tell() + 1] == b"\x80":
-        for opcode, argument, _ in pickletools.genops(file):
-            yield opcode, argument
+def _pickles(path: Path):
+    """Yield the pickles of a torch file, each as a list of (opcode, argument): those named data.pkl
+    of an archive; of an older file the five before the tensors' bytes, if there are so many.
+
+    Raises what zipfile and pickletools do.
+    """
+    files = [(io.BytesIO(path.read_bytes()), 5)]
+    if _is_archive(path):
+        with zipfile.ZipFile(path) as archive:
+            files = [
+                (io.BytesIO(archive.read(entry)), 1) for entry in archive.infolist()
+                if entry.filename.endswith("data.pkl") and entry.compress_type == zipfile.ZIP_STORED
+            ]  # fmt: skip
+    for file, count in files:
+        for _ in range(count):
+            if file.tell() < len(file.getbuffer()):
+                yield [(op, argument) for op, argument, _ in pickletools.genops(file)]
 
 
 HARMLESS = r"torch\.(_utils\.|storage\.|\w+$)|collections\.OrderedDict$|_codecs\.encode$"
 
 
 def _pickled(path: Path) -> tuple[int, list[str]]:
-    """Return the protocol of a file's pickles and the names that they ask for; if one is damaged, 0
-    and the names before that.
+    """Return the lowest protocol of a file's pickles and the names that they ask for; 0 if there is
+    no pickle, or one is damaged or does not say its protocol.
 
     Their instructions are listed, not executed.
     """
-    raw, protocol, names = path.read_bytes(), 0, []
-    texts, memo, last = [], [], None  # what STACK_GLOBAL takes its two words from
+    protocols, names = [], []
     try:
-        if _is_archive(path):
-            with zipfile.ZipFile(path) as archive:
-                raw = b"".join(
-                    archive.read(entry) for entry in archive.infolist()
-                    if entry.filename.endswith("data.pkl")
-                    and entry.compress_type == zipfile.ZIP_STORED
-                )  # fmt: skip
-        for opcode, argument in _instructions(raw):
-            if opcode.name == "PROTO":
-                protocol = argument
-            elif opcode.name == "GLOBAL":
-                names.append(argument.replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":
-                names.append(".".join(texts[-2:]))
-            elif opcode.name == "MEMOIZE":
-                memo.append(last)
-            last = memo[argument] if opcode.name in ("BINGET", "LONG_BINGET") and memo else argument
-            if isinstance(last, str):
-                texts.append(last)
+        for pickled in _pickles(path):
+            protocols.append(0)
+            texts, memo, last = [], [], None  # what STACK_GLOBAL takes its two words from
+            for opcode, argument in pickled:
+                if opcode.name == "PROTO":
+                    protocols[-1] = argument
+                elif opcode.name == "GLOBAL":
+                    names.append(argument.replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    names.append(".".join(texts[-2:]))
+                elif opcode.name == "MEMOIZE":
+                    memo.append(last)
+                got = opcode.name in ("BINGET", "LONG_BINGET") and memo
+                last = memo[argument] if got else argument
+                if isinstance(last, str):
+                    texts.append(last)
     except Exception:  # zipfile and pickletools raise whatever their parsers do
         return 0, names
-    return protocol, names
+    return min(protocols, default=0), names
 
 
 def _is_torchscript(path: Path) -> bool:

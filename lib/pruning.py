@@ -35,7 +35,7 @@ def keep_best(
         score_of = {"magnitude": torch.abs, "lamp": _lamp}[score]
         _keep(weights, [score_of(weight.flatten()) for weight in weights], keep)
         return
-    errors = [error.flatten() for error in weight_errors(model, images).values()]
+    errors = [e.flatten() for e in weight_errors(quantizers.fold(model), images).values()]
     present = sum(int(weight.count_nonzero()) for weight in weights)
     for step in range(1, STEPS + 1):
         scores = [
@@ -72,18 +72,17 @@ def weight_errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return the error of the logits without each weight, by layer, of the shape of the weights.
 
     It is w^2 * the variance of the weight's input * the importance of its row
-    (lib.ptq.row_importance), of the folded network. The variance and not the mean square: a
-    constant error goes into the batch norm.
+    (lib.ptq.row_importance). The variance and not the mean square: training makes up for a constant
+    error in the batch norm or bias. model: folded, in eval mode. images: (n, 3, H, W), normalized.
     """
-    folded = quantizers.fold(model)
-    importance, variances, hooks = ptq.row_importance(folded, images), {}, []
-    for name, layer in weight_layers(folded).items():
+    importance, variances, hooks = ptq.row_importance(model, images), {}, []
+    for name, layer in weight_layers(model).items():
 
         def keep_variance(_, inputs, name=name):
             variances[name] = quantizers.by_channel(inputs[0]).var(0, correction=0)
 
         hooks.append(layer.register_forward_pre_hook(keep_variance))
-    folded(images)
+    model(images)
     for hook in hooks:
         hook.remove()
 
@@ -94,7 +93,7 @@ def weight_errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         variance, of_row = variances[name].view(by_input), importance[name].view(-1, *others)
         return layer.weight.square() * variance * of_row
 
-    return {name: errors(name, layer) for name, layer in weight_layers(folded).items()}
+    return {name: errors(name, layer) for name, layer in weight_layers(model).items()}
 
 
 def _lamp(weight: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def cost_of_a_bit(
     """Return what a bit costs at a lambda: in training loss, and in the share of wrong answers on
     the validation split (0 without one).
 
-    model: the network that lib.ptq made at this lambda. images: (n, 3, H, W), normalized.
+    model: the network that training begins with. images: (n, 3, H, W), normalized.
     lambda_per_bit: see lib.ptq.quantize. result: of the model on the validation split, if there is
     one. distill, temperature: see lib.engine.Recipe.
     """
@@ -191,7 +191,7 @@ def zero_cheap_weights(model: nn.Module, images: Tensor, lambda_per_bit: float) 
     is less than lambda_per_bit * the estimated bits that a zero saves. Weights that round to zero
     are left free. images: (n, 3, H, W), normalized.
     """
-    errors, count = pruning.weight_errors(finished(model), images), 0
+    errors, count = pruning.weight_errors(finished(model).eval(), images), 0
     for name, layer in weight_layers(model).items():
         if hasattr(layer, "log_step"):
             high = max_level(layer.weight_bits)

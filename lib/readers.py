@@ -36,6 +36,7 @@ HELP = (
 )
 MEMBERS = r"data_batch_\d|test_batch|batches\.meta|train|test|meta"
 ARRAYS_LIMIT = 1 << 30  # bytes of all arrays in a compressed file: CIFAR-10's have 184 MB
+PICTURE_RATIO = 16  # bytes of pixels per byte of a parquet file, at most: encoded pictures have 2
 MEMBER_LIMIT = 1 << 28  # bytes of a file in a .tar.gz: CIFAR-100's largest has 155 MB
 NO_IMAGES, NO_LABELS = np.zeros((0, 32, 32, 3), np.uint8), np.zeros(0, np.int64)
 
@@ -353,13 +354,14 @@ def _parquet(folder: Path) -> Arrays:
     parts, names, file, source = [], None, folder, None
     try:
         for split in ("train", "test"):
-            images, labels = [], []
+            images, labels, most = [], [], ARRAYS_LIMIT
             for file in _parquet_files(folder):
                 if not re.match(rf"{split}(?![a-z])", file.name):
                     continue
                 table = parquet.ParquetFile(file)
-                if (len(images) + table.metadata.num_rows) * 3072 > ARRAYS_LIMIT:
-                    raise ValueError(f"holds over {ARRAYS_LIMIT:,} bytes of images")
+                most += PICTURE_RATIO * file.stat().st_size
+                if (len(images) + table.metadata.num_rows) * 3072 > most:
+                    raise ValueError(f"holds over {most:,} bytes of images")
                 columns = table.schema_arrow.names
                 image = next((c for c in ("img", "image") if c in columns), None)
                 label = next((c for c in ("label", "fine_label") if c in columns), None)

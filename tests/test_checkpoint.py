@@ -230,7 +230,8 @@ def test_truncated(whole, tmp_path, keep):
 
 @pytest.mark.parametrize("where", ["anywhere", "pickle", "directory"])
 def test_flipped_bits_are_refused_or_load_but_never_crash(whole, tmp_path, where):
-    """torch checks no CRC of its own files, so a flip in a weight does load."""
+    """torch checks no CRC of its own files, so a flip in a weight does load. Of the pickle, whose
+    instructions are listed first, it is checked."""
     infos = zipfile.ZipFile(io.BytesIO(whole)).infolist()
     entry = next(i for i in infos if i.filename.endswith("data.pkl"))
     low, high = {
@@ -249,7 +250,7 @@ def test_flipped_bits_are_refused_or_load_but_never_crash(whole, tmp_path, where
         except UserError as error:
             assert str(error).count("\n") == 0
             outcomes.add("refused")
-    assert outcomes == {"loaded", "refused"}
+    assert outcomes == {"refused"} | ({"loaded"} if where != "pickle" else set())
 
 
 class Malice:
@@ -297,10 +298,12 @@ def test_foreign_content(tmp_path, content, what):
 
 
 @pytest.mark.parametrize(("change", "what"), [
-    ({"settings": {}}, "'stem'"),
+    ({"settings": {"blocks": [{}]}}, "'stem'"), ({"settings": {}}, "'blocks'"),
     ({"settings": None}, "NoneType"),
     ({"settings": SETTINGS | {"head": -3}}, "negative"),
-    ({"settings": SETTINGS | {"blocks": SETTINGS["blocks"][1:2] * 256}}, "more than 255 blocks"),
+    ({"settings": SETTINGS | {"blocks": SETTINGS["blocks"][1:2] * 256}}, "no list of 1 to 255"),
+    ({"settings": SETTINGS | {"blocks": []}}, "no list of 1 to 255"),
+    ({"settings": SETTINGS | {"blocks": ()}}, "no list of 1 to 255"),
     ({"settings": SETTINGS | {"blocks": [{"x": 1}]}}, "unexpected keyword argument 'x'"),
     ({"settings": standard(0.35, 8)}, "size mismatch"),
     ({"state": {}}, "Missing key"),

@@ -311,21 +311,27 @@ def test_what_could_ask_for_any_amount_of_memory_is_refused(plain, tmp_path, mon
     with zipfile.ZipFile(path) as whole, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
         for item in whole.infolist():
             new.writestr(item.filename, whole.read(item))
-    monkeypatch.setattr(torch, "load", None)  # it is not called
+    called = []
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: called.append(args))
     assert "is a compressed archive" in refusal(packed)
 
     class Large:
         def __reduce__(self):
             return bytearray, (1000,)
 
-    for old_format in (False, True):
+    for old_format in (True, False):
         torch.save({"x": Large()}, path, _use_new_zipfile_serialization=not old_format)
         assert "it asks to call" in (message := refusal(path)) and "bytearray" in message
-        if old_format:  # the names before a damaged place count, too; and an archive at its end
+        if old_format:  # cut, with an archive at its end, by which zipfile takes it for one
             raw = path.read_bytes()
-            cut = raw[: raw.rindex(b"bytearray") + 20]
-            path.write_bytes(cut + packed.read_bytes())
+            path.write_bytes(raw[: raw.rindex(b"bytearray") + 20] + packed.read_bytes())
             assert "is not a checkpoint, or is damaged" in refusal(path)
+    for first in (b"cbuiltins\nbytearray\nK\x05\x85R.", b"."):  # none says its protocol
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/first-data.pkl", first)
+            archive.writestr("x/data.pkl", pickle.dumps({}, protocol=2))
+        assert "is not a checkpoint, or is damaged" in refusal(path)
+    assert called == []
 
 
 def test_damaged_safetensors(plain, tmp_path):

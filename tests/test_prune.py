@@ -79,12 +79,15 @@ def outputs_of(model, name: str, images) -> torch.Tensor:
     return seen[0].clone()  # a ReLU6 after it may work in place
 
 
-def test_obd_scores_say_what_the_loss_of_a_weight_does_to_the_logits(small, pixels):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_obd_scores_say_what_the_loss_of_a_weight_does_to_the_logits(small, pixels, quantized):
     """Each weight of a sample is left out, and the batch norm after it takes up the constant part
-    of the error, as it does in fine-tuning."""
+    of the error, as it does in fine-tuning. In a quantized network channels have other units."""
     model = quantizers.fold(small(0))
-    scores = pruning.weight_errors(small(0), pixels)
+    if quantized:
+        model, _ = ptq.quantize(small(0), pixels, ptq.make_scheme(16, 16))
     with torch.no_grad():
+        scores = pruning.weight_errors(model, pixels)
         expected, found, guessed, sizes = model(pixels), [], [], []
         for name, layer in weight_layers(model).items():
             alive = layer.weight.nonzero()

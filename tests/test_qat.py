@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,7 @@ def test_training_lowers_the_loss_and_holds_the_zeros(quantized, pixels):
 
 FLAGS = ["--method=qat", "--epochs=2", "--batch-size=32", "--calibration=32", "--weight-bits=3",
          "--act-bits=4", "--lr=1e-2", "--ema=0.9", "--val-size=50"]  # fmt: skip
+RISING = ["--epochs=4", "--lr=0.001", "--ema=0", "--rd-lambda=100", "--lambda-from=0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +352,7 @@ def test_the_last_epoch_is_kept_if_asked_for(tiny, parent, tmp_path, monkeypatch
 
 
 def test_lambda_can_rise_in_training(tiny, parent, tmp_path, monkeypatch, capfd):
-    """ptq takes the smaller lambda; in training the price becomes what it is without the flag."""
+    """ptq takes the smaller one, and the price follows from the whole."""
     lambdas, prices, quantize_ptq = [], [], ptq.quantize
     cost = quantize.qat.cost_of_a_bit
 
@@ -364,10 +366,7 @@ def test_lambda_can_rise_in_training(tiny, parent, tmp_path, monkeypatch, capfd)
 
     monkeypatch.setattr(quantize.ptq, "quantize", watched)
     monkeypatch.setattr(quantize.qat, "cost_of_a_bit", costing)
-    saved, lines = run(
-        tiny, parent, tmp_path, "--epochs=4", "--lr=0.001", "--rd-lambda=100", "--lambda-from=0.1",
-        "--keep=last",
-    )  # fmt: skip
+    saved, lines = run(tiny, parent, tmp_path, *RISING, "--keep=last")
     assert lambdas == [pytest.approx(10)] and prices == [pytest.approx(100)]
     assert saved.metrics["rd_lambda"] == 100 and lines[-1]["bytes"] < lines[0]["bytes"]
     said = re.findall(r"lambda (.*): (.*) weights become zero", capfd.readouterr().out)
@@ -375,7 +374,7 @@ def test_lambda_can_rise_in_training(tiny, parent, tmp_path, monkeypatch, capfd)
 
 
 def test_zeroing_in_training_goes_on_after_an_interruption(tiny, parent, tmp_path, monkeypatch):
-    flags = ("--epochs=4", "--lr=0.001", "--rd-lambda=100", "--lambda-from=0.1", "--keep=last")
+    flags = (*RISING, "--keep=last")
     expected, _ = run(tiny, parent, tmp_path / "whole", *flags)
     logged = Log.__call__
 
@@ -396,7 +395,7 @@ def test_weights_that_are_not_worth_their_bits_become_zero(small, pixels):
     model, latent = ptq.quantize(small(1), pixels, scheme := ptq.make_scheme(4, 8))
     qat.begin(model, scheme, latent)
     layers, before = weight_layers(model), weight_layers(qat.finished(model))
-    errors = pruning.weight_errors(qat.finished(model), pixels)
+    errors = pruning.weight_errors(qat.finished(model).eval(), pixels)
     lambda_per_bit = torch.cat([e[e > 0] for e in errors.values()]).median() / 4
     assert qat.zero_cheap_weights(model, pixels, 0.0) == 0
     count = qat.zero_cheap_weights(model, pixels, lambda_per_bit)
@@ -441,7 +440,9 @@ def test_training_is_not_continued_from_another_beginning(tiny, parent, tmp_path
         run(tiny, parent, tmp_path)
 
 
-def in_two_processes(tiny, parent, folder, before: str = "") -> subprocess.CompletedProcess:
+def in_two_processes(
+    tiny, parent, folder, before: str = "", flags: Sequence[str] = ()
+) -> subprocess.CompletedProcess:
     """Run quantize.py as torchrun does. before: code that each process runs first."""
     root = Path(__file__).parent.parent
     script = folder / "quantize.py"
@@ -450,14 +451,14 @@ import sys
 sys.path.insert(0, {str(root)!r})
 import torch.distributed as dist
 import quantize
-from lib import config, ptq
+from lib import config, pruning, ptq
 {before}
 config.run(quantize.main)
 """)
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
          "--rdzv-endpoint=localhost:0", script, *FLAGS, "--device=cpu", f"--data={tiny}",
-         f"--parent={parent}", f"--run-dir={folder}"],
+         f"--parent={parent}", f"--run-dir={folder}", *flags],
         cwd=root, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -493,6 +494,26 @@ ptq.quantize = otherwise
     reason = "quantized.pth: the processes did not quantize alike, so they cannot train together"
     assert run.stderr.count(f"{reason}: run it in one process\n") == 1
     assert not (tmp_path / "checkpoints/quantized.pth").exists()
+
+
+def test_two_processes_zero_the_same_weights(tiny, parent, tmp_path):
+    """Each computes the errors, perhaps rounded otherwise: the first one's count."""
+    run = in_two_processes(tiny, parent, tmp_path, """
+import torch
+errors, Mask = pruning.weight_errors, pruning.Mask
+def disturbed(*args):
+    return {name: e ** (1 + dist.get_rank()) for name, e in errors(*args).items()}
+class Compared(Mask):
+    def __init__(self, model):
+        super().__init__(model)
+        mask = torch.cat([each.flatten() for each in self.masks])
+        other = mask.clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(mask, other), "other weights are zero"
+pruning.weight_errors, pruning.Mask = disturbed, Compared
+""", RISING)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert len(re.findall(r"[1-9]\d* weights become zero", run.stdout)) == 2
 
 
 def test_other_bits_of_a_layer_are_another_run(tiny, parent, tmp_path, monkeypatch):
