@@ -65,7 +65,7 @@ from models.mobilenetv2 import MobileNetV2
 
 LARGEST_IN_CHAIN = 8  # weight bits: to_int8.py takes no more
 LAMBDA_FLAGS = "--rd-lambda, --max-bytes and --max-drop"  # with which bits count: see has_lambda
-LOGIT_IMAGES = 512  # training images on which logits and their errors are measured
+LOGIT_IMAGES = 512  # training images that the size of logits, and the cost of a bit, come from
 # With --max-drop, qat starts from a network that loses this many times as much.
 DROP_BEFORE_QAT = 2.0
 # How a state names the hash of what training began with: it is part of an error, too.
@@ -127,11 +127,6 @@ class Settings(config.AfterTraining):
         "included, and the teacher's logits are not computed again: faster; 0: new batches in "
         "every epoch"
     )  # fmt: skip
-    lambda_from: float = flag(
-        1.0, "share of --rd-lambda that qat starts with, in ptq and in the loss. It rises to 1 in "
-        "the first half of the epochs; after each of these the weights that are not worth their "
-        "bits become zero. So under 1, ptq zeroes fewer weights and training more"
-    )  # fmt: skip
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
     keep: str = flag(
         "best", "which epoch qat keeps: the best one on the validation split, or the last one, as "
@@ -175,13 +170,6 @@ class Settings(config.AfterTraining):
             raise ValueError("--teacher and --views are for --method qat with a --distill over 0")
         if self.keep == "last" and (self.method != "qat" or self.has_budget):
             raise ValueError("--keep last is for --method qat without --max-bytes and --max-drop")
-        if not 0 <= self.lambda_from <= 1:
-            raise ValueError("--lambda-from must be in [0, 1]")
-        if self.lambda_from < 1 and (self.method != "qat" or not self.rd_lambda):
-            raise ValueError("--lambda-from is for --method qat with --rd-lambda")
-        if self.lambda_from < 1 and (self.epochs < 2 or self.ema):
-            raise ValueError("--lambda-from needs at least 2 --epochs, and no --ema, whose average "
-                             "would keep the weights that become zero")  # fmt: skip
         if not self.temperature > 0 or not self.lr > 0:
             raise ValueError("--lr and --temperature must be over 0")
 
@@ -337,7 +325,7 @@ class PostTraining(NamedTuple):
 
         flags              start: ptq's result, where qat starts   fallback: if no epoch is better
         none               at lambda 0                             None: the best epoch is kept
-        --rd-lambda        at that lambda times --lambda-from      at that lambda
+        --rd-lambda        at that lambda                          the same
         --max-bytes        the best that fits                      the same
         --max-drop, ptq    the smallest within the drop            the same
         --max-drop, qat    ... within DROP_BEFORE_QAT drops,       the smallest within the drop, or
@@ -372,11 +360,9 @@ def post_training(job: Job) -> PostTraining:
         return made
 
     if not cfg.has_budget:
-        start = attempt(cfg.rd_lambda * cfg.lambda_from)
-        fallback = None
-        if cfg.has_lambda and job.before and cfg.keep == "best":
-            fallback = attempt(cfg.rd_lambda)
-        return PostTraining(start, fallback, [start])
+        start = attempt(cfg.rd_lambda)
+        compared = cfg.has_lambda and job.before and cfg.keep == "best"
+        return PostTraining(start, start if compared else None, [start])
     fallback, attempts = budget.search(attempt, job.goal())
     start = fallback
     if cfg.method == "qat" and cfg.max_drop is not None:
@@ -458,32 +444,18 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
         latent = {name: latent[name].where(layers[name].weight != 0, 0) for name in latent}
     qat.begin(model, job.scheme, latent)
     mask, goal = pruning.Mask(model), job.goal()
-    rd_lambda = cfg.rd_lambda or start.rd_lambda
     refuse_different_starts(beginning := qat.fingerprint(model), out, images.device)
     sample = ptq.calibration_images(images.train, LOGIT_IMAGES, cfg.seed)
     loss_per_bit, errors_per_bit = 0.0, 0.0
     if cfg.has_lambda:
         loss_per_bit, errors_per_bit = qat.cost_of_a_bit(
-            start.network, sample, rd_lambda / BITS_PER_KILOBYTE, start.result,
+            start.network, sample, start.rd_lambda / BITS_PER_KILOBYTE, start.result,
             cfg.distill, cfg.temperature,
         )  # fmt: skip
 
-    def zero_weights(epoch: int) -> None:
-        """Zero what is not worth its bits at the present lambda; see engine.fit's before_epoch."""
-        nonlocal mask
-        share = recipe.penalty_share(epoch, 1)
-        if epoch > 0 and recipe.penalty_share(epoch - 1, 1) < 1:
-            lambda_per_bit = share * rd_lambda / BITS_PER_KILOBYTE
-            count = qat.zero_cheap_weights(model, sample, lambda_per_bit)
-            processes.take_from_main_process(
-                layer.weight for layer in metrics.weight_layers(model).values()
-            )
-            engine.say(f"lambda {share * rd_lambda:.4g}: {count:,} weights become zero")
-        mask = pruning.Mask(model)  # also those of epochs before an interruption
-
     def judge(network, epoch: int) -> tuple[engine.Evaluation, dict, float]:
         """Judge a network in training as a file; see engine.fit."""
-        made = job.measure(qat.finished(network), rd_lambda)
+        made = job.measure(qat.finished(network), start.rd_lambda)
         score = goal.score(made.bytes, made.result, errors_per_bit)
         if cfg.keep == "last":
             score = float(epoch)
@@ -494,8 +466,7 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     # Adam: without batch norm, rows of all magnitudes share one learning rate, and SGD diverges.
     # Its first steps are as large as its later ones, whatever the gradients: so they are warmed up.
     recipe = engine.Recipe.of(
-        cfg, optimizer="adam", lr_schedule="linear", weight_decay=0.0, warmup_epochs=0.2,
-        penalty_from=cfg.lambda_from,
+        cfg, optimizer="adam", lr_schedule="linear", weight_decay=0.0, warmup_epochs=0.2
     )
     # Without dead channels, the parent answers the same and is faster.
     teacher_network = job.network
@@ -504,8 +475,8 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
         engine.match_logits(teacher_network, job.network, sample)
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
-        config=identity, resume=cfg.resume, log=log, teacher=teacher_network,
-        before_epoch=zero_weights if cfg.lambda_from < 1 else None, after_step=lambda: mask.apply(),
+        config=identity, resume=cfg.resume, after_step=mask.apply, log=log,
+        teacher=teacher_network,
         penalty=(lambda: loss_per_bit * qat.coded_bits(model)) if loss_per_bit else None,
         judge=judge if job.before else None,
     )  # fmt: skip
@@ -521,7 +492,7 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     if cfg.has_budget and history[best]["score"] < 0:
         raise UserError(f"no epoch has {cfg.budget_in_words}: the best one, {best + 1}, has "
                         f"{history[best]['val_accuracy']:.2%} and {history[best]['bytes']:,} bytes")
-    return job.measure(model, rd_lambda)
+    return job.measure(model, start.rd_lambda)
 
 
 def refuse_other_state(job: Job, out: Path) -> None:

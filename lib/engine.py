@@ -23,7 +23,6 @@ EVAL_BATCH = 128  # the report's; its dynamic activation ranges depend on it
 # the splits of CIFAR-10: a GPU's libraries take seconds to choose kernels for each new shape.
 GPU_BATCH = 1000
 GROWTH = 0.7  # share of the epochs during which images grow, if they start small
-RISE = 0.5  # share of the steps during which the penalty rises, if it starts small
 
 
 class DivergedError(UserError):
@@ -49,7 +48,6 @@ class Recipe:
     ema: float = 0.0  # decay per step of the averaged weights; 0: no average
     distill: float = 0.0  # weight of the teacher's soft labels against the true ones
     temperature: float = 2.0  # of the soft labels
-    penalty_from: float = 1.0  # share of the penalty that counts in the first step
     views: int = 0  # epochs with batches of their own, which later ones repeat; 0: all epochs
     amp: bool = True  # mixed precision
     cuda_graph: bool = True  # on one GPU, record a step and replay it: see lib.replay
@@ -74,12 +72,6 @@ class Recipe:
             "constant": 1.0,
         }  # fmt: skip
         return self.lr * shapes[self.lr_schedule]
-
-    def penalty_share(self, step: int, steps_per_epoch: int) -> float:
-        """Return which share of the penalty counts in a step: from penalty_from it rises linearly
-        to 1 during the first half of the steps."""
-        rising = RISE * self.epochs * steps_per_epoch
-        return self.penalty_from + (1 - self.penalty_from) * min(1.0, step / rising)
 
     def side(self, epoch: int) -> int:
         """Return the side of the training images in an epoch, in pixels.
@@ -160,7 +152,6 @@ def fit(
     config: dict,
     resume: bool = True,
     teacher: nn.Module | None = None,
-    before_epoch: Callable[[int], None] | None = None,
     after_step: Callable[[], None] | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
     velocity: dict[str, Tensor] | None = None,
@@ -182,11 +173,8 @@ def fit(
         the result equals an uninterrupted run's to the bit, on the CPU.
     teacher: an fp32 network; with recipe.distill, its soft labels are mixed in (Hinton, Vinyals
         and Dean 2015). It answers batches that repeat (recipe.views) once.
-    before_epoch: called with the number of each epoch, from 0, before it begins; what it changes
-        must follow from that number and the weights alone.
     after_step: called after each optimizer step; to hold masks, for example.
-    penalty: a function whose result is added to the loss at each step, times
-        recipe.penalty_share; logged losses are without.
+    penalty: a function whose result is added to the loss at each step; logged losses are without.
         With a CUDA graph (lib/replay.py), penalty and after_step are part of the recorded step:
         their kernels run in every step, their Python code only in the first few of an epoch.
     velocity: momentum buffers for SGD to begin with, by parameter name: see `velocity_of`.
@@ -224,9 +212,6 @@ def fit(
     try:
         for epoch in range(saved_epochs, recipe.epochs):
             start = time.monotonic()
-            if before_epoch:
-                before_epoch(epoch)
-            start_of_training = time.monotonic()
             # For dropout, which is a different one in each process.
             torch.manual_seed(seed * 1_000_003 + epoch + rank * 999_983)
             totals = train_epoch(
@@ -245,7 +230,7 @@ def fit(
             line = {
                 "epoch": epoch + 1, "train_loss": loss, "train_accuracy": correct,
                 "lr": recipe.learning_rate((epoch + 1) * steps - 1, steps),
-                "images_per_second": round(count / (time.monotonic() - start_of_training), 1),
+                "images_per_second": round(count / (time.monotonic() - start), 1),
             }  # fmt: skip
             if device.type == "cuda":
                 line["peak_bytes"] = torch.cuda.max_memory_allocated(device)
@@ -453,8 +438,7 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
     forward, optimizer, scaler = forward or state.model, state.optimizer, state.scaler
     forward.train()
     groups, steps = optimizer.param_groups, len(split) // recipe.batch_size
-    step_settings = _step_settings(groups, recipe, epoch * steps, steps)
-    last_rates = step_settings[-1][:-1]
+    learning_rates = _learning_rates(groups, recipe, epoch * steps, steps)
     drawn = epoch % recipe.views if recipe.views else epoch
     batches = data.batches(
         split, recipe.batch_size, augment, seed, drawn, rank, world, recipe.flip == "alternate"
@@ -470,8 +454,7 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
         with _autocast(device, recipe.amp):
             return teacher(x).float()
 
-    def step(x: Tensor, labels: Tensor, settings, soft: Tensor | None = None) -> None:
-        *group_rates, share = settings
+    def step(x: Tensor, labels: Tensor, group_rates, soft: Tensor | None = None) -> None:
         if side < SIDE:
             x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
         _set_options(groups, lr=group_rates)
@@ -481,7 +464,7 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
             soft = ask(x)
         loss = _loss(logits.float(), labels, soft, recipe)
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss + share * penalty() if penalty else loss).backward()
+        scaler.scale(loss + penalty() if penalty else loss).backward()
         scaler.step(optimizer)
         scaler.update()
         if after_step:
@@ -490,29 +473,29 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
             totals[0] += loss.detach() * len(labels)
             totals[1] += (logits.argmax(1) == labels).sum()
 
-    run_step = step
+    run_step, last = step, learning_rates[-1]
     recorded = recipe.cuda_graph and device.type == "cuda" and world == 1
     if recorded:
         run_step = replay.Replayed(step)
-        step_settings = data.move(torch.tensor(step_settings), device)
+        learning_rates = data.move(torch.tensor(learning_rates), device)
         _set_options(groups, capturable=[True] * len(groups))
         # The steps before the recording are intended: torch need not warn of them (Adam).
         optimizer._warned_capturable_if_run_uncaptured = True
     shown = tqdm(batches, total=steps, desc=note, leave=False, disable=_quiet() or rank > 0)
-    numbered = enumerate(zip(shown, step_settings, strict=True), epoch * steps)
-    for i, ((x, labels), settings) in numbered:
+    numbered = enumerate(zip(shown, learning_rates, strict=True), epoch * steps)
+    for i, ((x, labels), group_rates) in numbered:
         soft = []
         if known is not None:
             if len(known) == i - epoch * steps:
                 known.append(ask(x))
             soft = [known[i - epoch * steps]]
-        run_step(x, labels, settings, *soft)
+        run_step(x, labels, group_rates, *soft)
         if averaged:
             # A small decay at first (as in TensorFlow's ExponentialMovingAverage), so that the
             # random start is forgotten.
             torch._foreach_lerp_(*averaged, 1 - min(recipe.ema, (1 + i) / (10 + i)))
     if recorded:  # numbers again: the state that is saved can be continued on any device
-        _set_options(groups, lr=last_rates, capturable=[False] * len(groups))
+        _set_options(groups, lr=last, capturable=[False] * len(groups))
     return totals
 
 
@@ -525,20 +508,16 @@ def _set_options(groups: list[dict], **options) -> None:
                 group[name] = value
 
 
-def _step_settings(
+def _learning_rates(
     groups: list[dict], recipe: Recipe, first: int, steps: int
 ) -> list[list[float]]:
-    """Return, for each step of an epoch, the learning rate of each parameter group, then the share
-    of the penalty.
+    """Return the learning rate of each parameter group in each step of an epoch.
 
-    first: number of the epoch's first step. The numbers are float32, as fused optimizers take them
+    first: number of the epoch's first step. The rates are float32, as fused optimizers take them
     from a GPU's memory.
     """
-    settings = []
-    for i in range(first, first + steps):
-        rate = recipe.learning_rate(i, steps)
-        settings.append([rate * g["lr_factor"] for g in groups] + [recipe.penalty_share(i, steps)])
-    return torch.tensor(settings).tolist()
+    rates = [recipe.learning_rate(first + i, steps) for i in range(steps)]
+    return torch.tensor([[rate * g["lr_factor"] for g in groups] for rate in rates]).tolist()
 
 
 def _loss(logits: Tensor, labels: Tensor, soft: Tensor | None, recipe: Recipe) -> Tensor:

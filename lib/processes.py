@@ -7,7 +7,6 @@ is for several: its batch norm cannot train without `start` having joined them.
 
 import contextlib
 import os
-from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -69,16 +68,6 @@ def from_main_process(value: float, device: torch.device) -> float:
         dist.broadcast(shared, 0)
         value = shared.item()
     return value
-
-
-@torch.no_grad()
-def take_from_main_process(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors, in all processes, with those of the main process."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            shared = tensor.contiguous()  # which weights in channels-last order are not
-            dist.broadcast(shared, 0)
-            tensor.copy_(shared)
 
 
 def discard(*files: Path) -> None:

@@ -23,7 +23,7 @@ def keep_best(
             2021, equation 1). The order within a layer is the same, but a layer of small weights
             cannot vanish, since the largest weight of each layer scores 1;
         obd: the squared error of an image's logits without the weight, by a diagonal curvature
-            (LeCun, Denker and Solla 1990, "Optimal Brain Damage"; see `weight_errors`), per bit
+            (LeCun, Denker and Solla 1990, "Optimal Brain Damage"; see `_weight_errors`), per bit
             that the weight takes in the file (see `_coded_bits`). A weight is cheap among others in
             its row and column, so rows and columns of few weights empty, and whole channels die.
     images: (n, 3, 32, 32), normalized, for obd alone; their labels are not needed.
@@ -35,7 +35,7 @@ def keep_best(
         score_of = {"magnitude": torch.abs, "lamp": _lamp}[score]
         _keep(weights, [score_of(weight.flatten()) for weight in weights], keep)
         return
-    errors = [e.flatten() for e in weight_errors(quantizers.fold(model), images).values()]
+    errors = [error.flatten() for error in _weight_errors(model, images).values()]
     present = sum(int(weight.count_nonzero()) for weight in weights)
     for step in range(1, STEPS + 1):
         scores = [
@@ -68,21 +68,22 @@ def _coded_bits(weight: Tensor) -> Tensor:
     return (nonzero - zero + MAGNITUDE_BITS).clamp(min=1).view_as(weight)
 
 
-def weight_errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def _weight_errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return the error of the logits without each weight, by layer, of the shape of the weights.
 
     It is w^2 * the variance of the weight's input * the importance of its row
-    (lib.ptq.row_importance). The variance and not the mean square: training makes up for a constant
-    error in the batch norm or bias. model: folded, in eval mode. images: (n, 3, H, W), normalized.
+    (lib.ptq.row_importance), of the folded network. The variance and not the mean square: a
+    constant error goes into the batch norm.
     """
-    importance, variances, hooks = ptq.row_importance(model, images), {}, []
-    for name, layer in weight_layers(model).items():
+    folded = quantizers.fold(model)
+    importance, variances, hooks = ptq.row_importance(folded, images), {}, []
+    for name, layer in weight_layers(folded).items():
 
         def keep_variance(_, inputs, name=name):
             variances[name] = quantizers.by_channel(inputs[0]).var(0, correction=0)
 
         hooks.append(layer.register_forward_pre_hook(keep_variance))
-    model(images)
+    folded(images)
     for hook in hooks:
         hook.remove()
 
@@ -93,7 +94,7 @@ def weight_errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         variance, of_row = variances[name].view(by_input), importance[name].view(-1, *others)
         return layer.weight.square() * variance * of_row
 
-    return {name: errors(name, layer) for name, layer in weight_layers(model).items()}
+    return {name: errors(name, layer) for name, layer in weight_layers(folded).items()}
 
 
 def _lamp(weight: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from lib import pruning, quantizers, rate
+from lib import quantizers, rate
 from lib.engine import Evaluation
 from lib.metrics import weight_layers
 from lib.quantizers import FakeQuantize, Quantizer, max_level, per_row
@@ -181,28 +181,6 @@ def coded_bits(model: nn.Module) -> Tensor:
         )
         for layer in weight_layers(model).values() if hasattr(layer, "log_step")
     )  # fmt: skip
-
-
-@torch.no_grad()
-def zero_cheap_weights(model: nn.Module, images: Tensor, lambda_per_bit: float) -> int:
-    """Zero the weights whose bits cost more than they are worth, in place; return how many.
-
-    Those are cheap without which the squared error of an image's logits (lib.pruning.weight_errors)
-    is less than lambda_per_bit * the estimated bits that a zero saves. Weights that round to zero
-    are left free. images: (n, 3, H, W), normalized.
-    """
-    errors, count = pruning.weight_errors(finished(model).eval(), images), 0
-    for name, layer in weight_layers(model).items():
-        if hasattr(layer, "log_step"):
-            high = max_level(layer.weight_bits)
-            levels = layer.weight / per_row(_row_scale(layer), layer.weight)
-            levels = levels.round().clamp(-high, high).flatten(1)
-            bits = rate.code_lengths(levels, high)
-            saved = bits.nonzero + bits.magnitude[levels.abs().long()] - bits.zero
-            cheap = (errors[name].flatten(1) < lambda_per_bit * saved) & (levels != 0)
-            layer.weight.masked_fill_(cheap.view_as(layer.weight), 0.0)
-            count += int(cheap.sum())
-    return count
 
 
 def finished(model: nn.Module) -> nn.Module:

@@ -27,7 +27,6 @@ from models.mobilenetv2 import MobileNetV2, standard
 
 ROOT = Path(__file__).parent.parent
 STAGES = sorted(p.stem for p in ROOT.glob("*.py"))
-RISING = ["--lambda-from=0.5", "--method=qat", "--rd-lambda=1"]
 
 
 def call(stage: str, *flags, monkeypatch, capfd) -> tuple[int, str, str]:
@@ -130,11 +129,6 @@ def test_defaults_are_the_chain_and_a_missing_parent_is_one_line(run, tmp_path, 
     ("prune", ["--max-drop=nan"], "--max-drop must be 0 to 100 percentage points"),
     ("prune", ["--max-drop=-5"], "--max-drop must be 0 to 100 percentage points"),
     ("quantize", ["--temperature=0"], "--lr and --temperature must be over 0"),
-    ("quantize", ["--lambda-from=1.5"], "--lambda-from must be in [0, 1]"),
-    ("quantize", ["--lambda-from=0.5", "--rd-lambda=1"], "--lambda-from is for --method qat with"),
-    ("quantize", ["--lambda-from=0.5", "--method=qat"], "--lambda-from is for --method qat with"),
-    ("quantize", [*RISING, "--epochs=1"], "--lambda-from needs at least 2 --epochs"),
-    ("quantize", [*RISING, "--ema=0.9"], "no --ema, whose average would keep"),
     ("quantize", ["--views=-1"], "at least 1, --views at least 0"),
     ("quantize", ["--views=2"], "--views are for --method qat with a --distill over 0"),
     ("quantize", ["--keep=last"], "--keep last is for --method qat without --max-bytes and"),

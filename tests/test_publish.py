@@ -172,8 +172,8 @@ def test_verify_compares_the_first_images_where_more_are_at_hand(
 
 def test_test_images_alone_will_do(published, tiny, tmp_path, monkeypatch, capfd):
     with np.load(tiny) as file:
-        np.savez(tmp_path / "test.npz", x_test=file["x_test"], y_test=file["y_test"])
-    flags = [f"--data={tmp_path}/test.npz", f"--release={published.release}"]
+        np.savez(tmp_path / "cifar10-test.npz", x_test=file["x_test"], y_test=file["y_test"])
+    flags = [f"--data={tmp_path}/cifar10-test.npz", f"--release={published.release}"]
     code, out, _ = call(
         "verify", *flags, "--split=test", monkeypatch=monkeypatch, capfd=capfd
     )

@@ -4,10 +4,8 @@ import copy
 import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,6 @@ from lib.config import UserError
 from lib.metrics import Log, weight_layers
 from lib.nnz import coder
 from lib.quantizers import Quantizer, per_row
-from lib.rate import BITS_PER_KILOBYTE
 
 MIXED = ptq.make_scheme(3, 4, method="qat", last_act_bits=8,
                    layer_bits={"features.0.0": 8, "features.4.conv.2": 32})  # fmt: skip
@@ -192,7 +189,6 @@ def test_training_lowers_the_loss_and_holds_the_zeros(quantized, pixels):
 
 FLAGS = ["--method=qat", "--epochs=2", "--batch-size=32", "--calibration=32", "--weight-bits=3",
          "--act-bits=4", "--lr=1e-2", "--ema=0.9", "--val-size=50"]  # fmt: skip
-RISING = ["--epochs=4", "--lr=0.001", "--ema=0", "--rd-lambda=100", "--lambda-from=0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -351,63 +347,6 @@ def test_the_last_epoch_is_kept_if_asked_for(tiny, parent, tmp_path, monkeypatch
     assert kept.metrics["val_correct"] == round(lines[1]["val_accuracy"] * lines[1]["val_total"])
 
 
-def test_lambda_can_rise_in_training(tiny, parent, tmp_path, monkeypatch, capfd):
-    """ptq takes the smaller one, and the price follows from the whole."""
-    lambdas, prices, quantize_ptq = [], [], ptq.quantize
-    cost = quantize.qat.cost_of_a_bit
-
-    def watched(*args, lambda_per_bit, **kwargs):
-        lambdas.append(lambda_per_bit * BITS_PER_KILOBYTE)
-        return quantize_ptq(*args, lambda_per_bit=lambda_per_bit, **kwargs)
-
-    def costing(model, images, lambda_per_bit, *args):
-        prices.append(lambda_per_bit * BITS_PER_KILOBYTE)
-        return cost(model, images, lambda_per_bit, *args)
-
-    monkeypatch.setattr(quantize.ptq, "quantize", watched)
-    monkeypatch.setattr(quantize.qat, "cost_of_a_bit", costing)
-    saved, lines = run(tiny, parent, tmp_path, *RISING, "--keep=last")
-    assert lambdas == [pytest.approx(10)] and prices == [pytest.approx(100)]
-    assert saved.metrics["rd_lambda"] == 100 and lines[-1]["bytes"] < lines[0]["bytes"]
-    said = re.findall(r"lambda (.*): (.*) weights become zero", capfd.readouterr().out)
-    assert [float(x) for x, _ in said] == [55, 100] and all(int(count) > 0 for _, count in said)
-
-
-def test_zeroing_in_training_goes_on_after_an_interruption(tiny, parent, tmp_path, monkeypatch):
-    flags = (*RISING, "--keep=last")
-    expected, _ = run(tiny, parent, tmp_path / "whole", *flags)
-    logged = Log.__call__
-
-    def interrupt(log, line):
-        logged(log, line)
-        raise KeyboardInterrupt
-
-    for _ in range(3):  # before the first zeroing, after it, and after the last one
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Log, "__call__", interrupt)
-            run(tiny, parent, tmp_path / "broken", *flags)
-    resumed, _ = run(tiny, parent, tmp_path / "broken", *flags)
-    assert all(torch.equal(expected.state[k], resumed.state[k]) for k in expected.state)
-
-
-def test_weights_that_are_not_worth_their_bits_become_zero(small, pixels):
-    """Most weights take between a sixteenth of a bit and 16 bits more than a zero."""
-    model, latent = ptq.quantize(small(1), pixels, scheme := ptq.make_scheme(4, 8))
-    qat.begin(model, scheme, latent)
-    layers, before = weight_layers(model), weight_layers(qat.finished(model))
-    errors = pruning.weight_errors(qat.finished(model).eval(), pixels)
-    lambda_per_bit = torch.cat([e[e > 0] for e in errors.values()]).median() / 4
-    assert qat.zero_cheap_weights(model, pixels, 0.0) == 0
-    count = qat.zero_cheap_weights(model, pixels, lambda_per_bit)
-    gone = {n: (layer.weight == 0) & (before[n].weight != 0) for n, layer in layers.items()}
-    kept = {n: (before[n].weight != 0) & ~gone[n] for n in layers}
-    assert count == sum(int(each.sum()) for each in gone.values()) > 0
-    assert max(errors[n][gone[n]].max() for n in layers if gone[n].any()) < 16 * lambda_per_bit
-    # A zero in a row that has no others takes more bits than a weight.
-    too_cheap = torch.cat([errors[n][kept[n]] for n in layers]) < lambda_per_bit / 16
-    assert too_cheap.float().mean() < 0.02
-
-
 def test_what_cannot_be_trained_is_refused_before_ptq(tiny, parent, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Log, "__call__", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -440,9 +379,7 @@ def test_training_is_not_continued_from_another_beginning(tiny, parent, tmp_path
         run(tiny, parent, tmp_path)
 
 
-def in_two_processes(
-    tiny, parent, folder, before: str = "", flags: Sequence[str] = ()
-) -> subprocess.CompletedProcess:
+def in_two_processes(tiny, parent, folder, before: str = "") -> subprocess.CompletedProcess:
     """Run quantize.py as torchrun does. before: code that each process runs first."""
     root = Path(__file__).parent.parent
     script = folder / "quantize.py"
@@ -451,14 +388,14 @@ import sys
 sys.path.insert(0, {str(root)!r})
 import torch.distributed as dist
 import quantize
-from lib import config, pruning, ptq
+from lib import config, ptq
 {before}
 config.run(quantize.main)
 """)
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
          "--rdzv-endpoint=localhost:0", script, *FLAGS, "--device=cpu", f"--data={tiny}",
-         f"--parent={parent}", f"--run-dir={folder}", *flags],
+         f"--parent={parent}", f"--run-dir={folder}"],
         cwd=root, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -494,26 +431,6 @@ ptq.quantize = otherwise
     reason = "quantized.pth: the processes did not quantize alike, so they cannot train together"
     assert run.stderr.count(f"{reason}: run it in one process\n") == 1
     assert not (tmp_path / "checkpoints/quantized.pth").exists()
-
-
-def test_two_processes_zero_the_same_weights(tiny, parent, tmp_path):
-    """Each computes the errors, perhaps rounded otherwise: the first one's count."""
-    run = in_two_processes(tiny, parent, tmp_path, """
-import torch
-errors, Mask = pruning.weight_errors, pruning.Mask
-def disturbed(*args):
-    return {name: e ** (1 + dist.get_rank()) for name, e in errors(*args).items()}
-class Compared(Mask):
-    def __init__(self, model):
-        super().__init__(model)
-        mask = torch.cat([each.flatten() for each in self.masks])
-        other = mask.clone()
-        dist.broadcast(other, 0)
-        assert torch.equal(mask, other), "other weights are zero"
-pruning.weight_errors, pruning.Mask = disturbed, Compared
-""", RISING)  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert len(re.findall(r"[1-9]\d* weights become zero", run.stdout)) == 2
 
 
 def test_other_bits_of_a_layer_are_another_run(tiny, parent, tmp_path, monkeypatch):

@@ -208,22 +208,6 @@ def test_a_teacher_answers_batches_that_repeat_once(tiny):
     assert seen == [n * steps for n in (1, 2, 2, 2, 2, 3, 4, 5, 6, 7)]
 
 
-def test_penalty_can_rise_in_the_first_half(tiny):
-    train = data.load(str(tiny)).train
-    split = data.Split(train.images[:80], train.labels[:80])
-    state = engine.TrainingState.start(MobileNetV2(standard(0.1)), recipe := engine.Recipe(
-        epochs=2, batch_size=10, lr=0.1, penalty_from=0.2, amp=False
-    ))  # fmt: skip
-    price, shares = torch.ones((), requires_grad=True), [0.0]  # its gradients add up
-    for epoch in range(2):
-        engine.train_epoch(
-            state, split, recipe, augmentation("none"), seed=0, epoch=epoch,
-            penalty=lambda: price.square() / 2, after_step=lambda: shares.append(float(price.grad)),
-        )  # fmt: skip
-    expected = [0.2 + 0.1 * i for i in range(8)] + [1.0] * 8
-    assert torch.tensor(shares).diff().tolist() == pytest.approx(expected, abs=1e-5)
-
-
 def test_decay_can_leave_out_norms_and_biases():
     model = MobileNetV2(standard(0.1))
     groups = engine.parameter_groups(model, engine.Recipe(1, decay_norm=False))
@@ -379,10 +363,11 @@ def test_what_a_set_without_validation_split_means_is_said_at_once(
     with np.load(tiny) as file:
         rows = np.concatenate([np.flatnonzero(file["y_train"] == c)[:keep] for c in range(10)])
         kept = {key: file[key][rows] for key in ("x_train", "y_train")}
-        np.savez(tmp_path / "x.npz", **kept, x_test=file["x_test"], y_test=file["y_test"])
+        np.savez(tmp_path / "cifar10.npz", **kept, x_test=file["x_test"], y_test=file["y_test"])
     monkeypatch.setattr(engine, "fit", stop)
     with pytest.raises(UserError, match="training begins"):
-        train.main([*FLAGS, f"--data={tmp_path}/x.npz", f"--run-dir={tmp_path}", *flags])
+        train.main([*FLAGS, f"--data={tmp_path}/cifar10.npz", f"--run-dir={tmp_path}",
+                    *flags])  # fmt: skip
     err = capfd.readouterr().err
     assert err.startswith("train.py: no validation split: ") and err.count("\n") == 1
     assert "prune.py, which needs one" in err and what in err
