@@ -51,7 +51,10 @@ class Settings(config.AfterTraining):
         "LAMP score, which never removes a whole layer; or those without which the logits change "
         "least per bit that is saved in the file (obd)", choices=("lamp", "magnitude", "obd"),
     )  # fmt: skip
-    target: float = flag(0.95, "sparsity after the last round (cubic)")
+    target: float = flag(
+        0.95, "sparsity after the last round (cubic), at least: the weights of channels that die, "
+        "of which obd makes many in a large step, go too"
+    )  # fmt: skip
     prune_fraction: float = flag(
         0.2, "share of the remaining weights that is removed per round (geometric)"
     )
