@@ -248,15 +248,20 @@ def _is_archive(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _is_compressed(path: Path) -> bool:
-    """Return whether a file is a zip archive with a compressed entry."""
-    if not _is_archive(path):
-        return False
+def _entries(path: Path) -> list[zipfile.ZipInfo]:
+    """Return the entries of a zip archive; [] for another file, or a damaged one."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except Exception:  # it is damaged
-        return False
+            return archive.infolist()
+    except Exception:  # zipfile raises whatever its parsers do
+        return []
+
+
+def _is_compressed(path: Path) -> bool:
+    """Return whether a file is a zip archive with a compressed entry."""
+    return _is_archive(path) and any(
+        entry.compress_type != zipfile.ZIP_STORED for entry in _entries(path)
+    )
 
 
 def _pickles(path: Path):
@@ -265,8 +270,9 @@ def _pickles(path: Path):
 
     Raises what zipfile and pickletools do.
     """
-    files = [(io.BytesIO(path.read_bytes()), 5)]
-    if _is_archive(path):
+    if not _is_archive(path):
+        files = [(io.BytesIO(path.read_bytes()), 5)]
+    else:
         with zipfile.ZipFile(path) as archive:
             files = [
                 (io.BytesIO(archive.read(entry)), 1) for entry in archive.infolist()
@@ -312,8 +318,4 @@ def _pickled(path: Path) -> tuple[int, list[str]]:
 
 def _is_torchscript(path: Path) -> bool:
     """Return whether a file is an archive with TorchScript's table of constants."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except Exception:  # no archive, or a damaged one
-        return False
+    return any(entry.filename.endswith("/constants.pkl") for entry in _entries(path))

@@ -669,4 +669,4 @@ def test_eval_writes_a_table_for_the_results(run, chain, tiny, tmp_path):
     code, _, err = run("eval", *files, f"--data={tiny}", "--labels=one", f"--results={path}")
     assert code == 1 and "1 --labels for 2 files" in err
     code, _, err = run("eval", *files, f"--data={tiny}", "--labels=one,two")
-    assert code == 2 and "are for a table: give --results" in err
+    assert code == 2 and "--labels and --title are for a table: give --results" in err
