@@ -4,6 +4,8 @@
     python prune.py --score magnitude --schedule geometric --prune-fraction 0.2 --rounds 30 \\
         --epochs 10 --lr 0.001 --lr-schedule constant --distill 0 --augment auto
                                              the reference report's way
+    python prune.py --rounds 0 --parent release/mobilenetv2-cifar10.nnz --dequantize
+                                             an fp32 network again, to be trained or pruned further
 
 in:  checkpoints/baseline.pth
 out: checkpoints/pruned.pth (of the last good round), logs/prune.jsonl (one line per round),
@@ -17,7 +19,6 @@ first one that is not ends the pruning.
 
 import copy
 import dataclasses
-import functools
 import time
 from pathlib import Path
 
@@ -25,12 +26,26 @@ import torch
 from torch import Tensor, nn
 
 from autoaugment import augmentation
-from lib import budget, checkpoint, config, data, engine, metrics, plots, processes, pruning, ptq
+from lib import (
+    budget,
+    checkpoint,
+    config,
+    data,
+    engine,
+    metrics,
+    plots,
+    processes,
+    pruning,
+    ptq,
+    quantizers,
+)
 from lib.compaction import compact, take
 from lib.config import UserError, flag
 from models.layers import roles
 from models.mobilenetv2 import MobileNetV2
 
+# Of the weights that a round should keep, this share may be missing; and how often it is tried.
+TOLERANCE, ATTEMPTS = 0.01, 6
 LOGIT_IMAGES = 512  # training images that the score obd and the size of logits are computed on
 
 
@@ -52,8 +67,8 @@ class Settings(config.AfterTraining):
         "least per bit that is saved in the file (obd)", choices=("lamp", "magnitude", "obd"),
     )  # fmt: skip
     target: float = flag(
-        0.95, "sparsity after the last round (cubic), at least: the weights of channels that die, "
-        "of which obd makes many in a large step, go too"
+        0.95, "sparsity after the last round (cubic), or a little more; the weights of channels "
+        "that die are counted among those that go"
     )  # fmt: skip
     prune_fraction: float = flag(
         0.2, "share of the remaining weights that is removed per round (geometric)"
@@ -61,6 +76,10 @@ class Settings(config.AfterTraining):
     max_drop: float = flag(
         0.5, "largest loss of validation accuracy against the parent, in percentage points"
     )
+    dequantize: bool = flag(
+        False, "take a parent that is quantized: its weights as fp32, with batch norms that have "
+        "the statistics of training images"
+    )  # fmt: skip
     compact: bool = flag(True, "remove dead channels, exactly, before and between the rounds")
     epochs: int = flag(3, "epochs of fine-tuning per round", heading="recipe of a round")
     last_epochs: int | None = flag(None, "epochs of round number --rounds; default: --epochs")
@@ -158,6 +177,7 @@ class Run:
     parent: checkpoint.Checkpoint
     counts: list[tuple[str, int, int]]  # of the parent: see metrics.layer_counts
     images: data.Data
+    sample: Tensor  # the normalized training images that logits are computed on
     teacher: MobileNetV2
     out: Path
     identity: dict  # what the files of its state belong to: see engine.refuse_other_run
@@ -172,11 +192,6 @@ class Run:
     def start(self) -> float:
         """The parent's sparsity."""
         return sparsity_of(self.counts, self.total)
-
-    @functools.cached_property
-    def sample(self) -> Tensor:
-        """The normalized training images that logits are computed on."""
-        return ptq.calibration_images(self.images.train, LOGIT_IMAGES, self.cfg.seed)
 
     @property
     def state_file(self) -> Path:
@@ -208,23 +223,28 @@ def main(argv=None):
     out = cfg.path(cfg.out, "checkpoints/pruned.pth")
     config.refuse_replacing(out, file, cfg.teacher)
     parent = checkpoint.load(file, cfg.assume_downsample)
-    parent.refuse_quantized("prune before quantizing")
+    if not cfg.dequantize:
+        parent.refuse_quantized("prune before quantizing, or add --dequantize")
     with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
     images.split("val")  # it decides where pruning stops
     if cfg.rounds:
         engine.refuse_unfit_batches(cfg.batch_size, images.train)
+    sample = ptq.calibration_images(images.train, LOGIT_IMAGES, cfg.seed)
     model = parent.build(device)
+    if parent.quantization:
+        model = quantizers.dequantize(model, sample)
     teacher = parent.teacher(cfg.teacher, cfg.assume_downsample, images)
     identity = config.identity(cfg) | {
         "parent": parent.sha256, "teacher": teacher.sha256, "data": images.provenance()
     }  # fmt: skip
     run = Run(
-        cfg, parent, metrics.layer_counts(model), images, teacher.build(device), out, identity,
+        cfg, parent, metrics.layer_counts(model), images, sample,
+        teacher.build(device) if cfg.teacher else copy.deepcopy(model), out, identity,
         metrics.Log(cfg.place("logs/prune.jsonl"), identity, cfg.wandb),
     )  # fmt: skip
     if cfg.teacher:
-        engine.match_logits(run.teacher, model, run.sample)
+        engine.match_logits(run.teacher, model, sample)
     if cfg.schedule == "cubic" and cfg.rounds and cfg.target < run.start + 1e-4:
         raise UserError(
             f"--target {cfg.target} is no more than the parent's sparsity {run.start:.4f}"
@@ -309,19 +329,35 @@ def _run_rounds(run: Run, state: State) -> State:
 def _prune(run: Run, state: State, number: int) -> None:
     """Put into `state` the network of a round that begins: the last good one with further weights
     zeroed, without the channels that die with them; and its momentum, whose buffers shrink alike.
+
+    With a channel that dies, all its weights go. Where they are many, fewer single ones are zeroed,
+    so that as many are left in all as the round should keep.
     """
     cfg = run.cfg
     if cfg.schedule == "cubic":
         sparsity = pruning.cubic(run.start, cfg.target, number, cfg.rounds)
     else:
         sparsity = pruning.geometric(run.start, cfg.prune_fraction, number)
-    model = copy.deepcopy(state.last_good)
-    pruning.keep_best(model, round((1 - sparsity) * run.total), cfg.score, run.sample)
-    if cfg.compact:
-        model, live = compact(model)
-        if state.velocity:
-            state.velocity = {n: take(v, live[n]) for n, v in state.velocity.items()}
-    state.pruned = model
+    present = _nonzeros(state.last_good)
+    wanted = keep = min(present, round((1 - sparsity) * run.total))
+    most = -1  # weights that a network has which is sparse enough
+    for _ in range(ATTEMPTS if cfg.compact else 1):
+        model, live = copy.deepcopy(state.last_good), None
+        pruning.keep_best(model, keep, cfg.score, run.sample)
+        if cfg.compact:
+            model, live = compact(model)
+        left = _nonzeros(model)
+        if most < left <= wanted:
+            most, state.pruned, kept = left, model, live
+        if (1 - TOLERANCE) * wanted <= left <= wanted:
+            break
+        keep = min(present, round(keep * (1 - TOLERANCE / 2) * wanted / max(1, left)))
+    if kept and state.velocity:
+        state.velocity = {n: take(v, kept[n]) for n, v in state.velocity.items()}
+
+
+def _nonzeros(model: nn.Module) -> int:
+    return sum(nonzeros for _, _, nonzeros in metrics.layer_counts(model))
 
 
 def _resume(run: Run) -> State:

@@ -280,6 +280,47 @@ def fold(model: MobileNetV2) -> MobileNetV2:
     return folded.to(device, memory_format=torch.channels_last).eval()
 
 
+@torch.no_grad()
+def dequantize(model: MobileNetV2, images: Tensor) -> MobileNetV2:
+    """Return an fp32 network with batch norms, the weights of which are those of a quantized one.
+
+    Activations are no longer rounded, nor clipped below 6; apart from that it computes the same in
+    eval mode. Of a folded network, which has no batch norms, each layer gets one that has the mean
+    and variance of the layer's outputs for these images, and undoes them: training can continue.
+    images: (n, 3, H, W), normalized.
+    """
+    folded = model.settings.get("folded", False)
+    plain = MobileNetV2(copy.deepcopy(model.settings) | {"folded": False})
+    if folded:
+        for name, layer in weight_layers(model).items():
+            plain.get_submodule(name).weight.copy_(layer.weight)
+            norm = norm_after(plain, name)
+            with_bias = norm if norm else plain.get_submodule(name)
+            with_bias.bias.copy_(layer.bias)
+    else:
+        state = model.state_dict()
+        plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+    plain.to(images.device, memory_format=torch.channels_last).eval()
+    if not folded:
+        return plain
+
+    def undo_statistics(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+        mean, variance = by_channel(inputs[0]).mean(0), by_channel(inputs[0]).var(0, correction=0)
+        variance = variance.where(variance > 1e-8, 1)  # dead channels
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.weight.copy_((variance + norm.eps).sqrt())
+        norm.bias.add_(mean)
+
+    # Before each batch norm computes: its inputs then come from those that are set already.
+    hooks = [m.register_forward_pre_hook(undo_statistics)
+             for m in plain.modules() if isinstance(m, nn.BatchNorm2d)]  # fmt: skip
+    plain(images)
+    for hook in hooks:
+        hook.remove()
+    return plain
+
+
 def norm_after(model: MobileNetV2, layer: str) -> nn.BatchNorm2d | None:
     """Return the batch norm after a layer; None for the classifier and in a folded network."""
     name = next(described.norm for described in layers(model.settings) if described.name == layer)

@@ -260,7 +260,8 @@ def test_an_interrupted_round_goes_on_from_the_network_that_it_pruned(
     monkeypatch.setattr(pruning, "keep_best",
                         lambda *args: prunings.append(args[1]) or keep_best(*args))  # fmt: skip
     resumed, _ = run(tiny, baseline, tmp_path)
-    assert prunings == [round((1 - pruning.cubic(0, 0.8, 3, 3)) * resumed.original_weights)]
+    # The first attempt at round 3.
+    assert prunings[0] == round((1 - pruning.cubic(0, 0.8, 3, 3)) * resumed.original_weights)
     assert all(torch.equal(whole[0].state[k], resumed.state[k]) for k in resumed.state)
 
 
@@ -382,6 +383,48 @@ def test_no_rounds_only_converts(tiny, baseline, tmp_path):
     pruned, _ = run(tiny, plain, tmp_path, "--rounds=0")
     assert pruned.stage == "pruned"
     assert all(torch.equal(v, pruned.state[k]) for k, v in checkpoint.load(plain).state.items())
+
+
+def test_channels_that_die_count_among_the_weights_that_go(
+    tiny, baseline, tmp_path, monkeypatch
+):
+    """A round keeps more single weights where whole channels go with those that it zeroes."""
+    keep_best, tried = pruning.keep_best, []
+
+    def with_channels(model, keep, *args):
+        """Empty a third of the head's channels as well."""
+        tried.append(keep)
+        keep_best(model, keep, *args)
+        head = model.head[0].weight
+        head[: len(head) // 3] = 0
+
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(pruning, "keep_best", with_channels)
+        patch.setattr(engine, "fit", lambda *a, **k: ([], None))
+        patch.setattr(engine, "velocity_of", lambda *a: None)
+        _, lines = run(tiny, baseline, tmp_path, "--rounds=1")
+    assert 0.8 <= lines[1]["sparsity"] < 0.802
+    assert len(tried) > 1 and tried[-1] > tried[0]
+
+
+def test_a_quantized_parent_becomes_fp32_on_request(tiny, whole, tmp_path):
+    small = tmp_path / "q.pth"
+    images = data.load(tiny)
+    sample = ptq.calibration_images(images.train, 64, 0)
+    network, _ = ptq.quantize(whole[0].build(), sample, scheme := ptq.make_scheme(8, 8))
+    checkpoint.save(small, "quantized", network, train.Settings(), whole[0], metrics={},
+                    data=images.provenance(), quantization=scheme)  # fmt: skip
+    with pytest.raises(UserError, match="prune before quantizing, or add --dequantize"):
+        run(tiny, small, tmp_path)
+    plain, lines = run(tiny, small, tmp_path, "--rounds=0", "--dequantize", "--no-compact")
+    assert plain.quantization is None and not plain.settings["folded"]
+    assert [a["stage"] for a in plain.ancestors] == ["baseline", "pruned", "quantized"]
+    assert all(torch.equal(plain.state[n], t) for n, t in network.state_dict().items()
+               if n.endswith(".weight") and t.ndim > 1)  # fmt: skip
+    assert abs(lines[0]["val_correct"] - engine.evaluate(network, images.val).correct) <= 3
+    # It can be pruned further, with itself as the teacher.
+    _, lines = run(tiny, small, tmp_path / "on", "--rounds=1", "--dequantize", "--target=0.9")
+    assert 0.9 <= lines[1]["sparsity"] < 0.91 and len(lines[1]["epochs"]) == 2
 
 
 def test_momentum_follows_its_weights_through_a_compaction(tiny, tmp_path):

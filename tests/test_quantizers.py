@@ -9,6 +9,7 @@ from torch import nn
 
 import quantize
 from lib import checkpoint, metrics, ptq, quantizers
+from lib.metrics import weight_layers
 from lib.quantizers import (
     BITS,
     FakeQuantize,
@@ -292,6 +293,35 @@ def test_attach_makes_room_for_exactly_the_schemes_state(weight_bits, act_bits):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(fresh(x), model(x))
+
+
+def test_dequantizing_gives_a_network_with_batch_norms_that_computes_the_same(small, pixels):
+    quantized, _ = ptq.quantize(small(0), pixels, ptq.make_scheme(6, 32))
+    plain = quantizers.dequantize(quantized, pixels)
+    assert not plain.settings["folded"] and not plain.training
+    weights = weight_layers(quantized)
+    assert all(torch.equal(layer.weight, weights[n].weight)
+               for n, layer in weight_layers(plain).items())  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(plain(pixels), quantized(pixels), rtol=1e-4, atol=1e-4)
+        # In training the statistics of these images are those that the batch norms hold already.
+        trained = copy.deepcopy(plain).train()
+        trained.classifier.eval()  # no dropout
+        torch.testing.assert_close(trained(pixels), plain(pixels), rtol=1e-2, atol=1e-2)
+    rounded, _ = ptq.quantize(small(0), pixels, ptq.make_scheme(6, 8))
+    with torch.no_grad():
+        out = quantizers.dequantize(rounded, pixels)(pixels)
+        assert 0 < (out - rounded(pixels)).std() < 0.1 * out.std()
+
+
+def test_dequantizing_a_network_that_has_its_batch_norms(pixels):
+    model = sparse_network()
+    quantize_reference(model, 8, 8)
+    plain, weights = quantizers.dequantize(model, pixels), weight_layers(model)
+    assert all(torch.equal(layer.weight, weights[n].weight)
+               for n, layer in weight_layers(plain).items())  # fmt: skip
+    with torch.no_grad():
+        assert 0 < (plain(pixels) - model(pixels)).std() < 0.1 * plain(pixels).std()
 
 
 @pytest.mark.parametrize("seed", range(4))
