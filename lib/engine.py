@@ -445,7 +445,7 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
     )
     side = recipe.side(epoch)
     known = None  # the teacher's answers, batch by batch, if they are kept
-    if teacher and 0 < recipe.views < recipe.epochs and side == SIDE:
+    if teacher and 0 < recipe.views < recipe.epochs:
         known = state.answers.setdefault(drawn, [])
     averaged = state.average and float_tensors(state.average, state.model)
 
@@ -455,13 +455,13 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
             return teacher(x).float()
 
     def step(x: Tensor, labels: Tensor, group_rates, soft: Tensor | None = None) -> None:
+        _set_options(groups, lr=group_rates)
+        if teacher and soft is None:
+            soft = ask(x)  # it sees the images as they are, whatever the student sees
         if side < SIDE:
             x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
-        _set_options(groups, lr=group_rates)
         with _autocast(device, recipe.amp):
             logits = forward(x)
-        if teacher and soft is None:
-            soft = ask(x)
         loss = _loss(logits.float(), labels, soft, recipe)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss + penalty() if penalty else loss).backward()

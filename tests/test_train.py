@@ -65,6 +65,32 @@ def test_small_images_reach_the_network_in_its_layout(tiny, monkeypatch):
     assert set(seen) == {(20, True)}
 
 
+def test_a_teacher_sees_images_as_they_are_and_is_asked_once(tiny, tmp_path, monkeypatch):
+    """Small images are for the student; answers that are kept serve all sides."""
+    seen, forward = [], MobileNetV2.forward
+
+    def watch(model, x):
+        of_teacher = model.settings.get("folded", False)  # fit folds it
+        if model.training or of_teacher:
+            seen.append((of_teacher, x.shape[-1]))
+        return forward(model, x)
+
+    monkeypatch.setattr(MobileNetV2, "forward", watch)
+    images = data.load(str(tiny), 10)
+    model, teacher = (MobileNetV2(standard(0.1, 8)).eval() for _ in range(2))
+    recipe = engine.Recipe(4, 32, start_side=20, lr=0.0, distill=0.5, views=2)
+    engine.fit(
+        model, images, recipe, augmentation("light"), 0, tmp_path / "state", config={},
+        teacher=teacher,
+    )  # fmt: skip
+    steps = len(images.train) // 32
+    asked = [side for of_teacher, side in seen if of_teacher]
+    assert asked == [32] * (2 * steps)
+    assert [side for of_teacher, side in seen if not of_teacher] == [
+        side for epoch in range(4) for side in [recipe.side(epoch)] * steps
+    ]  # fmt: skip
+
+
 def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(tiny, tmp_path):
     whole = run_in_process(tiny, tmp_path / "whole")
     broken = tmp_path / "broken"
