@@ -69,6 +69,10 @@ class Settings(config.Common):
         True, "mixed precision: bf16, or fp16 on GPUs without it; fp32 on CPUs without it",
         heading="run and machine",
     )
+    sync_batchnorm: bool = flag(
+        True, "with several processes: batch norm has the statistics of the images of all of them; "
+        "without, of those of each process: much faster on CPUs"
+    )  # fmt: skip
     cuda_graph: bool = flag(True, "on one GPU, record a training step and replay it: faster")
 
     def __post_init__(self):

@@ -49,6 +49,7 @@ class Recipe:
     distill: float = 0.0  # weight of the teacher's soft labels against the true ones
     temperature: float = 2.0  # of the soft labels
     views: int = 0  # epochs with batches of their own, which later ones repeat; 0: all epochs
+    sync_batchnorm: bool = True  # with several processes: statistics of the images of all of them
     amp: bool = True  # mixed precision
     cuda_graph: bool = True  # on one GPU, record a step and replay it: see lib.replay
 
@@ -194,7 +195,7 @@ def fit(
     device = images.device
     refuse_unfit_batches(recipe.batch_size, images.train)
     steps = len(images.train) // recipe.batch_size
-    if world > 1:
+    if world > 1 and recipe.sync_batchnorm:
         processes.synchronize_batchnorm(model)
     state = TrainingState.start(model, recipe, velocity)
     # Without batch norm, the teacher is a third less to compute.
@@ -246,8 +247,9 @@ def fit(
                 }  # fmt: skip
             line["seconds"] = round(time.monotonic() - start, 1)
             state.add(line)
+            answers = state.answers_of_all()
             if rank == 0:
-                state.save(state_file, config)
+                state.save(state_file, config, answers)
             saved_epochs = epoch + 1
             if log:
                 log(line)
@@ -311,19 +313,20 @@ class TrainingState:
             weights = self.final.state_dict()
             self.best_weights = {name: t.cpu().clone() for name, t in weights.items()}
 
-    def save(self, path: Path, config: dict) -> None:
-        """Write the state, with the settings that it belongs to.
+    def answers_of_all(self) -> dict[int, Tensor]:
+        """Return the teacher's logits for the batches of all processes, which must all call this:
+        by view, (steps, images per global batch, classes)."""
+        stacked = {view: torch.stack(logits) for view, logits in self.answers.items()}
+        return {view: processes.concatenate(logits, 1) for view, logits in stacked.items()}
 
-        Without answers if there are several processes, each of which has its own.
-        """
-        alone = processes.world_and_rank()[0] == 1
-        answers = self.answers if alone else {}
+    def save(self, path: Path, config: dict, answers: dict[int, Tensor]) -> None:
+        """Write the state, with the settings that it belongs to and what `answers_of_all` gave."""
         checkpoint.write(path, {
             "config": config, "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "average": self.average.state_dict() if self.average else None,
             "history": self.history, "best": self.best, "best_state": self.best_weights,
-            "answers": {view: torch.stack(logits) for view, logits in answers.items()},
+            "answers": answers,
         })  # fmt: skip
 
     def restore(self, path: Path, config: dict) -> None:
@@ -338,12 +341,11 @@ class TrainingState:
             self.average.load_state_dict(saved["average"])
         self.history, self.best = saved["history"], saved["best"]
         self.best_weights = saved["best_state"]
-        if processes.world_and_rank()[0] == 1:
-            device = next(self.model.parameters()).device
-            self.answers = {
-                view: list(logits.to(device).unbind())
-                for view, logits in saved.get("answers", {}).items()
-            }
+        device, (world, rank) = next(self.model.parameters()).device, processes.world_and_rank()
+        self.answers = {
+            view: list(logits.to(device).chunk(world, 1)[rank].unbind())
+            for view, logits in saved.get("answers", {}).items()
+        }
 
 
 def _score(line: dict) -> float:

@@ -70,6 +70,16 @@ def from_main_process(value: float, device: torch.device) -> float:
     return value
 
 
+def concatenate(x: Tensor, dim: int) -> Tensor:
+    """Return the tensors of all processes, in their order, as one along a dimension."""
+    world, _ = world_and_rank()
+    if world == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim)
+
+
 def discard(*files: Path) -> None:
     """Delete files once for all processes, and wait until that is done."""
     if is_main():

@@ -1,5 +1,6 @@
 """train.py: resuming and data-parallel training give what one uninterrupted process gives."""
 
+import contextlib
 import copy
 import json
 import math
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +234,50 @@ def test_a_teacher_answers_batches_that_repeat_once(tiny):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     steps = len(images.train) // 20
     assert seen == [n * steps for n in (1, 2, 2, 2, 2, 3, 4, 5, 6, 7)]
+
+
+def _interrupted_and_not(rank, tiny, folder, store):
+    """Train twice in two processes, the second time in two pieces."""
+    dist.init_process_group(
+        "gloo", f"file://{store}", timedelta(minutes=5), world_size=2, rank=rank
+    )
+    images, asked, ends = data.load(tiny, 10), [], []
+    recipe = engine.Recipe(4, 32, lr=0.1, distill=0.9, views=2, amp=False, sync_batchnorm=False)
+    forward = MobileNetV2.forward
+
+    def watch(model, x):
+        asked.extend([len(x)] if model.settings.get("folded") else [])  # fit folds the teacher
+        return forward(model, x)
+
+    def stop(line):
+        raise KeyboardInterrupt
+
+    stop.begin = lambda history: None
+    MobileNetV2.forward = watch
+    for pieces in (1, 2):
+        torch.manual_seed(0)
+        model, teacher = (MobileNetV2(standard(0.1, 8)) for _ in range(2))
+        for piece in range(pieces):
+            interrupted = pieces == 2 and piece == 0
+            with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+                engine.fit(
+                    model, images, recipe, augmentation("light"), 0, folder / str(pieces),
+                    config={}, teacher=teacher.eval(), log=stop if interrupted else None,
+                )  # fmt: skip
+            dist.barrier()  # the state is written
+        ends.append(model.state_dict())
+    steps = len(images.train) // 32
+    assert asked == [16] * (2 * 2 * steps)  # each piece of two asks in one epoch
+    types = {type(module) for module in model.modules()}
+    assert nn.BatchNorm2d in types and processes._SyncBatchNorm not in types
+    assert equal(*ends)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_with_batch_norms_of_their_own_continue_where_they_were(tiny, tmp_path):
+    arguments = (str(tiny), tmp_path, str(tmp_path / "store"))
+    torch.multiprocessing.spawn(_interrupted_and_not, arguments, nprocs=2)
 
 
 def test_decay_can_leave_out_norms_and_biases():
