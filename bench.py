@@ -18,13 +18,13 @@ compacted network in fp32, and in bf16 where the processor has it, as OpenVINO t
 and our int8.onnx.
 
 The networks take turns, after one turn each to warm up, so that other load on the machine disturbs
-all alike. The time of a turn is the median of its calls, a network's time the median of its turns,
-and a ratio the median over turns of another network's time divided by its own: that of dense torch,
-and that of the compacted network in fp32 in onnxruntime, which says what the integers gain. CPU
-time, of all threads together, is given as well: it says more where cores are shared. Ours converts
-its uint8 input within the measured time; the others get normalized images. Weights: the bytes of
-all tensors that a network stores. Activations: the most bytes alive at once for one image
-(lib/memory.py), ours with padding.
+all alike. A turn's time is the median of its calls, and a network's time the median of its turns. A
+ratio is the median over turns of a reference's time divided by the network's own. There are two
+references: the dense network in torch, and the compacted one in fp32 in onnxruntime, which shows
+what the integers gain. CPU time, of all threads together, is given as well: it says more where
+cores are shared. Ours converts its uint8 input within the measured time; the others get normalized
+images. Weights: the bytes of all tensors that a network stores. Activations: the most bytes alive
+at once for one image (lib/memory.py), ours with padding.
 """
 
 import contextlib
@@ -122,7 +122,7 @@ def main(argv=None):
                 for c in field
             ]  # fmt: skip
     torch.set_num_threads(threads)
-    log = metrics.Log(cfg.place("logs/bench.jsonl"), vars(cfg), cfg.wandb)
+    log = metrics.Log(cfg.place("logs/bench.jsonl"), config.identity(cfg), cfg.wandb)
     log.begin(rows)
     plot = plots.speed(rows, cfg.place("plots/bench.png"), "Speed and accuracy")
     log.close({}, [plot])

@@ -53,7 +53,7 @@ def main(argv=None):
         raise UserError(f"{len(cfg.labels)} --labels for {len(files)} files")
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [runtime.load(file, cfg.assume_downsample) for file in files]
-    log = metrics.Log(cfg.place(f"logs/eval-{cfg.split}.jsonl"), vars(cfg), cfg.wandb)
+    log = metrics.Log(cfg.place(f"logs/eval-{cfg.split}.jsonl"), config.identity(cfg), cfg.wandb)
     test_only = cfg.split == "test"  # then a set without training images will do
     sizes = {source.val_size(cfg.val_size) for source in sources}
     if cfg.results and not test_only and len(sizes) > 1:

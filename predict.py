@@ -10,11 +10,11 @@ out: a line per image (or a JSON object) on the standard output
 
 The middle square of an image is scaled to 32x32, antialiased, the size that the network was trained
 on; transparent pixels become white. JPEGs of 100 megapixels and more are scaled down as they are
-decoded. Of a folder and its subfolders, the files are taken whose names end as those of picture
-files do (.jpg, .png and others), but none whose name begins with a dot. HEIC needs the package
-pillow-heif. For an image that cannot be read there is one line on the standard error, the others
-are still classified, and the exit code is 1. Probabilities are the softmax of the logits: over the
-network's classes, they add up to 1 whatever is in the picture.
+decoded. From folders and their subfolders, all files with the ending of a picture (.jpg, .png and
+others) are taken, but those whose name begins with a dot. HEIC needs the package pillow-heif. For
+an image that cannot be read there is one line on the standard error, the others are still
+classified, and the exit code is 1. Probabilities are the softmax of the logits: over the network's
+classes, they add up to 1 whatever is in the picture.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@
         --epochs 10 --lr 0.001 --lr-schedule constant --distill 0 --augment auto
                                              the reference report's way
     python prune.py --rounds 0 --parent release/mobilenetv2-cifar10.nnz --dequantize
-                                             an fp32 network again, to be trained or pruned further
+                                             an fp32 network again, to be pruned or quantized anew
 
 in:  checkpoints/baseline.pth
 out: checkpoints/pruned.pth (of the last good round), logs/prune.jsonl (one line per round),
@@ -62,13 +62,14 @@ class Settings(config.AfterTraining):
         choices=("cubic", "geometric"),
     )  # fmt: skip
     score: str = flag(
-        "lamp", "which weights go: the smallest (magnitude, the report's); those of the smallest "
-        "LAMP score, which never removes a whole layer; or those without which the logits change "
-        "least per bit that is saved in the file (obd)", choices=("lamp", "magnitude", "obd"),
+        "lamp", "weights to remove first: the smallest (magnitude, the report's); those of the "
+        "lowest LAMP score, which never empties a layer (lamp); or those whose removal changes the "
+        "logits least per bit that it saves in the file (obd)",
+        choices=("lamp", "magnitude", "obd"),
     )  # fmt: skip
     target: float = flag(
-        0.95, "sparsity after the last round (cubic), or a little more; the weights of channels "
-        "that die are counted among those that go"
+        0.95, "sparsity after the last round (cubic), or slightly more; the weights of removed "
+        "channels count as pruned"
     )  # fmt: skip
     prune_fraction: float = flag(
         0.2, "share of the remaining weights that is removed per round (geometric)"
@@ -77,15 +78,15 @@ class Settings(config.AfterTraining):
         0.5, "largest loss of validation accuracy against the parent, in percentage points"
     )
     dequantize: bool = flag(
-        False, "take a parent that is quantized: its weights as fp32, with batch norms that have "
-        "the statistics of training images"
+        False, "take a quantized parent: weights become fp32; batch norms that were folded are "
+        "made anew from training images"
     )  # fmt: skip
     compact: bool = flag(True, "remove dead channels, exactly, before and between the rounds")
     epochs: int = flag(3, "epochs of fine-tuning per round", heading="recipe of a round")
     last_epochs: int | None = flag(None, "epochs of round number --rounds; default: --epochs")
     lr: float = flag(0.05, "peak learning rate of a round")
     lr_schedule: str = flag(
-        "linear", "of the learning rate in a round, to zero unless constant",
+        "linear", "learning-rate schedule of a round, to zero unless constant",
         choices=("linear", "cosine", "constant"),
     )  # fmt: skip
     batch_size: int = flag(128, "images per step, over all processes")
@@ -101,13 +102,13 @@ class Settings(config.AfterTraining):
     )
     temperature: float = flag(2.0, "softmax temperature of the soft labels")
     views: int = flag(
-        0, "epochs of a round with batches of their own; later ones repeat these, order and "
-        "augmentation included, and the teacher's logits are not computed again: faster; 0: new "
-        "batches in every epoch"
+        0, "epochs of a round with new batches; later epochs repeat these, order and augmentation "
+        "included, and the teacher's logits are not computed again: faster; 0: every epoch has new "
+        "batches"
     )  # fmt: skip
     start_side: int = flag(
-        32, "side of the first images of a round in pixels; it grows to 32 over the first 70% of "
-        "the epochs, and the teacher sees the images as they are: a third faster from 16 on",
+        32, "side of the images in the first epochs of a round, in pixels; it grows to 32 over the "
+        "first 70% of the epochs; the teacher always sees 32x32",
         choices=(16, 20, 24, 28, 32),
     )  # fmt: skip
     augment: str = flag("cutout", "see train.py", choices=("none", "light", "cutout", "auto"))
@@ -116,8 +117,8 @@ class Settings(config.AfterTraining):
         heading="run and machine",
     )
     sync_batchnorm: bool = flag(
-        True, "with several processes: batch norm has the statistics of the images of all of them; "
-        "without, of those of each process: much faster on CPUs"
+        True, "with several processes, batch norm has the statistics of the images of all of them, "
+        "not of each process alone; without, a step is about three times faster on CPUs"
     )  # fmt: skip
     cuda_graph: bool = flag(True, "on one GPU, record a training step and replay it: faster")
 
@@ -128,6 +129,8 @@ class Settings(config.AfterTraining):
             raise ValueError("--max-drop must be 0 to 100 percentage points")
         if self.last_epochs is not None and self.last_epochs < 1:
             raise ValueError("--last-epochs must be at least 1")
+        if self.start_side < 32 and max(self.epochs, self.last_epochs or 1) == 1:
+            raise ValueError("--start-side is for rounds of several epochs")
         if self.rounds < 0 or self.views < 0 or self.epochs < 1 or self.batch_size < 1:
             raise ValueError("--epochs and --batch-size must be at least 1, --rounds and --views "
                              "at least 0")  # fmt: skip
@@ -234,6 +237,8 @@ def main(argv=None):
     parent = checkpoint.load(file, cfg.assume_downsample)
     if not cfg.dequantize:
         parent.refuse_quantized("prune before quantizing, or add --dequantize")
+    elif not parent.quantization:
+        raise UserError(f"--dequantize: {file} is not quantized")
     with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
     images.split("val")  # it decides where pruning stops
@@ -297,9 +302,10 @@ def _run_rounds(run: Run, state: State) -> State:
             break
         began = time.monotonic()
         if state.pruned is None:
-            _prune(run, state, number)
+            if processes.is_main():  # others may round scores otherwise
+                _prune(run, state, number)
             state.save(run.state_file, run.identity)
-            if processes.world_and_rank()[0] > 1:  # the same network for all of them
+            if not processes.is_main():
                 state = State.load(run.state_file, run.identity, device)
         model, recipe = state.pruned, run.recipe(number)
         pruned_in = time.monotonic() - began
@@ -349,10 +355,11 @@ def _prune(run: Run, state: State, number: int) -> None:
         sparsity = pruning.geometric(run.start, cfg.prune_fraction, number)
     present = _nonzeros(state.last_good)
     wanted = keep = min(present, round((1 - sparsity) * run.total))
+    errors = pruning.weight_errors(state.last_good, run.sample) if cfg.score == "obd" else None
     most = -1  # weights that a network has which is sparse enough
     for _ in range(ATTEMPTS if cfg.compact else 1):
         model, live = copy.deepcopy(state.last_good), None
-        pruning.keep_best(model, keep, cfg.score, run.sample)
+        pruning.keep_best(model, keep, cfg.score, errors)
         if cfg.compact:
             model, live = compact(model)
         left = _nonzeros(model)

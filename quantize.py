@@ -81,8 +81,8 @@ class Settings(config.AfterTraining):
     method: str = flag(
         "ptq", "explained above", choices=("ptq", "qat", "reference"), heading="quantization"
     )
-    weight_bits: int = flag(8, "of weights: 2 to 16, or 32 for off", choices=quantizers.BITS)
-    act_bits: int = flag(8, "of activations: 2 to 16, or 32 for off", choices=quantizers.BITS)
+    weight_bits: int = flag(8, "bits per weight: 2 to 16; 32: off", choices=quantizers.BITS)
+    act_bits: int = flag(8, "bits per activation: 2 to 16; 32: off", choices=quantizers.BITS)
     weight_scale: str = flag(
         "channel", "granularity: one weight scale per output channel, or (ptq only) one per tensor "
         "as it was before folding, rounded to nearest: at 8 bits this keeps the integers of a "
@@ -93,13 +93,13 @@ class Settings(config.AfterTraining):
         '{"features.3.conv.0.0": 6, ...}; explained above'
     )  # fmt: skip
     rd_lambda: float = flag(
-        0.0, "rate-distortion: the squared error of an image's logits that saving 1,000 bytes of "
-        "weights may cost. Levels are chosen by error and size together; in qat the size is part "
-        "of the loss",
+        0.0, "rate-distortion: the squared error of an image's logits that is accepted for each "
+        "1,000 bytes of weights that are saved. Levels are chosen by error and size together; in "
+        "qat the size is part of the loss",
         heading="size against accuracy",
     )  # fmt: skip
     max_bytes: int | None = flag(
-        None, "the largest that compressed.nnz may become; finds --rd-lambda"
+        None, "the most bytes that compressed.nnz may have; finds --rd-lambda"
     )
     max_drop: float | None = flag(
         None, "largest loss of validation accuracy against the parent, in percentage points; finds "
@@ -123,9 +123,8 @@ class Settings(config.AfterTraining):
     )
     temperature: float = flag(2.0, "temperature of the soft labels")
     views: int = flag(
-        0, "epochs with batches of their own; later ones repeat these, order and augmentation "
-        "included, and the teacher's logits are not computed again: faster; 0: new batches in "
-        "every epoch"
+        0, "epochs with new batches; later epochs repeat these, order and augmentation included, "
+        "and the teacher's logits are not computed again: faster; 0: every epoch has new batches"
     )  # fmt: skip
     ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
     keep: str = flag(
@@ -456,7 +455,7 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     def judge(network, epoch: int) -> tuple[engine.Evaluation, dict, float]:
         """Judge a network in training as a file; see engine.fit."""
         made = job.measure(qat.finished(network), start.rd_lambda)
-        score = goal.score(made.bytes, made.result, errors_per_bit)
+        score = goal.score(made, errors_per_bit)
         if cfg.keep == "last":
             score = float(epoch)
         return made.result, {"bytes": made.bytes} if cfg.has_lambda else {}, score
@@ -484,8 +483,7 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     if processes.is_main():
         plots.curves(history, cfg.place("plots/quantize.png"), "Quantization-aware training")
         log.close({"best_epoch": best + 1}, [cfg.place("plots/quantize.png")])
-    untrained = fallback and goal.score(fallback.bytes, fallback.result, errors_per_bit)
-    if fallback and untrained >= history[best]["score"]:
+    if fallback and goal.score(fallback, errors_per_bit) >= history[best]["score"]:
         engine.say(f"no epoch is better than ptq's network of {fallback.bytes:,} bytes, val "
                    f"{fallback.result}: that is kept")  # fmt: skip
         return fallback

@@ -13,10 +13,10 @@ out: checkpoints/sweep/w8a8.nnz ... (each decoded again before it is evaluated),
      (if there are several lambdas)
 
 A cell that was measured before in the same way, from the same parent and on the same images, is not
-measured again. All cells are evaluated in floats, since those of more than 8 bits have no integers:
-eval.py, which takes integers where it can, may count a few answers differently.
-With --wandb each cell is a W&B run, of which the last one shows the charts. Started by an agent of
-W&B, one cell is measured and logged into the agent's run, and no CSV or chart is written.
+measured again. All cells are evaluated in floats, since those of more than 8 bits cannot run in
+integers: eval.py, which takes integers where it can, may count a few answers differently. With
+--wandb each cell is a W&B run, of which the last one shows the charts. Under an agent of W&B, this
+script measures one cell, logs it into the agent's run, and writes no CSV or chart.
 """
 
 import csv
@@ -299,7 +299,7 @@ def finished(path: Path, cfg, parent, images) -> dict | None:
 
 @functools.lru_cache(maxsize=1)  # it takes part of a second, and every cell asks
 def about_images(images, split_name: str) -> dict:
-    """Return what tells images apart that a cell is calibrated and evaluated on."""
+    """Return what identifies the images that a cell is calibrated and evaluated on."""
     sha, split = hashlib.sha256(), getattr(images, split_name)
     for tensor in (images.train.images, split.images, split.labels):
         sha.update(tensor.cpu().contiguous().numpy())

@@ -24,7 +24,7 @@ from itertools import combinations
 
 import torch
 
-from lib import checkpoint, compressed, config, data, engine, graph, metrics, runtime
+from lib import checkpoint, compressed, config, data, engine, graph, metrics, quantizers, runtime
 from lib.config import UserError, flag
 
 
@@ -49,7 +49,7 @@ def main(argv=None):
     config.refuse_replacing(out, file)
     parent = checkpoint.load(file, cfg.assume_downsample)
     scheme = parent.quantization
-    bits = max(scheme["weight_bits"], *scheme.get("layer_bits", {}).values(), 0) if scheme else 32
+    bits = quantizers.most_weight_bits(scheme) if scheme else 32
     if bits > 8:
         raise UserError(f"{parent.file} has {bits}-bit weights: quantize them to 8 or fewer first")
     images = parent.images(cfg.data, cfg.val_size, device)
@@ -99,9 +99,9 @@ def check(saved: checkpoint.Checkpoint, model, split, expected: engine.Evaluatio
 
 
 def export(saved, path, split, target: str) -> tuple[dict, str]:
-    """Write the .onnx of an int8.pth; return figures for the log, with how often the three
-    arithmetics agree on the first 1,000 images of the split, and in words; or {}, and why there is
-    none.
+    """Write the .onnx of an int8.pth; return figures for the log, among them how often the three
+    arithmetics agree on the first 1,000 images of the split, and the same in words; or {} and why
+    no file was written.
 
     target: one of graph.TARGETS.
     """

@@ -56,7 +56,8 @@ class Settings(config.Common):
         choices=("random", "alternate"),
     )  # fmt: skip
     start_side: int = flag(
-        16, "side of the first images in pixels; it grows to 32 over the first 70% of the epochs",
+        16, "side of the images in the first epochs, in pixels; it grows to 32 over the first 70% "
+        "of the epochs",
         choices=(16, 20, 24, 28, 32),
     )  # fmt: skip
     width: float = flag(
@@ -70,8 +71,8 @@ class Settings(config.Common):
         heading="run and machine",
     )
     sync_batchnorm: bool = flag(
-        True, "with several processes: batch norm has the statistics of the images of all of them; "
-        "without, of those of each process: much faster on CPUs"
+        True, "with several processes, batch norm has the statistics of the images of all of them, "
+        "not of each process alone; without, a step is about three times faster on CPUs"
     )  # fmt: skip
     cuda_graph: bool = flag(True, "on one GPU, record a training step and replay it: faster")
 

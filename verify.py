@@ -9,7 +9,7 @@ out: one line per file and split; exit code 1 if something is not as published
 The official test split has 10,000 images. If the published accuracy is on fewer, only the first
 ones are compared, and the accuracy on all images is printed too. The .nnz runs in exact integers
 and must have as many correct answers on every machine; the kernels of torch and onnxruntime differ
-between processors, so the other files may have more or fewer by a thousandth of the images.
+between processors, so the other files may differ by up to a thousandth of the images.
 """
 
 import dataclasses

@@ -40,20 +40,21 @@ class Settings:
 
 
 class Training:
-    """A network in training; warm_up: steps before the recording of each turn."""
+    """A network in training; graph: whether its steps are recorded."""
 
-    def __init__(self, split: data.Split, side: int, warm_up: int):
+    def __init__(self, split: data.Split, side: int, graph: bool):
         torch.manual_seed(47)
-        self.split, self.warm_up, self.turns = split, warm_up, 0
+        self.split, self.turns = split, 0
         # In the first of two epochs, images have the side that they start with.
-        self.recipe = engine.Recipe(2, BATCH, lr=0.01, lr_schedule="constant", start_side=side)
+        self.recipe = engine.Recipe(
+            2, BATCH, lr=0.01, lr_schedule="constant", start_side=side, cuda_graph=graph
+        )
         model = MobileNetV2(standard(dropout=0.0)).to(split.images.device)
         model = model.to(memory_format=torch.channels_last)
         self.state = engine.TrainingState.start(model, self.recipe)
 
     def turn(self) -> tuple[float, float]:
         """Train for a turn; return its seconds and its mean loss."""
-        replay.WARM_UP = self.warm_up
         self.turns += 1
         start = time.perf_counter()
         totals = engine.train_epoch(
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     split = data.Split(pixels.to(device), labels.to(device))
     rows = []
     for side in SIDES:
-        pair = [Training(split, side, warm_up) for warm_up in (sys.maxsize, replay.WARM_UP)]
+        pair = [Training(split, side, graph) for graph in (False, True)]
         turns = [[training.turn() for training in pair] for _ in range(cfg.turns + 1)][1:]
         plain, graph = (
             statistics.median(count / turn[i][0] for turn in turns) for i in range(len(pair))

@@ -18,6 +18,7 @@ PADDING = 4  # pixels on each side, as usual for CIFAR (He et al. 2016, section 
 # The training set's mean colour, rounded (0.4914, 0.4822, 0.4465 of 255). In the original, Cutout's
 # hole is zero *after* normalization; this colour before it is within half a level of that.
 MEAN_COLOUR = (125, 123, 114)
+HOLE = 16  # side of the square of cutout, in pixels: that of the paper for CIFAR-10
 
 
 def move(params: Tensor, device: torch.device) -> Tensor:
@@ -74,27 +75,21 @@ def draw_cutout(n: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"hole": torch.randint(SIDE, (n, 2), generator=generator)}
 
 
-def cutout(
-    images: Tensor,
-    params: dict[str, Tensor],
-    size: int = 16,
-    fill: tuple[int, int, int] = MEAN_COLOUR,
-) -> Tensor:
+def cutout(images: Tensor, params: dict[str, Tensor]) -> Tensor:
     """Return the images with one square each filled (DeVries and Taylor 2017, section 3).
 
-    images: uint8 (n, 3, 32, 32). params: those of `draw_cutout`. size: side of the square in
-    pixels, 16 in the paper for CIFAR-10: it covers rows and columns centre - 8 to centre + 7, less
-    what lies outside the image. fill: levels of the three channels, 0 to 255.
+    images: uint8 (n, 3, 32, 32). params: those of `draw_cutout`. The square covers rows and columns
+    centre - 8 to centre + 7, less what lies outside the image.
     """
     centre = move(params["hole"], images.device)
-    from_edge = torch.arange(SIDE, device=images.device) - (centre[..., None] - size // 2)
-    y, x = ((from_edge >= 0) & (from_edge < size)).unbind(1)
+    from_edge = torch.arange(SIDE, device=images.device) - (centre[..., None] - HOLE // 2)
+    y, x = ((from_edge >= 0) & (from_edge < HOLE)).unbind(1)
     hole = (y[:, None, :, None] & x[:, None, None, :]).byte()
     # Products of bytes: torch.where is 10 times slower on the CPU for uint8.
-    return images * (1 - hole) + _colour(fill, images.device) * hole
+    return images * (1 - hole) + _mean_colour(images.device) * hole
 
 
 @cache
-def _colour(fill: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Return a colour as uint8 (1, 3, 1, 1) on a device, where it stays."""
-    return torch.tensor(fill, dtype=torch.uint8, device=device).view(1, 3, 1, 1)
+def _mean_colour(device: torch.device) -> Tensor:
+    """Return CIFAR-10's mean colour as uint8 (1, 3, 1, 1) on a device, where it stays."""
+    return torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=device).view(1, 3, 1, 1)

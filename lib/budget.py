@@ -1,11 +1,11 @@
-"""Find the lambda that a budget asks for: a largest file, or a largest loss of accuracy.
+"""Find the lambda that meets a budget: a largest file, or a largest loss of accuracy.
 
     best, attempts = search(attempt, Budget(max_bytes=64_000))
 
 A higher lambda makes a smaller file that is less accurate. So a budget of bytes wants the lowest
 lambda whose file fits, and one of accuracy the highest whose file is accurate enough. At a lambda
-of 0, bytes count nothing. All this holds only roughly, as a lower lambda may also lose by chance:
-so of all attempts that the search makes, the best one is taken.
+of 0, bytes count nothing. All this is approximate, since a lower lambda may do worse by chance: so
+the best of all attempts that the search makes is taken.
 """
 
 import dataclasses
@@ -27,31 +27,31 @@ class Budget:
     """What is asked of a file: a size in bytes, or a number of correct answers; or neither."""
 
     max_bytes: int | None = None
-    floor: float | None = None  # correct answers on the validation split, at least
+    floor: int | None = None  # correct answers on the validation split, at least
 
-    def met(self, size: int, result: engine.Evaluation | None) -> bool:
-        """Return whether a file of `size` bytes and that result is within the budget."""
+    def met(self, tried: "Attempt") -> bool:
+        """Return whether an attempt is within the budget."""
         if self.max_bytes is not None:
-            return size <= self.max_bytes
-        return self.floor is None or result.correct >= self.floor
+            return tried.bytes <= self.max_bytes
+        return self.floor is None or tried.result.correct >= self.floor
 
-    def score(self, size: int, result: engine.Evaluation, errors_per_bit: float) -> float:
-        """Return how good a file is, for comparison with others: the higher, the better.
+    def score(self, tried: "Attempt", errors_per_bit: float) -> float:
+        """Return how good an attempt is, for comparison with others: the higher, the better.
 
             budget      within it       not within it
-            max_bytes   1 + accuracy    -size
-            floor       1 / size        correct answers - floor
+            max_bytes   1 + accuracy    -bytes
+            floor       1 / bytes       correct answers - floor
             none        -(share of wrong answers + errors_per_bit * bits)
 
-        So a file within a budget scores over 0, others under 0. (Without a budget, wrong answers
-        count and not the loss: soft labels make a network surer of itself, so that its loss can
-        rise while its answers become better.)
+        So an attempt within a budget scores over 0, others under 0. (Without a budget, wrong
+        answers count and not the loss: soft labels make a network surer of itself, so that its loss
+        can rise while its answers become better.)
         """
         if self.max_bytes is not None:
-            return 1 + result.accuracy if self.met(size, result) else -size
+            return 1 + tried.result.accuracy if self.met(tried) else -tried.bytes
         if self.floor is not None:
-            return 1 / size if self.met(size, result) else result.correct - self.floor
-        return -(1 - result.accuracy + errors_per_bit * 8 * size)
+            return 1 / tried.bytes if self.met(tried) else tried.result.correct - self.floor
+        return -(1 - tried.result.accuracy + errors_per_bit * 8 * tried.bytes)
 
 
 def fewest_correct(correct: int, total: int, max_drop: float) -> int:
@@ -92,7 +92,7 @@ def search(
     met, failed, rd_lambda = None, None, FIRST
     while not (met and failed) and LOWEST <= rd_lambda <= HIGHEST:
         tried = try_lambda(rd_lambda)
-        if _meets(tried, budget):
+        if budget.met(tried):
             met = tried
         else:
             failed = tried
@@ -100,7 +100,7 @@ def search(
             break
         if met and for_bytes and len(attempts) == 1:
             at_zero = try_lambda(0.0)
-            if _meets(at_zero, budget):  # no byte need be saved
+            if budget.met(at_zero):  # no byte need be saved
                 break
         # A lower lambda, if bytes are left or too much accuracy is lost.
         rd_lambda *= 1 / FACTOR if bool(met) == for_bytes else FACTOR
@@ -109,7 +109,7 @@ def search(
     while met and failed and not _are_close(met, failed, budget):
         ratio = failed.rd_lambda / met.rd_lambda
         tried = try_lambda(met.rd_lambda * ratio ** _share(met, failed, budget))
-        if _meets(tried, budget):
+        if budget.met(tried):
             met = tried
         else:
             failed = tried
@@ -130,13 +130,8 @@ def best(attempts: list[Attempt], budget: Budget) -> Attempt | None:
     def by_floor(tried: Attempt) -> tuple:
         return -tried.bytes, tried.result.correct, tried.rd_lambda
 
-    meeting = [tried for tried in attempts if _meets(tried, budget)]
+    meeting = [tried for tried in attempts if budget.met(tried)]
     return max(meeting, key=by_floor if budget.max_bytes is None else by_bytes, default=None)
-
-
-def _meets(tried: Attempt, budget: Budget) -> bool:
-    """Return whether an attempt is within a budget."""
-    return budget.met(tried.bytes, tried.result)
 
 
 def _uses_up(met: Attempt | None, budget: Budget) -> bool:

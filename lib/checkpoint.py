@@ -158,7 +158,7 @@ class Checkpoint:
         """Return the Checkpoint whose soft labels this one's child learns from.
 
         file, downsample: --teacher and --assume-downsample; without a file it is this one.
-        images: that the child is trained on. Raises UserError if it is quantized, or as
+        images: that the child is trained on. Raises UserError if `file` is quantized, or as
         `check_images` does.
         """
         source = self
@@ -183,8 +183,9 @@ class Checkpoint:
     def check_held_out(self, images: Data) -> None:
         """Raise UserError if the network was trained on some of the images that are held out here.
 
-        That is known where this file says how many were held out then: more now are too many, and
-        as many must be the same ones. Where they are fewer now, another order goes unnoticed.
+        This needs the number that was held out then, which most files record. A larger number now
+        is refused; with the same number, the images must be the same. With a smaller one, another
+        order goes unnoticed.
         """
         then, now = self.data.get("val_size"), len(images.val)
         if then is not None and now > then:

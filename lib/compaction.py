@@ -22,8 +22,8 @@ head it goes into the classifier's bias.
 One removal may make others possible, before and after it: the rules are repeated until nothing
 changes. All sums are in float64; the shifted means and biases are rounded back to float32.
 
-Quantization zeroes further weights. Of a quantized network `without_unread` removes what no layer
-reads; what is constant stays, for its value is a level that a bias need not be able to hold.
+Quantization zeroes further weights. From a quantized network, `without_unread` removes the channels
+that no layer reads. Constant ones stay, since a bias may be unable to hold their value.
 """
 
 import copy

@@ -72,16 +72,16 @@ def files(help: str):
 
 @dataclasses.dataclass
 class Common:
-    """The settings that the stages which read images have in common."""
+    """Settings shared by all stages that read images."""
 
     data: str | None = flag(None, DATA_HELP, heading="files and data")
     val_size: int | None = flag(
-        None, "training images held out for validation, as many of each class; 0: none; default: "
-        "as many as the parent's training held out, or without a parent a tenth"
+        None, "training images held out for validation, the same number per class; 0: none; "
+        "default: as many as for the parent, or a tenth without a parent"
     )
     run_dir: str = flag(".", "folder that holds checkpoints/, logs/ and plots/")
     seed: int = flag(
-        47, "of all that a stage draws: first weights, order, augmentation, calibration images",
+        47, "random seed: initial weights, order, augmentation, calibration images",
         heading="run and machine",
     )
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...")

@@ -484,18 +484,18 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
         # The steps before the recording are intended: torch need not warn of them (Adam).
         optimizer._warned_capturable_if_run_uncaptured = True
     shown = tqdm(batches, total=steps, desc=note, leave=False, disable=_quiet() or rank > 0)
-    numbered = enumerate(zip(shown, learning_rates, strict=True), epoch * steps)
-    for i, ((x, labels), group_rates) in numbered:
+    for i, ((x, labels), group_rates) in enumerate(zip(shown, learning_rates, strict=True)):
         soft = []
         if known is not None:
-            if len(known) == i - epoch * steps:
+            if len(known) == i:
                 known.append(ask(x))
-            soft = [known[i - epoch * steps]]
+            soft = [known[i]]
         run_step(x, labels, group_rates, *soft)
         if averaged:
             # A small decay at first (as in TensorFlow's ExponentialMovingAverage), so that the
             # random start is forgotten.
-            torch._foreach_lerp_(*averaged, 1 - min(recipe.ema, (1 + i) / (10 + i)))
+            n = epoch * steps + i
+            torch._foreach_lerp_(*averaged, 1 - min(recipe.ema, (1 + n) / (10 + n)))
     if recorded:  # numbers again: the state that is saved can be continued on any device
         _set_options(groups, lr=last, capturable=[False] * len(groups))
     return totals
@@ -583,9 +583,10 @@ def is_mixed(device: torch.device, amp: bool) -> bool:
 def _slow_bf16(device: torch.device) -> bool:
     """Return whether this is a CPU for which oneDNN has only reference code in bf16, which is 100
     times slower than fp32 (seen on one with AVX2 alone)."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return device.type == "cpu"
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type != "cpu":
+        return False
+    with_onednn = torch.backends.mkldnn.is_available()
+    return not (with_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def progress(note: str):

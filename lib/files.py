@@ -1,5 +1,6 @@
 """Writing files whole or not at all, and the SHA-256 that identifies one."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -9,34 +10,27 @@ import tempfile
 from pathlib import Path
 
 
-class atomic:  # noqa: N801 - used as a function
+@contextlib.contextmanager
+def atomic(path: Path | str):
     """Context manager: a binary file that replaces `path` when the block ends without an error.
 
     A reader sees the old file or the new one, never a part of it. Folders are made as needed.
     """
-
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
-        self.temporary, self.file = Path(name), os.fdopen(handle, "wb")
-        return self.file
-
-    def __exit__(self, kind, *_):
-        try:
-            with self.file:
-                if kind is None:
-                    self.file.flush()
-                    os.fsync(self.file.fileno())
-            if kind is None:
-                umask = os.umask(0)
-                os.umask(umask)
-                self.temporary.chmod(0o666 & ~umask)  # mkstemp's files are private
-                self.temporary.replace(self.path)
-        finally:  # flushing is where a full disk shows
-            self.temporary.unlink(missing_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()  # this is where a full disk shows
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:

@@ -37,7 +37,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lib import quantizers
 from lib.fixedpoint import Grid, Sum
-from lib.integer import IntegerNetwork, Layer
+from lib.integer import IntegerLayer, IntegerNetwork
 from models import layers
 from models.mobilenetv2 import MobileNetV2
 
@@ -201,7 +201,7 @@ class _IntegerGraph(_Graph):
         pixels = self.node("Cast", ["images"], "pixels", to=TensorProto.INT32)
         return self.node("Gather", [table, self.node("Add", [pixels, first], "places")], "image")
 
-    def conv(self, layer: Layer, x: str, out_order=UNCHANGED, in_order=UNCHANGED) -> str:
+    def conv(self, layer: IntegerLayer, x: str, out_order=UNCHANGED, in_order=UNCHANGED) -> str:
         """Add a convolution; out_order, in_order: the orders of its channels, see `_arrange`."""
         # A depthwise layer has one input per output, and the image is not padded.
         pad_inputs = layer.groups == 1 and x != "image"
@@ -224,7 +224,7 @@ class _IntegerGraph(_Graph):
         y = self.node("GlobalAveragePool", [self.decode(x, input_grid)], "average.output")
         return self.encode(y, output_grid, "average")
 
-    def classifier(self, layer: Layer, x: str) -> None:
+    def classifier(self, layer: IntegerLayer, x: str) -> None:
         """Add the classifier, whose output, the logits, is the graph's; x: (n, channels, 1, 1)."""
         x = self.node("Flatten", [x], "flat")
         weight = F.pad(layer.weight, (0, -layer.weight.shape[1] % MULTIPLE))  # as x is padded
@@ -233,7 +233,7 @@ class _IntegerGraph(_Graph):
                   *self.parameters(layer, weight, scale, layer.bias)]  # fmt: skip
         self.node("Gemm", inputs, "logits")
 
-    def parameters(self, layer: Layer, weight, scale, bias) -> list[str]:
+    def parameters(self, layer: IntegerLayer, weight, scale, bias) -> list[str]:
         """Add weight and bias of a layer, as levels and scales; return the names of their values.
 
         weight: int8 (out, in / groups, k, k) or (out, in); scale: of the weight, float32 (out,);

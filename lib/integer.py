@@ -18,9 +18,9 @@ output, divided in float32. `round` is the only rounding, halves up: see lib/fix
 to [0, high] is ReLU6; signed levels go from -128 to 127 at 8 bits.
 
 Two kinds of rows (the weights of one output channel) are special. A row of zeros has no scale of
-its own: its unit is 2^-24 of its bias. And where 32 bits would not hold a bias in its unit (the
-weights of the channel have almost vanished), the unit is doubled until they do, and the weights are
-rounded to it.
+its own: its unit is 2^-24 of its bias. And where a bias in its unit would exceed 32 bits (the
+weights of the channel have almost vanished), the unit is doubled until the bias fits, and the
+weights are rounded to it.
 
 Sums are computed by floating-point convolutions, and are exact: products and partial sums, in any
 order, are integers below 2^24 in float32, or else (in no layer so far) below 2^53 in float64; both
@@ -46,7 +46,7 @@ CHUNK = 16  # images at a time: their 64-bit products stay in the cache
 SIZE = 32  # side of the images, in pixels
 
 
-class Layer:
+class IntegerLayer:
     """A convolution or the classifier in integers.
 
     weight: int8 (out, in / groups, k, k) or (out, in)
@@ -137,11 +137,11 @@ class Layer:
 
 
 @dataclasses.dataclass
-class Block:
+class IntegerBlock:
     """An inverted residual block in integers."""
 
     requantize_input: Multiplier | None  # where the stream has more bits than the first layer reads
-    layers: list[Layer]  # expand (not in all), depthwise, project
+    layers: list[IntegerLayer]  # expand (not in all), depthwise, project
     sum: Sum | None  # None: the block is not residual
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -169,7 +169,9 @@ class IntegerNetwork:
             place = layer.output_place
             output_grid = grid(model.get_submodule(place)) if place else None
             levels = state[f"{layer.name}.weight"]
-            integer[layer.name] = Layer(layer.name, module, levels, grid(quantizer), output_grid)
+            integer[layer.name] = IntegerLayer(
+                layer.name, module, levels, grid(quantizer), output_grid
+            )
         self.stem, *_, self.head, self.classifier = integer.values()
         self.blocks, stream_grid = [], self.stem.output_grid
         for described, block in zip(blocks(self.settings), model.blocks, strict=True):
@@ -181,7 +183,7 @@ class IntegerNetwork:
                 requantize = fixed_point(ratio, input_grid)
             x_grid, stream_grid = stream_grid, grid(block.stream)
             total = Sum(x_grid, parts[-1].output_grid, stream_grid) if block.residual else None
-            self.blocks.append(Block(requantize, parts, total))
+            self.blocks.append(IntegerBlock(requantize, parts, total))
         size = SIZE  # side of the map; after the loop, that of the head's
         for layer in self.layers():
             size = (size + 2 * layer.padding - layer.kernel.shape[-1]) // layer.stride + 1
@@ -189,7 +191,7 @@ class IntegerNetwork:
         ratio = self.head.output_grid.scale / (size * size * self.pooled.scale)
         self.average = fixed_point(torch.tensor(ratio, dtype=torch.float64), self.pooled)
 
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[IntegerLayer]:
         """Return the convolutions in the order in which they run."""
         return [self.stem, *(layer for block in self.blocks for layer in block.layers), self.head]
 
@@ -232,7 +234,7 @@ def why_no_integer_network(scheme: dict | None) -> str | None:
         return "it is not quantized"
     if scheme["method"] == "reference":
         return "the reference method's scales change with every batch"
-    weights = max([scheme["weight_bits"], *scheme["layer_bits"].values()])
+    weights = quantizers.most_weight_bits(scheme)
     acts = max(scheme["act_bits"], scheme.get("last_act_bits", 0))
     if max(weights, acts) > 8:
         return f"some of its weights have {weights} bits, of its activations {acts}, and 8 is most"

@@ -135,12 +135,6 @@ def bytes_by_part(source: Checkpoint) -> dict[str, int]:
         if isinstance(tensor, Tensor):
             storage = tensor.untyped_storage()  # what torch.save writes, once where it is shared
             if storage.data_ptr() not in seen:
-                sizes[weight_part(name, tensor)] += storage.nbytes()
+                sizes[WEIGHTS if is_weight(name, tensor) else REST] += storage.nbytes()
                 seen.add(storage.data_ptr())
     return sizes | {"names, zip": source.bytes - sum(sizes.values())}
-
-
-def weight_part(name: str, tensor: Tensor) -> str:
-    """Return the part that a tensor belongs to. Only weights of Conv2d and Linear layers have more
-    than one dimension; those of batch norm, biases and scales have one."""
-    return WEIGHTS if is_weight(name, tensor) else REST

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lib.config import UserError, reason
+from lib.config import UserError, identity, reason
 from lib.files import write_bytes
 
 WANDB_SECONDS = 15  # to wait for W&B to answer, unless WANDB_INIT_TIMEOUT says otherwise
@@ -115,7 +115,7 @@ class Log:
 
 def log_stage(cfg, name: str, figures: dict, artifact: tuple | None = None) -> None:
     """Write logs/<name>.jsonl with the one line of a stage that has no epochs, and W&B alike."""
-    log = Log(cfg.place(f"logs/{name}.jsonl"), vars(cfg), cfg.wandb)
+    log = Log(cfg.place(f"logs/{name}.jsonl"), identity(cfg), cfg.wandb)
     log.begin([])
     log(figures)
     log.close(figures, artifact=artifact)

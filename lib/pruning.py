@@ -13,7 +13,7 @@ MAGNITUDE_BITS = 2.0
 
 @torch.no_grad()
 def keep_best(
-    model: nn.Module, keep: int, score: str = "magnitude", images: Tensor | None = None
+    model: nn.Module, keep: int, score: str, errors: dict[str, Tensor] | None = None
 ) -> None:
     """Zero all weights of Conv2d and Linear layers but the `keep` with the highest scores.
 
@@ -23,10 +23,10 @@ def keep_best(
             2021, equation 1). The order within a layer is the same, but a layer of small weights
             cannot vanish, since the largest weight of each layer scores 1;
         obd: the squared error of an image's logits without the weight, by a diagonal curvature
-            (LeCun, Denker and Solla 1990, "Optimal Brain Damage"; see `_weight_errors`), per bit
+            (LeCun, Denker and Solla 1990, "Optimal Brain Damage"; see `weight_errors`), per bit
             that the weight takes in the file (see `_coded_bits`). A weight is cheap among others in
             its row and column, so rows and columns of few weights empty, and whole channels die.
-    images: (n, 3, 32, 32), normalized, for obd alone; their labels are not needed.
+    errors: for obd alone: the `weight_errors` of this model.
     Of equal scores, those of the first layers are removed. What is zero already is removed first,
     so that pruning again only ever removes more.
     """
@@ -35,12 +35,12 @@ def keep_best(
         score_of = {"magnitude": torch.abs, "lamp": _lamp}[score]
         _keep(weights, [score_of(weight.flatten()) for weight in weights], keep)
         return
-    errors = [error.flatten() for error in _weight_errors(model, images).values()]
+    flat = [error.flatten() for error in errors.values()]
     present = sum(int(weight.count_nonzero()) for weight in weights)
     for step in range(1, STEPS + 1):
         scores = [
             error / _coded_bits(weight).flatten()
-            for error, weight in zip(errors, weights, strict=True)
+            for error, weight in zip(flat, weights, strict=True)
         ]
         _keep(weights, scores, round(present * (keep / present) ** (step / STEPS)))
 
@@ -68,8 +68,11 @@ def _coded_bits(weight: Tensor) -> Tensor:
     return (nonzero - zero + MAGNITUDE_BITS).clamp(min=1).view_as(weight)
 
 
-def _weight_errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+@torch.no_grad()
+def weight_errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return the error of the logits without each weight, by layer, of the shape of the weights.
+
+    images: (n, 3, 32, 32), normalized; their labels are not needed.
 
     It is w^2 * the variance of the weight's input * the importance of its row
     (lib.ptq.row_importance), of the folded network. The variance and not the mean square: a

@@ -149,8 +149,8 @@ def calibration_images(split: data.Split, count: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def row_importance(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
-    """Return {layer: (rows,)}: the squared error of an image's logits, apart from what all logits
-    share, per variance of an error in each row's outputs.
+    """Return {layer: (rows,)}: the squared error of an image's logits, without the offset that all
+    logits share, per unit of error variance in each row's outputs.
 
     model: folded. images: (n, 3, H, W), normalized.
 
@@ -216,9 +216,11 @@ def _mean_squared_gradients(
         totals[name] += grad.square().sum((0, 2))
 
     for name, layer in layers.items():
-        hooks.append(layer.register_forward_hook(
-            lambda _, __, y, name=name: y.register_hook(lambda grad: add(grad, name)) and None
-        ))  # fmt: skip
+
+        def watch(_, __, y, name=name):
+            y.register_hook(lambda grad: add(grad, name))
+
+        hooks.append(layer.register_forward_hook(watch))
     generator = torch.Generator().manual_seed(0)
     for batch in images.split(BATCH):
         x = batch.clone().requires_grad_()
@@ -291,9 +293,13 @@ class _Walk:
         that did not pay.
         """
         outputs = {}
+
+        def keep_output(module, _, y):
+            outputs[module] = y
+
         depthwise = [block.depthwise for block in self.fp32.blocks]
         hooks = [
-            module.register_forward_hook(lambda m, _, y: outputs.__setitem__(m, y))
+            module.register_forward_hook(keep_output)
             for module in self.fp32.features[:-1].modules()
             if isinstance(module, ConvBNReLU6)
         ]

@@ -118,7 +118,7 @@ def loss_per_squared_error(logits: Tensor, distill: float, temperature: float) -
     logits: (n, classes), of the network. distill, temperature: see lib.engine.Recipe.
     To second order, cross-entropy rises by half of error^T H error with H = diag(p) - p p^T, where
     p are the probabilities, and so does temperature^2 times the divergence from soft labels, with p
-    at that temperature. Of H, the mean over the classes - 1 directions that change p is taken:
+    at that temperature. H is averaged over the (classes - 1) directions that change p:
     (1 - sum of p^2) / (classes - 1).
     """
     def of(p: Tensor) -> float:

@@ -116,6 +116,11 @@ def bits_of(layer: str, scheme: dict) -> int:
     return scheme.get("layer_bits", {}).get(layer, scheme["weight_bits"])
 
 
+def most_weight_bits(scheme: dict) -> int:
+    """Return the largest number of bits that a layer's weights have."""
+    return max([scheme["weight_bits"], *scheme.get("layer_bits", {}).values()])
+
+
 @torch.no_grad()
 def bits_used(model: nn.Module) -> dict[str, int]:
     """Return the bits that each quantized layer's levels take, at least 2: {layer: bits}."""
@@ -284,38 +289,53 @@ def fold(model: MobileNetV2) -> MobileNetV2:
 def dequantize(model: MobileNetV2, images: Tensor) -> MobileNetV2:
     """Return an fp32 network with batch norms, the weights of which are those of a quantized one.
 
-    Activations are no longer rounded, nor clipped below 6; apart from that it computes the same in
-    eval mode. Of a folded network, which has no batch norms, each layer gets one that has the mean
-    and variance of the layer's outputs for these images, and undoes them: training can continue.
+    Apart from the rounding of activations it computes the same in eval mode. A folded network has
+    no batch norms: each layer gets one that has the mean and variance of its outputs for these
+    images, and undoes them, so that training can continue.
     images: (n, 3, H, W), normalized.
+
+    Where a quantizer clips at c instead of 6, the batch norm before it multiplies by 6 / c, and the
+    one after the next layer (or the classifier's weights) divides by it. A stem that is part of a
+    residual stream is the exception: other layers read it too, so it is clipped at 6.
     """
-    folded = model.settings.get("folded", False)
     plain = MobileNetV2(copy.deepcopy(model.settings) | {"folded": False})
-    if folded:
-        for name, layer in weight_layers(model).items():
-            plain.get_submodule(name).weight.copy_(layer.weight)
-            norm = norm_after(plain, name)
-            with_bias = norm if norm else plain.get_submodule(name)
-            with_bias.bias.copy_(layer.bias)
-    else:
+    if not model.settings.get("folded"):
         state = model.state_dict()
         plain.load_state_dict({name: state[name] for name in plain.state_dict()})
-    plain.to(images.device, memory_format=torch.channels_last).eval()
-    if not folded:
-        return plain
+        return plain.to(images.device, memory_format=torch.channels_last).eval()
 
-    def undo_statistics(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
-        mean, variance = by_channel(inputs[0]).mean(0), by_channel(inputs[0]).var(0, correction=0)
-        variance = variance.where(variance > 1e-8, 1)  # dead channels
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-        norm.weight.copy_((variance + norm.eps).sqrt())
-        norm.bias.add_(mean)
+    def stretch(place: str) -> Tensor | float:
+        """Return 6 / c of the quantizer at a place, 1 without one."""
+        quantizer = model.get_submodule(place)
+        in_stream = quantizer is model.stem[2] and model.blocks[0].residual
+        if not isinstance(quantizer, Quantizer) or quantizer.signed or in_stream:
+            return 1.0
+        return 6 / (quantizer.high * quantizer.step)
 
-    # Before each batch norm computes: its inputs then come from those that are set already.
-    hooks = [m.register_forward_pre_hook(undo_statistics)
-             for m in plain.modules() if isinstance(m, nn.BatchNorm2d)]  # fmt: skip
-    plain(images)
+    hooks, before = [], 1.0  # before: the stretch of a layer's inputs
+    for layer in layers(model.settings):
+        source, target = model.get_submodule(layer.name), plain.get_submodule(layer.name)
+        target.weight.copy_(source.weight)
+        norm = norm_after(plain, layer.name)
+        after = stretch(layer.output_place) if layer.has_relu6 else 1.0
+        if norm is None:
+            target.weight.div_(before)
+            target.bias.copy_(source.bias)
+        else:
+
+            def undo(norm, inputs, bias=source.bias, before=before, after=after):
+                """Set the batch norm to the statistics of its inputs, before it computes."""
+                columns = by_channel(inputs[0])
+                mean, variance = columns.mean(0), columns.var(0, correction=0)
+                variance = variance.where(variance > 1e-8, 1)  # of dead channels: any
+                norm.running_mean.copy_(mean)
+                norm.running_var.copy_(variance)
+                norm.weight.copy_((variance + norm.eps).sqrt() * after / before)
+                norm.bias.copy_((bias + mean / before) * after)
+
+            hooks.append(norm.register_forward_pre_hook(undo))
+        before = after
+    plain.to(images.device, memory_format=torch.channels_last).eval()(images)
     for hook in hooks:
         hook.remove()
     return plain

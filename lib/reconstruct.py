@@ -9,8 +9,8 @@ weight in turn goes to the best level given the other weights, and each row's sc
 scale given its levels. Pruned weights (zeros) are not optimized: they stay zero.
 
 With `lambda_per_bit`, the cost error + lambda_per_bit * bits is minimized, with the bits of
-lib/rate.py. The code length of a level depends on how often it occurs, so a fine grid makes large
-levels frequent, hence short, and stays fine: each start ends in an optimum of its own. So there are
+lib/rate.py. Frequent levels have short codes. So on a fine grid, where large levels are frequent,
+these are cheap, and the grid stays fine: each start ends in its own local optimum. So there are
 several starts: the code lengths are estimated on the grid that theory gives, in several multiples
 (COARSENESS), and with these lengths each row's scale is searched (see `scales_for_lambda`). At the
 end each row keeps the start at which its cost is least.

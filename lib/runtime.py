@@ -122,7 +122,7 @@ def export(source: Checkpoint, path: Path, target: str = "any") -> OnnxFile:
     }  # fmt: skip
     if why := why_no_onnx(source.quantization):
         raise UserError(f"no {path} from {source.file}: {why}")
-    raw = graph.to_bytes(graph.int8(integer.convert(source), meta, target))
+    raw = graph.to_bytes(graph.int8(_integer_network(source), meta, target))
     write_bytes(path, raw)
     return load(path)
 
@@ -135,19 +135,26 @@ def why_no_onnx(scheme: dict | None) -> str | None:
     return None if bits == 8 else f"its activations have {bits} bits, and ONNX's integers have 8"
 
 
-def network(source: Checkpoint, device="cpu", *, integers=True, threads=None) -> Callable:
+def network(source: Checkpoint, device="cpu", *, integers=True) -> Callable:
     """Return a function from images, uint8 on any device, to logits, float32.
 
     Its `arithmetic` is FLOAT, INTEGER or ONNX. integers: False runs all files but .onnx as float
-    networks. threads: of onnxruntime; None: as many as torch has.
+    networks.
     """
     if isinstance(source, OnnxFile):
         source.refuse_saturation()
-        return _Session(source.graph, threads, source.file)
+        return _Session(source.graph, source.file)
     has_integers = integer.why_no_integer_network(source.quantization) is None
     if integers and holds_integers(source) and has_integers:
         return _Integers(source)
     return _Float(source, device)
+
+
+def _integer_network(source: Checkpoint) -> integer.IntegerNetwork:
+    try:
+        return integer.convert(source)
+    except ValueError as error:
+        raise UserError(f"{source.file}: {reason(error)}") from None
 
 
 def holds_integers(source: Checkpoint) -> bool:
@@ -170,10 +177,7 @@ class _Integers:
     arithmetic = INTEGER
 
     def __init__(self, source: Checkpoint):
-        try:
-            self.network = integer.convert(source)
-        except ValueError as error:
-            raise UserError(f"{source.file}: {reason(error)}") from None
+        self.network = _integer_network(source)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -183,8 +187,8 @@ class _Integers:
 class _Session:
     arithmetic = ONNX
 
-    def __init__(self, raw: bytes, threads: int | None, name):
-        self.session, self.name = session(raw, threads or torch.get_num_threads(), name), name
+    def __init__(self, raw: bytes, name):
+        self.session, self.name = session(raw, torch.get_num_threads(), name), name
 
     def __call__(self, images: Tensor) -> Tensor:
         try:

@@ -29,20 +29,19 @@ INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "av
 
 def table(
     title: str, columns: list[str], rows: list[list], *, device: torch.device, text: str = "",
-    data: str = "", command: str | None = None,
+    data: str = "",
 ) -> dict:  # fmt: skip
     """Return a table with what is known of this run.
 
     device: where it was measured. text: what the table shows, in a sentence or two. data: the
-    images and how many there are, such as "CIFAR-10, validation split, n=5,000". command: by
-    default, the command line of this process.
+    images and how many there are, such as "CIFAR-10, validation split, n=5,000".
     Raises ValueError if a row has another length than `columns`.
     """
     if any(len(row) != len(columns) for row in rows):
         raise ValueError(f"every row must have {len(columns)} values")
     return {
         "format": FORMAT, "title": title, "text": text, "columns": columns, "rows": rows,
-        "command": command or command_line(), "data": data, "hardware": hardware(device),
+        "command": command_line(), "data": data, "hardware": hardware(device),
         "date": date.today().isoformat(), "code": checkpoint.code_version(),
     }  # fmt: skip
 

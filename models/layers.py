@@ -3,7 +3,7 @@
     for layer in layers(settings):
         print(layer.name, layer.role, layer.shape, layer.input_place, "->", layer.output_place)
 
-This is the one place that knows the topology; whatever needs names and shapes takes them from here.
+Whatever needs the names and shapes of layers takes them from here.
 It works on settings (see models.mobilenetv2.standard), which are plain data, and knows no torch.
 
 Two kinds of names are used for what lies between layers:

@@ -120,7 +120,10 @@ def test_files_are_compared_by_what_is_asked_for():
     def best(asked, *files):
         """The index of the best of (bytes, correct of 10, loss)."""
         scores = [
-            asked.score(size, engine.Evaluation(correct, 10, loss, None), 0.01 / 8)
+            asked.score(
+                budget.Attempt(1.0, None, None, size, engine.Evaluation(correct, 10, loss, None)),
+                0.01 / 8,
+            )
             for size, correct, loss in files
         ]
         return scores.index(max(scores))
@@ -132,7 +135,7 @@ def test_files_are_compared_by_what_is_asked_for():
     assert best(budget.Budget(max_bytes=55), small, large, lossy) == 0
     assert best(budget.Budget(max_bytes=30), small, large, lossy) == 2  # the nearest to it
     assert best(budget.Budget(floor=3), small, large, lossy) == 2
-    assert best(budget.Budget(floor=6.5), small, large, lossy) == 0
+    assert best(budget.Budget(floor=7), small, large, lossy) == 0
     assert best(budget.Budget(floor=10), small, large, lossy) == 1  # the nearest to it
     assert best(budget.Budget(), small, large, lossy) == 1  # 0.8, 0.7, 1.1
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from lib import data, integer, ptq, quantizers, synthetic
 from lib.fixedpoint import Grid, Sum, fixed_point
-from lib.integer import INT32, IntegerNetwork, Layer
+from lib.integer import INT32, IntegerLayer, IntegerNetwork
 
 UNSIGNED, SIGNED = Grid(0.02, 0, 255), Grid(0.05, -128, 127)
 
@@ -73,7 +73,9 @@ def test_the_sum_rounds_once():
 # ---- layers --------------------------------------------------------------------------------------
 
 
-def layer_of(module: nn.Module, reads=UNSIGNED, writes=UNSIGNED, bits=8) -> tuple[Layer, nn.Module]:
+def layer_of(
+    module: nn.Module, reads=UNSIGNED, writes=UNSIGNED, bits=8
+) -> tuple[IntegerLayer, nn.Module]:
     """Return a layer of random levels and its float module; some of its scales are negative."""
     out = module.weight.shape[0]
     scale = torch.empty(out).uniform_(0.001, 0.01)
@@ -84,7 +86,7 @@ def layer_of(module: nn.Module, reads=UNSIGNED, writes=UNSIGNED, bits=8) -> tupl
     with torch.no_grad():
         module.weight.copy_(levels * quantizers.per_row(module.weight_scale, levels))
         module.bias.normal_()
-    return Layer("x", module, levels, reads, writes), module
+    return IntegerLayer("x", module, levels, reads, writes), module
 
 
 KINDS = {
@@ -148,7 +150,7 @@ def test_a_row_whose_bias_32_bits_cannot_hold_gets_a_coarser_unit():
         levels = torch.randint(-127, 128, module.weight.shape, dtype=torch.int8)
         module.weight_scale.copy_(torch.tensor([1e-13, 1e-8, 1e-3]))
         module.bias.copy_(torch.tensor([3.0, -4.0, 1.0]))
-    layer = Layer("x", module, levels, UNSIGNED, Grid(0.05, -127, 127))
+    layer = IntegerLayer("x", module, levels, UNSIGNED, Grid(0.05, -127, 127))
     assert layer.bound <= INT32
     assert torch.equal(layer.weight[2], levels[2]) and not layer.weight[0].any()
     x = torch.randint(0, 256, (5, 6, 4, 4), dtype=torch.int16)
@@ -162,7 +164,7 @@ def test_a_row_without_weights_is_its_bias():
         module.weight_scale.fill_(1.0)  # what a row of zeros has
         module.bias.copy_(torch.tensor([0.0, 1.234, -0.5]))
     levels = torch.zeros(module.weight.shape, dtype=torch.int8)
-    layer = Layer("x", module, levels, UNSIGNED, Grid(0.01, -127, 127))
+    layer = IntegerLayer("x", module, levels, UNSIGNED, Grid(0.01, -127, 127))
     x = torch.randint(0, 256, (5, 6, 4, 4), dtype=torch.int16)
     assert [layer(x)[0, c, 0, 0].item() for c in range(3)] == [0, 123, -50]
 

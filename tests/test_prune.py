@@ -83,7 +83,7 @@ def test_obd_scores_say_what_the_loss_of_a_weight_does_to_the_logits(small, pixe
     """Each weight of a sample is left out, and the batch norm after it takes up the constant part
     of the error, as it does in fine-tuning."""
     model = quantizers.fold(small(0))
-    scores = pruning._weight_errors(small(0), pixels)
+    scores = pruning.weight_errors(small(0), pixels)
     with torch.no_grad():
         expected, found, guessed, sizes = model(pixels), [], [], []
         for name, layer in weight_layers(model).items():
@@ -153,7 +153,7 @@ def test_exactly_the_largest_weights_of_all_layers_stay(share):
     model = MobileNetV2(standard(0.1))
     before = torch.cat([x.weight.detach().flatten() for x in weight_layers(model).values()])
     keep = round(share * len(before))
-    pruning.keep_best(model, keep)
+    pruning.keep_best(model, keep, "magnitude")
     after = torch.cat([x.weight.detach().flatten() for x in weight_layers(model).values()])
     stay = after != 0
     assert int(stay.sum()) == keep and torch.equal(after[stay], before[stay])
@@ -169,7 +169,7 @@ def test_equal_magnitudes_are_still_counted_exactly_and_pruning_only_removes():
     total = sum(layer.weight.numel() for layer in weight_layers(model).values())
     supports = []
     for keep in (total * 6 // 10, total * 3 // 10):
-        pruning.keep_best(model, keep)
+        pruning.keep_best(model, keep, "magnitude")
         supports.append(torch.cat([x.weight.flatten() != 0 for x in weight_layers(model).values()]))
         assert int(supports[-1].sum()) == keep
     assert (supports[1] <= supports[0]).all()
@@ -273,11 +273,11 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist
 import prune
 from lib import pruning
-errors = pruning._weight_errors
+errors = pruning.weight_errors
 def disturbed(*args):
     factor = 1 + dist.get_rank()  # the second process would choose other weights
     return {{n: e ** factor for n, e in errors(*args).items()}}
-pruning._weight_errors = disturbed
+pruning.weight_errors = disturbed
 prune.main(sys.argv[1:])
 """
     script = tmp_path / "disturbed.py"

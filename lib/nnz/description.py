@@ -1,4 +1,4 @@
-"""Section NETW of a `.nnz` file of version 2: what network it is (FORMAT.md, section 4.1).
+"""Section NETW of `.nnz` files: a description of the network (FORMAT.md, section 4.1).
 
 It holds JSON, deflated with a preset dictionary; the widths that do not follow from other widths;
 the SHA-256 of an ancestor's file and of the content.

@@ -1,16 +1,16 @@
 """Store bytes in the order of the channels (FORMAT.md, section 4.6).
 
-A network computes the same in whatever order its hidden channels lie. n channels can lie in n!
-orders, and a file that says in which of them they do spends log2(n!) bits on it. Version 3 gets
-them back. Every channel has a key, made of its levels, that depends on no order. A reader returns
-the channels in the order of their keys; in the file they lie in another one, which stands for a
-number, and so for bytes of something else (after Kunze et al. 2024, "Entropy Coding of Unordered
-Data Structures": they, too, let what is free to choose carry other bits).
+The order of hidden channels does not change what a network computes, but a file that stores one of
+the n! orders of n channels spends log2(n!) bits on it. Version 3 gets these bits back. Every
+channel has a key, made of its levels, that depends on no order. A reader returns the channels in
+the order of their keys; in the file they lie in another one, which stands for a number, and so for
+bytes of something else (after Kunze et al. 2024, "Entropy Coding of Unordered Data Structures":
+they, too, let what is free to choose carry other bits).
 
-Measured, bytes of the same networks in version 2 and in version 3: the report's at W8A8 128,591
-and 125,723, at W4A8 80,178 and 77,357, at a lambda of 0.44 57,503 and 55,587; our own 60,746 and
-57,308. (Published files leave out the channels that no layer reads, too.) A part of it, 1% of our
-own, is that scales lie by size in the order of the keys.
+Measured, bytes of the same networks in version 2 and in version 3: the report's at W8A8 128,591 and
+125,723, at W4A8 80,178 and 77,357, at a lambda of 0.44 57,503 and 55,587; our own 60,746 and
+57,308. (Published files leave out the channels that no layer reads, too.) A part of the gain, 1% of
+our own file, is that the order of the keys sorts scales roughly by size.
 """
 
 from bisect import bisect_left
@@ -75,7 +75,7 @@ def collect(matrices: list[np.ndarray], groups: list[tuple]) -> tuple[list[np.nd
     """Return (matrices, data) from the matrices of a file: the channels in the order of their keys,
     and what their order carried.
 
-    Raises Malformed for an order in which `carry` puts no channels.
+    Raises Malformed for an order that `carry` never makes.
     """
     orders, digits, radices = {}, [], []
     for group, keys in _keys(matrices, groups):

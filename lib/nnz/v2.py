@@ -1,9 +1,9 @@
-"""A `.nnz` file of version 2, to read, and what it shares with version 3 (FORMAT.md, section 4).
+"""Read `.nnz` files of version 2; what versions 2 and 3 share (FORMAT.md, section 4).
 
 It holds a quantized MobileNetV2, entropy-coded: weights by lib/nnz/coder.py, their scales, the
 biases and the activation scales by lib/nnz/vectors.py, everything else by lib/nnz/description.py.
 The network is one of models/mobilenetv2.py, its batch norms folded, the weights of every layer at 2
-to 16 bits (methods ptq and qat of lib/quantizers.py). Files are written by lib/nnz/v3.py.
+to 16 bits (methods ptq and qat of lib/quantizers.py). New files are of version 3: lib/nnz/v3.py.
 """
 
 import hashlib
@@ -113,7 +113,7 @@ def read_levels(
 ) -> tuple[dict, tuple[bytes, bytes], list[np.ndarray]]:
     """Return (meta, (hashed, SHA-256), matrices) of the sections NETW and CODE.
 
-    hashed: the bytes with which the content begins that the SHA-256 is of. matrices: the levels of
+    hashed: the first part of the content that the SHA-256 covers. matrices: the levels of
     each layer, int32, of the shape that `matrix_shape` says. Raises as `decode` does.
     """
     meta, *hashes = description.parse(payloads["NETW"], limit)

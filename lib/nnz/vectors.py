@@ -1,6 +1,6 @@
 """Vectors of floats as short integers, without loss (FORMAT.md, section 4.4).
 
-Version 2 of the file stores weight scales, biases and activation scales this way. A vector becomes
+Weight scales, biases and activation scales are stored this way. A vector becomes
 integers in one of two forms, whichever is shorter: the floats' own bits without the trailing zeros
 of the mantissa, or multiples of a power of two. So floats that were rounded, to few mantissa bits
 or to a grid, take few bits, and all others come back just as exactly.
