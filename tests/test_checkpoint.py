@@ -15,6 +15,7 @@ from torchvision.models import mobilenet_v2
 
 import prune
 import quantize
+import sparse_compress
 import train
 from lib import checkpoint, compressed, config, data, ptq, quantizers
 from lib.config import UserError
@@ -368,6 +369,15 @@ def test_no_memory_is_taken_for_a_state_that_does_not_fit(tmp_path, monkeypatch)
     for name in ("x.nnz", "x.pth", "y.pth"):
         refused(tmp_path / name, "does not fit its own description")
     assert built == ["meta"] * 3
+
+
+def test_a_file_without_ancestors_is_not_decompressed(tmp_path):
+    meta = {"settings": SETTINGS, "quantization": None, "data": {}, "seed": 1, "ancestors": [],
+            "mean": list(data.MEAN), "std": list(data.STD)}  # fmt: skip
+    (tmp_path / "x.nnz").write_bytes(v1.encode(meta, {}, {}, {}))
+    with pytest.raises(UserError, match="does not say which stage's file it was made of"):
+        sparse_compress.main([f"--decompress={tmp_path}/x.nnz", f"--out={tmp_path}/x.pth"])
+    assert not (tmp_path / "x.pth").exists()
 
 
 @pytest.mark.parametrize("wrapped", ["plain", "masked", "format"])

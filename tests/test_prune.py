@@ -371,9 +371,12 @@ def test_refusals(tiny, baseline, whole, tmp_path):
         run(tiny, whole[0].file, tmp_path / "x")
     with pytest.raises(UserError, match="no validation split: --val-size is 0"):
         run(tiny, baseline, tmp_path / "x", "--val-size=0")
-    with pytest.raises(SystemExit) as error:
-        run(tiny, baseline, tmp_path / "x", "--target=1.5")
-    assert error.value.code == 2
+    with pytest.raises(UserError, match="--dequantize: .*baseline.pth is not quantized"):
+        run(tiny, baseline, tmp_path / "x", "--dequantize")
+    for flags in (["--target=1.5"], ["--start-side=16", "--epochs=1"]):
+        with pytest.raises(SystemExit) as error:
+            run(tiny, baseline, tmp_path / "x", *flags)
+        assert error.value.code == 2
     assert not (tmp_path / "x/checkpoints").exists()
 
 
