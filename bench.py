@@ -190,7 +190,8 @@ def by_onnx(name: str, raw: bytes, prepare: Callable, peak: int) -> Contestant:
 
 
 def peers(small, ours) -> list[Contestant]:
-    """Return the same networks as run by OpenVINO; none, and a line that says so, without it."""
+    """Return the compacted network and ours, run by OpenVINO; where it is not installed,
+    print a line and return none."""
     try:
         import openvino
     except ImportError:

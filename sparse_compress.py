@@ -1,4 +1,4 @@
-"""Write a network as one small `.nnz` file, and read one back: its tensors, bit for bit.
+"""Write a network as one small `.nnz` file, or read one back, without any loss.
 
     python sparse_compress.py                                   checkpoints/int8.pth to .nnz
     python sparse_compress.py --decompress X.nnz --out Y.pth    back to a checkpoint
@@ -7,8 +7,8 @@
 in:  checkpoints/int8.pth, or another checkpoint, fp32 or quantized: its weights keep their bits
 out: checkpoints/compressed.nnz, in the version of FORMAT.md that can hold it; logs/compress.jsonl
 
-Of a network of ptq or qat, the file leaves out the channels that no layer reads, and has the others
-in an order of its own. to_int8.py has left them out already.
+Networks of ptq and qat lose the channels that no layer reads (to_int8.py has removed them already),
+and the file has the others in an order of its own.
 """
 
 import dataclasses
