@@ -16,7 +16,7 @@ from lib import checkpoint, config, data, engine, pruning, reconstruct, replay
 from lib.config import UserError
 
 # Functions that put a constant on the device, once per process.
-CONSTANTS = {"_moments", "_colour", "_crop_flip_sources", "_warp_sources", "_stretch_tables"}
+CONSTANTS = {"_moments", "_mean_colour", "_crop_flip_sources", "_warp_sources", "_stretch_tables"}
 
 
 @pytest.fixture

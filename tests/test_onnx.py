@@ -57,7 +57,7 @@ def vnni(source, tmp_path):
 
 
 def run(raw: bytes, images):
-    return runtime._Session(raw, 1, "test")(images)
+    return runtime._Session(raw, "test")(images)
 
 
 # ---- the same network ----------------------------------------------------------------------------
