@@ -90,12 +90,12 @@ def decompress(cfg) -> None:
     source = checkpoint.load(cfg.decompress)
     if source.stage != "compressed":
         raise UserError(f"{cfg.decompress} is not a .nnz file")
+    if cfg.out and not source.ancestors:
+        raise UserError(f"{cfg.decompress} does not say which stage's file it was made of")
     if cfg.onnx:
         saved = runtime.export(source, Path(cfg.onnx))
         print(f"{cfg.onnx}: {saved.bytes:,} bytes from {source.bytes:,}")
     if cfg.out:
-        if not source.ancestors:
-            raise UserError(f"{cfg.decompress} does not say which stage's file it was made of")
         saved = checkpoint.save(
             Path(cfg.out), source.ancestors[-1]["stage"], source.build(), cfg, source, metrics={},
             data=source.data, quantization=source.quantization, state=source.state,

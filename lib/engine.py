@@ -360,6 +360,8 @@ def refuse_other_run(path: Path, saved: dict, wanted: dict) -> None:
         for key in sorted(saved | wanted)
         if saved.get(key) != wanted.get(key)
     ]
+    if different and set(saved) < set(wanted):
+        raise UserError(f"{path} is of an earlier version: --no-resume discards it")
     if different:
         raise UserError(
             f"{path} is the state of another run ({'; '.join(different)}): "

@@ -289,9 +289,10 @@ def fold(model: MobileNetV2) -> MobileNetV2:
 def dequantize(model: MobileNetV2, images: Tensor) -> MobileNetV2:
     """Return an fp32 network with batch norms, the weights of which are those of a quantized one.
 
-    Apart from the rounding of activations it computes the same in eval mode. A folded network has
-    no batch norms: each layer gets one that has the mean and variance of its outputs for these
-    images, and undoes them, so that training can continue.
+    Activations are no longer rounded, nor clipped in residual streams and behind the average; apart
+    from that it computes the same in eval mode. A folded network has no batch norms: each layer
+    gets one that has the mean and variance of its outputs for these images, and undoes them, so
+    that training can continue.
     images: (n, 3, H, W), normalized.
 
     Where a quantizer clips at c instead of 6, the batch norm before it multiplies by 6 / c, and the
@@ -304,13 +305,13 @@ def dequantize(model: MobileNetV2, images: Tensor) -> MobileNetV2:
         plain.load_state_dict({name: state[name] for name in plain.state_dict()})
         return plain.to(images.device, memory_format=torch.channels_last).eval()
 
-    def stretch(place: str) -> Tensor | float:
+    def stretch(place: str) -> float:
         """Return 6 / c of the quantizer at a place, 1 without one."""
         quantizer = model.get_submodule(place)
         in_stream = quantizer is model.stem[2] and model.blocks[0].residual
         if not isinstance(quantizer, Quantizer) or quantizer.signed or in_stream:
             return 1.0
-        return 6 / (quantizer.high * quantizer.step)
+        return 6 / (quantizer.high * float(quantizer.step))
 
     hooks, before = [], 1.0  # before: the stretch of a layer's inputs
     for layer in layers(model.settings):

@@ -127,6 +127,12 @@ def test_state_of_another_run_is_refused_and_kept(tiny, tmp_path, monkeypatch):
     assert state.read_bytes() == before
 
 
+def test_a_state_that_lacks_a_setting_is_of_an_earlier_version():
+    with pytest.raises(UserError, match="x is of an earlier version: --no-resume discards it"):
+        engine.refuse_other_run(Path("x"), {"lr": 0.1}, {"lr": 0.1, "sync_batchnorm": True})
+    engine.refuse_other_run(Path("x"), {"lr": 0.1}, {"lr": 0.1})
+
+
 def test_two_processes_give_the_loss_curve_of_one(tiny, tmp_path):
     # In float32 a difference in the last bit grows from layer to layer and step to step, so the
     # rate is low and the tolerance 5e-3 (2.3e-3 seen on AVX2); the float64 test is the exact one.
