@@ -317,7 +317,7 @@ def dequantize(model: MobileNetV2, images: Tensor) -> MobileNetV2:
     for layer in layers(model.settings):
         source, target = model.get_submodule(layer.name), plain.get_submodule(layer.name)
         target.weight.copy_(source.weight)
-        norm = norm_after(plain, layer.name)
+        norm = plain.get_submodule(layer.norm) if layer.norm else None
         after = stretch(layer.output_place) if layer.has_relu6 else 1.0
         if norm is None:
             target.weight.div_(before)
