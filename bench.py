@@ -42,7 +42,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from lib import config, data, engine, graph, memory, metrics, plots, ptq, runtime, tables
+from lib import config, data, devices, engine, graph, logs, memory, plots, ptq, runtime, tables
 from lib.compaction import compact
 from lib.config import UserError, flag
 from models.mobilenetv2 import MobileNetV2
@@ -85,7 +85,7 @@ class Contestant:
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device)
+    device = devices.choose(cfg.device)
     dense, pruned = (
         runtime.load(cfg.path(given, f"checkpoints/{name}.pth"), cfg.assume_downsample)
         for given, name in ((cfg.dense, "baseline"), (cfg.pruned, "pruned"))
@@ -122,7 +122,7 @@ def main(argv=None):
                 for c in field
             ]  # fmt: skip
     torch.set_num_threads(threads)
-    log = metrics.Log(cfg.place("logs/bench.jsonl"), config.identity(cfg), cfg.wandb)
+    log = logs.Log(cfg.place("logs/bench.jsonl"), config.identity(cfg), cfg.wandb)
     log.begin(rows)
     plot = plots.speed(rows, cfg.place("plots/bench.png"), "Speed and accuracy")
     log.close({}, [plot])

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lib import checkpoint, config, data, engine, measure, metrics, plots, runtime, tables
+from lib import checkpoint, config, data, devices, engine, logs, measure, plots, runtime, tables
 from lib.config import UserError, flag
 
 
@@ -44,7 +44,7 @@ class Settings(config.AfterTraining):
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device)
+    device = devices.choose(cfg.device)
     files = cfg.files or [p for p in (cfg.place(f"checkpoints/{f}") for f in checkpoint.CHAIN)
                           if p.exists()]  # fmt: skip
     if not files:
@@ -53,7 +53,7 @@ def main(argv=None):
         raise UserError(f"{len(cfg.labels)} --labels for {len(files)} files")
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [runtime.load(file, cfg.assume_downsample) for file in files]
-    log = metrics.Log(cfg.place(f"logs/eval-{cfg.split}.jsonl"), config.identity(cfg), cfg.wandb)
+    log = logs.Log(cfg.place(f"logs/eval-{cfg.split}.jsonl"), config.identity(cfg), cfg.wandb)
     test_only = cfg.split == "test"  # then a set without training images will do
     sizes = {source.val_size(cfg.val_size) for source in sources}
     if cfg.results and not test_only and len(sizes) > 1:

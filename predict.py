@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from lib import checkpoint, config, data, pictures, runtime
+from lib import checkpoint, config, data, devices, pictures, runtime
 from lib.config import UserError, flag
 from lib.pictures import printable
 
@@ -75,7 +75,7 @@ def main(argv=None):
     asked = len(paths) + unread
     file = cfg.model or latest(Path(cfg.run_dir) / "checkpoints")
     source = runtime.load(file, cfg.assume_downsample)
-    device = config.device(cfg.device)
+    device = devices.choose(cfg.device)
     network = runtime.network(source, device)
     classes = source.data.get("classes") or data.names_of(source.settings["classes"])
     source.check_classes(classes)

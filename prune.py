@@ -31,7 +31,9 @@ from lib import (
     checkpoint,
     config,
     data,
+    devices,
     engine,
+    logs,
     metrics,
     plots,
     processes,
@@ -193,7 +195,7 @@ class Run:
     teacher: MobileNetV2
     out: Path
     identity: dict  # what the files of its state belong to: see engine.refuse_other_run
-    log: metrics.Log
+    log: logs.Log
 
     @property
     def total(self) -> int:
@@ -229,7 +231,7 @@ class Run:
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device)
+    device = devices.choose(cfg.device)
     processes.start(device)
     file = cfg.path(cfg.parent, "checkpoints/baseline.pth")
     out = cfg.path(cfg.out, "checkpoints/pruned.pth")
@@ -255,7 +257,7 @@ def main(argv=None):
     run = Run(
         cfg, parent, metrics.layer_counts(model), images, sample,
         teacher.build(device) if cfg.teacher else copy.deepcopy(model), out, identity,
-        metrics.Log(cfg.place("logs/prune.jsonl"), identity, cfg.wandb),
+        logs.Log(cfg.place("logs/prune.jsonl"), identity, cfg.wandb),
     )  # fmt: skip
     if cfg.teacher:
         engine.match_logits(run.teacher, model, sample)

@@ -23,7 +23,7 @@ import json
 import shlex
 from pathlib import Path
 
-from lib import checkpoint, config, metrics, runtime
+from lib import checkpoint, config, logs, runtime
 from lib.config import UserError, flag
 from lib.files import write_bytes, write_json
 
@@ -61,13 +61,12 @@ def main(argv=None):
     if DENSE in rows and rows[DENSE]["sha256"] not in hashes:
         raise UserError(f"{files[DENSE].file} is not in the chain of {final}")
     cells = sweep(cfg.path("logs/sweep.csv"), rows)
-    logs = {file.stem: metrics.read_log(file) for stage in ("train", "prune", "quantize")
-            for file in sorted(cfg.path("logs").glob(f"{stage}*.jsonl"))}  # fmt: skip
+    stage_logs = {file.stem: logs.read_log(file) for stage in ("train", "prune", "quantize")
+                  for file in sorted(cfg.path("logs").glob(f"{stage}*.jsonl"))}  # fmt: skip
 
     release = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
     index = release / "results.json"
-    training = log_of_training(index, rows) if "train" not in logs else {}
-    logs = training | logs
+    training = log_of_training(index, rows) if "train" not in stage_logs else {}
     published = {}
     for name, public in PUBLISHED.items():
         copy(files[name].file if name in files else None, release / public)
@@ -78,7 +77,7 @@ def main(argv=None):
     # Last: until then, verify.py finds that the files are not those of the index.
     write_json(index, {
         "format": "mobilenetv2-cifar10/results/1", "published": published, "files": rows,
-        "logs": logs, "sweep": cells,
+        "logs": training | stage_logs, "sweep": cells,
     })  # fmt: skip
     small, first = chain[0]["bytes"], chain[-1]["bytes"]
     print(
@@ -120,7 +119,7 @@ def evaluated(cfg) -> tuple[dict, dict[str, dict]]:
 
 def logged(path: Path) -> list[dict]:
     """Return the lines of eval.py's log. Raises UserError if there are none, or others."""
-    lines = metrics.read_log(path)
+    lines = logs.read_log(path)
     if not lines:
         raise UserError(f"no figures in {path}: run eval.py on what is to be published first")
     if not all({"file", "sha256", *ACCURACY, *COUNTS} <= set(line) for line in lines):

@@ -47,8 +47,10 @@ from lib import (
     checkpoint,
     config,
     data,
+    devices,
     engine,
     layer_bits,
+    logs,
     measure,
     metrics,
     plots,
@@ -228,7 +230,7 @@ class Job:
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device)
+    device = devices.choose(cfg.device)
     processes.start(device)
     file = cfg.path(cfg.parent, "checkpoints/pruned.pth")
     out = cfg.path(cfg.out, "checkpoints/quantized.pth")
@@ -283,7 +285,7 @@ def main(argv=None):
         if cfg.method == "qat":
             state_file(out).unlink()  # last of all: until here, the run could be continued
         else:
-            metrics.log_stage(cfg, "quantize", {"bytes": saved.bytes, **job.scheme, **figures})
+            logs.log_stage(cfg, "quantize", {"bytes": saved.bytes, **job.scheme, **figures})
         print(f"{out}: {saved.bytes:,} bytes, {text}")
     processes.stop()
 
@@ -461,7 +463,7 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
         return made.result, {"bytes": made.bytes} if cfg.has_lambda else {}, score
 
     identity = job.identity | {PTQ_NETWORK: beginning}
-    log = metrics.Log(cfg.place("logs/quantize.jsonl"), identity, cfg.wandb)
+    log = logs.Log(cfg.place("logs/quantize.jsonl"), identity, cfg.wandb)
     # Adam: without batch norm, rows of all magnitudes share one learning rate, and SGD diverges.
     # Its first steps are as large as its later ones, whatever the gradients: so they are warmed up.
     recipe = engine.Recipe.of(

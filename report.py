@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, config, data, engine, measure, memory, metrics, plots
+from lib import checkpoint, config, data, devices, engine, logs, measure, memory, plots
 from lib.config import UserError, flag
 from lib.files import sha256_of
 
@@ -63,7 +63,7 @@ def main(argv=None):
         "What the bytes of every file are",
     )  # fmt: skip
     charts = [cfg.place(f"plots/{name}.png") for name in ("report", "storage")]
-    log = metrics.Log(cfg.place("logs/report.jsonl"), config.identity(cfg), cfg.wandb)
+    log = logs.Log(cfg.place("logs/report.jsonl"), config.identity(cfg), cfg.wandb)
     log.begin(rows)
     log.close(smallest["ratios"], charts)
     print(f"{folder}, accuracy on {n}\n\n{stage_table(rows)}\n")
@@ -78,7 +78,7 @@ def images_of(sources, cfg) -> data.Data:
     sizes = {source.val_size(cfg.val_size) for source in sources} - {None}
     if len(sizes) > 1 and cfg.split != "test":
         raise UserError(f"the files were made with different --val-size {sorted(sizes)}: give one")
-    device, test_only = config.device(cfg.device), cfg.split == "test"
+    device, test_only = devices.choose(cfg.device), cfg.split == "test"
     images = sources[0].images(cfg.data, min(sizes, default=None), device, test_only)
     for source in sources[1:]:
         source.check_images(images)

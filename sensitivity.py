@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, config, engine, measure, metrics, plots, ptq, quantizers
+from lib import checkpoint, config, devices, engine, logs, measure, metrics, plots, ptq, quantizers
 from lib.compaction import compact
 from lib.config import flag
 from lib.files import write_csv
@@ -49,7 +49,7 @@ class Settings(config.AfterTraining):
 @torch.no_grad()
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device)
+    device = devices.choose(cfg.device)
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
     parent.refuse_quantized()
     images = parent.images(cfg.data, cfg.val_size, device)
@@ -65,7 +65,7 @@ def main(argv=None):
     bit_widths = list(dict.fromkeys(cfg.weight_bits))
     identity = config.identity(cfg) | {"parent": parent.sha256, "data": images.provenance()}
     del identity["weight_bits"]  # the rows of some bits serve a run of others
-    log = metrics.Log(cfg.place("logs/sensitivity.jsonl"), identity, cfg.wandb)
+    log = logs.Log(cfg.place("logs/sensitivity.jsonl"), identity, cfg.wandb)
     measured = past_rows(log.path, identity) if cfg.resume else []
     planned = {row["weight_bits"] for row in measured} | set(bit_widths)
     log.begin([identity | {"rows": len(counts) * len(planned)}, *measured])
@@ -113,7 +113,7 @@ def past_rows(path: Path, identity: dict) -> list[dict]:
 
     Raises UserError if the log is that of another run which was interrupted.
     """
-    past = metrics.read_log(path, torn=True)
+    past = logs.read_log(path, torn=True)
     if not past:
         return []
     its, wanted = dict(past[0]), past[1:]

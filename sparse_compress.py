@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, compressed, config, metrics, runtime
+from lib import checkpoint, compressed, config, logs, runtime
 from lib.config import UserError, flag
 from lib.files import sha256_of, write_bytes
 
@@ -74,7 +74,7 @@ def compress(cfg) -> None:
         {key: a.get(key) for key in ("stage", "sha256", "bytes")} for a in parent.lineage()
     ]}  # fmt: skip
     figures = {"bytes": len(raw), "version": version, **parts}
-    metrics.log_stage(cfg, "compress", figures, (out, about) if cfg.wandb_artifact else None)
+    logs.log_stage(cfg, "compress", figures, (out, about) if cfg.wandb_artifact else None)
     text = ", ".join(f"{kind} {size:,}" for kind, size in parts.items())
     print(f"{out}: {len(raw):,} bytes, version {version} ({text}); parent {parent.bytes:,}; "
           "decoded, identical")  # fmt: skip

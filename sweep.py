@@ -34,9 +34,10 @@ from lib import (
     checkpoint,
     compressed,
     config,
+    devices,
     engine,
+    logs,
     measure,
-    metrics,
     plots,
     processes,
     ptq,
@@ -99,7 +100,7 @@ class Settings(config.AfterTraining):
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device, share=True)
+    device = devices.choose(cfg.device, share=True)
     processes.start(device, share=True)
     world, rank_of_process = processes.world_and_rank()
     parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
@@ -318,7 +319,7 @@ def log_wandb(cfg, rows: list[dict], charts: list[Path], agent: bool) -> None:
         name = name_of(row["weight_bits"], row["act_bits"], row["rd_lambda"]).removesuffix(".nnz")
         # The id is fixed: a repeated sweep updates its runs.
         place = {} if agent else {"group": group, "id": f"{group}-{name}", "resume": "allow"}
-        run = metrics.start_wandb(
+        run = logs.start_wandb(
             cfg.place("logs"), name=name, **place,
             config=of_all | {
                 "weight_bits": row["weight_bits"], "activation_bits": row["act_bits"],
@@ -326,8 +327,8 @@ def log_wandb(cfg, rows: list[dict], charts: list[Path], agent: bool) -> None:
             },
         )  # fmt: skip
         run.log({"accuracy": row["accuracy"], "bytes": row["bytes"]})
-        metrics.log_charts(run, charts if row is rows[-1] else [])
-        metrics.finish_wandb(run)
+        logs.log_charts(run, charts if row is rows[-1] else [])
+        logs.finish_wandb(run)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,18 @@ from itertools import combinations
 
 import torch
 
-from lib import checkpoint, compressed, config, data, engine, graph, metrics, quantizers, runtime
+from lib import (
+    checkpoint,
+    compressed,
+    config,
+    data,
+    devices,
+    engine,
+    graph,
+    logs,
+    quantizers,
+    runtime,
+)
 from lib.config import UserError, flag
 
 
@@ -41,7 +52,7 @@ class Settings(config.AfterTraining):
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device)
+    device = devices.choose(cfg.device)
     if cfg.target == "vnni" and runtime.saturates():
         raise UserError("--target vnni: this processor has no VNNI, and could not check the file")
     file = cfg.path(cfg.parent, "checkpoints/quantized.pth")
@@ -82,7 +93,7 @@ def main(argv=None):
     val = f"val {expected}, checked" if expected else "no validation split: weights checked"
     print(f"{out}: {saved.bytes:,} bytes (parent {parent.bytes:,}), {val}")
     print(f"{onnx}: {text}" if exported else f"no {onnx.name}: {text}")
-    metrics.log_stage(cfg, "int8", {"bytes": saved.bytes, **figures, **exported})
+    logs.log_stage(cfg, "int8", {"bytes": saved.bytes, **figures, **exported})
 
 
 def check(saved: checkpoint.Checkpoint, model, split, expected: engine.Evaluation | None) -> None:

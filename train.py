@@ -16,7 +16,7 @@ import sys
 import torch
 
 from autoaugment import augmentation
-from lib import checkpoint, config, data, engine, metrics, plots, processes
+from lib import checkpoint, config, data, devices, engine, logs, plots, processes
 from lib.config import flag
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -100,7 +100,7 @@ class Settings(config.Common):
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device)
+    device = devices.choose(cfg.device)
     processes.start(device)
     out = cfg.path(cfg.out, "checkpoints/baseline.pth")
     config.refuse_replacing(out, cfg.init)
@@ -117,7 +117,7 @@ def main(argv=None):
     origin = {"init_sha256": source.sha256} if source else {}
     identity |= origin
     engine.say_device(device)
-    log = metrics.Log(cfg.place("logs/train.jsonl"), identity, cfg.wandb)
+    log = logs.Log(cfg.place("logs/train.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
 
     recipe = engine.Recipe.of(cfg, warmup_epochs=cfg.warmup)

@@ -16,7 +16,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from lib import checkpoint, config, engine, metrics, runtime
+from lib import checkpoint, config, devices, engine, metrics, runtime
 from lib.config import UserError, flag
 from lib.files import sha256_of
 
@@ -34,7 +34,7 @@ class Settings:
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device)
+    device = devices.choose(cfg.device)
     engine.say_device(device)
     folder = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
     published = read(folder / "results.json")

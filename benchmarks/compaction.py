@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from lib import checkpoint, config, data, metrics, tables
+from lib import checkpoint, config, data, devices, metrics, tables
 from lib.compaction import compact
 from lib.config import UserError, flag
 
@@ -44,7 +44,7 @@ class Settings:
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device)
+    device = devices.choose(cfg.device)
     source = checkpoint.load(cfg.parent)
     if source.quantization:
         raise UserError(f"{source.file} is quantized: compaction is of fp32 networks")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import autoaugment
-from lib import config, data, engine, replay, tables
+from lib import config, data, devices, engine, replay, tables
 from lib.config import UserError, flag
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -67,7 +67,7 @@ class Training:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device)
+    device = devices.choose(cfg.device)
     if device.type != "cuda":
         raise UserError(f"CUDA graphs need a GPU, not {device}")
     generator = torch.Generator().manual_seed(0)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from lib import checkpoint, config, engine, ptq, quantizers, reconstruct, tables, thinning
+from lib import checkpoint, config, devices, engine, ptq, quantizers, reconstruct, tables, thinning
 from lib.compaction import compact
 from lib.config import flag
 from lib.rate import BITS_PER_KILOBYTE
@@ -79,7 +79,7 @@ def variants() -> dict[str, tuple[list, dict]]:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device)
+    device = devices.choose(cfg.device)
     parent = checkpoint.load(cfg.parent, cfg.assume_downsample)
     images = parent.images(cfg.data, None, device)
     images.split("val")

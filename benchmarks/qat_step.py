@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import autoaugment
 from benchmarks.train_step import images
-from lib import checkpoint, config, data, engine, pruning, ptq, qat, tables
+from lib import checkpoint, config, data, devices, engine, pruning, ptq, qat, tables
 from lib.compaction import compact
 from lib.config import flag
 
@@ -77,7 +77,7 @@ class Side:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(Settings, __doc__, argv)
-    device = config.device(cfg.device)
+    device = devices.choose(cfg.device)
     split = images(cfg, device)
     teacher, _ = compact(checkpoint.load(cfg.parent).build(device))
     scheme = ptq.make_scheme(cfg.weight_bits, cfg.act_bits, method="qat")

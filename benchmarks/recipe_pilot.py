@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoaugment import augmentation
-from lib import config, data, engine, tables
+from lib import config, data, devices, engine, tables
 from lib.config import flag
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -75,7 +75,7 @@ def shrink(images: Tensor) -> Tensor:
 def run(source: str, epochs: int, seed: int, settings: dict) -> dict:
     """Train one network; return its settings and its figures on the validation split."""
     torch.set_num_threads(1)
-    config.device("cpu")
+    devices.choose("cpu")
     images = data.load(source)
     images.val.images = shrink(images.val.images)
     settings = BASE | settings

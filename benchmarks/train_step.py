@@ -13,11 +13,11 @@ there the step is shown as a whole, since its parts cannot be told apart.
 The report's: PIL images through a DataLoader of 2 workers, fp32, NCHW, torch's SGD with its default
 options, `.item()` of loss and accuracy after every step.
 
-The report's side is a separate process, so that the allocator's options that config.device sets for
-the stages do not apply to it; each side sleeps while the other computes. (Its two workers may fill
-their queue in our time, which is in its favour.) Turns alternate, after one of each to warm up, so
-that other work on the machine slows both down alike; medians are compared. Without data the images
-are random.
+The report's side is a separate process, so that the allocator's options that devices.choose sets
+for the stages do not apply to it; each side sleeps while the other computes. (Its two workers may
+fill their queue in our time, which is in its favour.) Turns alternate, after one of each to warm
+up, so that other work on the machine slows both down alike; medians are compared. Without data the
+images are random.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 
 import autoaugment
 from benchmarks.augment import Pictures
-from lib import config, data, engine, tables
+from lib import config, data, devices, engine, tables
 from lib.config import UserError, flag
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -97,7 +97,7 @@ class Ours:
     """This project's side."""
 
     def __init__(self, cfg: Settings):
-        self.device = config.device(cfg.device)
+        self.device = devices.choose(cfg.device)
         self.clock, self.count, self.turns = Clock(), cfg.turn, 0
         self.split = images(cfg, self.device)
         model = network().to(self.device, memory_format=torch.channels_last)

@@ -9,17 +9,13 @@
 """
 
 import argparse
-import contextlib
-import ctypes
 import dataclasses
 import inspect
 import os
-import re
 import shlex
 import sys
 import types
 import typing
-import warnings
 from pathlib import Path
 
 import torch
@@ -186,9 +182,6 @@ def _comma_separated(kind):
     return convert
 
 
-# What a driver of NVIDIA leaves on Linux, and under Windows' WSL.
-SIGNS_OF_A_GPU = [Path("/proc/driver/nvidia"), Path("/dev/nvidia0"), Path("/dev/dxg")]
-
 # Flags that say where a stage runs, reads and writes. They are no part of a run's identity: the
 # hashes of the files that it reads are, in place of their names.
 PARENTS = {"parent", "teacher", "init"}
@@ -234,89 +227,6 @@ def command(cfg) -> str:
                 value = ",".join(Path(item).name for item in value.split(","))
             words += [f"--{name}", str(value)]
     return shlex.join(words)
-
-
-def device(name: str, share: bool = False) -> torch.device:
-    """Return the device of a name, and make it the current one.
-
-    `auto` is CUDA if there is one that works, else the CPU; a line says why where there is a GPU
-    that does not. Under torchrun `cuda` is one GPU per process, or with `share` the processes share
-    those that there are. Raises UserError if the device cannot be used.
-    """
-    if name == "auto":
-        why = _why_no_cuda()
-        if why and int(os.environ.get("RANK", 0)) == 0:
-            print(
-                f"warning: running on the CPU, since this machine's GPU cannot be used: {why}; "
-                f"this is torch {torch.__version__}: see pytorch.org/get-started for pytorch.org's "
-                "index of the builds that suit other GPUs and drivers", file=sys.stderr,
-            )  # fmt: skip
-        name = "cpu" if why is not None else "cuda"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
-        raise UserError(f"--device {name} cannot be used here: give auto, cpu, cuda or cuda:NUMBER")
-    if name == "cuda":
-        name = _gpu(share)
-    elif name.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not share:
-        raise UserError(f"--device {name} is one GPU, for several processes: give --device cuda")
-    try:
-        chosen = torch.device(name)
-        _probe(chosen)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise UserError(f"--device {name} cannot be used here: {_first_sentence(error)}") from None
-    if chosen.type == "cpu":
-        _keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False  # fp32 figures are fp32; training uses bf16 anyway
-    return chosen
-
-
-def _first_sentence(error: BaseException) -> str:
-    """Return what an error of torch says first: its lists of backends are long."""
-    return reason(error).split(". ")[0].rstrip(".")
-
-
-def _gpu(share: bool) -> str:
-    """Return the name of this process's GPU."""
-    number = int(os.environ.get("LOCAL_RANK", 0))
-    return f"cuda:{number % max(1, torch.cuda.device_count()) if share else number}"
-
-
-def _probe(chosen: torch.device) -> None:
-    """Make a device the current one and run a kernel on it. Raises what torch raises.
-
-    Pinned memory and the question whether there is bf16 are of the current device. A driver or a
-    GPU that is too old for this PyTorch shows when a kernel runs; float64 is needed for sums.
-    """
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    (torch.ones(2, dtype=torch.float64, device=chosen) + 1).sum().item()
-
-
-def _why_no_cuda() -> str | None:
-    """Return why a GPU cannot be used: "" if this machine shows none, None if it can."""
-    with warnings.catch_warnings(action="ignore"):  # torch's of an old driver; ours says it too
-        available = torch.cuda.is_available()
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
-    if not available and (hidden or not any(sign.exists() for sign in SIGNS_OF_A_GPU)):
-        return ""
-    if not torch.backends.cuda.is_built():
-        return "this PyTorch was built without CUDA"
-    try:
-        _probe(torch.device(_gpu(share=True)))
-    except (RuntimeError, AssertionError) as error:
-        return _first_sentence(error)
-    return None
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next allocation.
-
-    By default it returns every activation to the kernel, which has to zero the pages again (a third
-    of an evaluation's time on 2 cores).
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            libc.mallopt(option, 1 << 30)
 
 
 def run(main) -> typing.NoReturn:

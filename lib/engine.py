@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib import checkpoint, data, metrics, processes, quantizers, replay, tables
+from lib import checkpoint, data, logs, processes, quantizers, replay, tables
 from lib.augment import SIDE
 from lib.config import UserError
 
@@ -157,7 +157,7 @@ def fit(
     penalty: Callable[[], torch.Tensor] | None = None,
     velocity: dict[str, Tensor] | None = None,
     judge: Callable[[nn.Module, int], tuple[Evaluation, dict, float]] | None = None,
-    log: metrics.Log | None = None,
+    log: logs.Log | None = None,
     note: str = "",
 ) -> tuple[list[dict], int]:
     """Train `model` in place and leave it with the weights of the best validation epoch.

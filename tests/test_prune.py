@@ -226,7 +226,7 @@ def test_resumed_equals_uninterrupted(tiny, baseline, whole, tmp_path, monkeypat
         if dies_in == "a round":  # epochs are 1..6, each evaluated, and each round once more
             patch.setattr(engine, "evaluate", dying(engine.evaluate, 6))
         elif dies_in == "writing a round":  # after the state of round 1 was written
-            patch.setattr(prune.metrics.Log, "__call__", dying(prune.metrics.Log.__call__, 1))
+            patch.setattr(prune.logs.Log, "__call__", dying(prune.logs.Log.__call__, 1))
         else:
             patch.setattr(checkpoint, "save", dying(checkpoint.save, 1))
         with pytest.raises(KeyboardInterrupt):

@@ -16,7 +16,8 @@ import quantize
 import train
 from lib import checkpoint, engine, pruning, ptq, qat, quantizers
 from lib.config import UserError
-from lib.metrics import Log, weight_layers
+from lib.logs import Log
+from lib.metrics import weight_layers
 from lib.nnz import coder
 from lib.quantizers import Quantizer, per_row
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import train
-from lib import config, engine, processes, ptq, quantizers
+from lib import config, devices, engine, processes, ptq, quantizers
 from models.mobilenetv2 import MobileNetV2, standard
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update"
@@ -22,7 +22,7 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Pl
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A function of a number: that many GPUs, as far as config.device asks. Returns the calls."""
+    """A function of a number: that many GPUs, as far as devices.choose asks. Returns the calls."""
     def install(count: int, error: Exception | None = None) -> list:
         calls = []
 
@@ -35,12 +35,12 @@ def gpus(monkeypatch):
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(config, "_probe", probe)
+        monkeypatch.setattr(devices, "_probe", probe)
         return calls
 
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(config, "SIGNS_OF_A_GPU", [])
+    monkeypatch.setattr(devices, "SIGNS_OF_A_GPU", [])
     return install
 
 
@@ -49,9 +49,9 @@ def test_the_device_of_a_name_becomes_the_current_one_and_runs_a_kernel(monkeypa
     ones = torch.ones
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch, "ones", lambda *a, device, **k: ran.append(device) or ones(*a, **k))
-    assert config.device("cuda:1") == torch.device("cuda:1")
+    assert devices.choose("cuda:1") == torch.device("cuda:1")
     assert current == ran == [torch.device("cuda:1")]
-    assert config.device("cpu") == torch.device("cpu") and len(current) == 1
+    assert devices.choose("cpu") == torch.device("cpu") and len(current) == 1
 
 
 @pytest.mark.parametrize(("rank", "count", "share", "index"), [
@@ -61,7 +61,7 @@ def test_the_device_of_a_name_becomes_the_current_one_and_runs_a_kernel(monkeypa
 def test_a_gpu_per_process_or_shared_ones(gpus, monkeypatch, name, rank, count, share, index):
     gpus(count)
     monkeypatch.setenv("LOCAL_RANK", rank)
-    assert config.device(name, share) == torch.device("cuda", index)
+    assert devices.choose(name, share) == torch.device("cuda", index)
 
 
 def test_more_processes_than_gpus_are_refused_where_each_needs_one(gpus, monkeypatch):
@@ -69,13 +69,13 @@ def test_more_processes_than_gpus_are_refused_where_each_needs_one(gpus, monkeyp
     monkeypatch.setenv("LOCAL_RANK", "1")
     for name in ("auto", "cuda"):
         with pytest.raises(config.UserError, match="cuda:1 cannot be used here: .* ordinal$"):
-            config.device(name)
+            devices.choose(name)
 
 
 @pytest.mark.parametrize("name", ["mps", "meta", "cuda:99", "xla", "nonsense", "cuda:", ""])
 def test_devices_that_do_not_work_are_one_short_line(name):
     with pytest.raises(config.UserError) as caught:
-        config.device(name)
+        devices.choose(name)
     text = str(caught.value)
     assert text.startswith(f"--device {name} cannot be used here: ") and "\n" not in text
     assert len(text) < 400
@@ -90,7 +90,7 @@ def test_float64_is_asked_for(monkeypatch):
 
     monkeypatch.setattr(torch, "ones", ones)
     with pytest.raises(config.UserError, match="--device mps cannot be used here: .* float64$"):
-        config.device("mps")
+        devices.choose("mps")
 
 
 @pytest.mark.parametrize(("count", "error", "why"), [
@@ -101,16 +101,16 @@ def test_float64_is_asked_for(monkeypatch):
 def test_a_gpu_that_cannot_be_used_is_a_warning(gpus, monkeypatch, tmp_path, capfd, count, error,
                                                 why):  # fmt: skip
     gpus(count, error)
-    monkeypatch.setattr(config, "SIGNS_OF_A_GPU", [tmp_path])
+    monkeypatch.setattr(devices, "SIGNS_OF_A_GPU", [tmp_path])
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
-    assert config.device("auto") == torch.device("cpu")
+    assert devices.choose("auto") == torch.device("cpu")
     out, err = capfd.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("warning: running on the CPU, ")
     assert why in err and "pytorch.org/get-started" in err and torch.__version__ in err
     with pytest.raises(config.UserError, match="cannot be used here"):
-        config.device("cuda")
+        devices.choose("cuda")
     monkeypatch.setenv("RANK", "1")  # one line for all processes
-    assert config.device("auto") == torch.device("cpu") and capfd.readouterr().err == ""
+    assert devices.choose("auto") == torch.device("cpu") and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("hidden", [None, "", "-1"])
@@ -118,16 +118,16 @@ def test_no_gpu_and_a_hidden_one_are_no_warning(gpus, monkeypatch, tmp_path, cap
     gpus(0, RuntimeError("no GPU"))
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        monkeypatch.setattr(config, "SIGNS_OF_A_GPU", [tmp_path])
-    assert config.device("auto") == torch.device("cpu")
+        monkeypatch.setattr(devices, "SIGNS_OF_A_GPU", [tmp_path])
+    assert devices.choose("auto") == torch.device("cpu")
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_torch_without_cuda_is_named_as_the_reason(gpus, monkeypatch, tmp_path, capfd):
     gpus(0)
-    monkeypatch.setattr(config, "SIGNS_OF_A_GPU", [tmp_path])
+    monkeypatch.setattr(devices, "SIGNS_OF_A_GPU", [tmp_path])
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
-    assert config.device("auto") == torch.device("cpu")
+    assert devices.choose("auto") == torch.device("cpu")
     assert "this PyTorch was built without CUDA" in capfd.readouterr().err
 
 

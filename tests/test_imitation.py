@@ -94,7 +94,7 @@ def test_a_wait_is_recorded(waits, name):
     x = X.to(CUDA)
     waits.clear()
     WAITING[name](x)
-    assert len(waits) == 1 and waits[0].place.startswith("tests/test_device.py"), waits
+    assert len(waits) == 1 and waits[0].place.startswith("tests/test_imitation.py"), waits
 
 
 @pytest.mark.parametrize("name", FREE)
