@@ -12,9 +12,9 @@ head it goes into the classifier's bias.
   centre tap is non-zero. A positive constant under any other filter is uneven at the border, and
   stays a channel.
 - The stem's channels are the hidden channels of the first block, which has no expansion. If that
-  block is residual (widths of 0.25 and less), they are the channels of its stream as well, and all
-  three are left as they are.
-- A channel of a residual stream is shared by all blocks of its stage. It is constant if no block
+  block is residual (widths of 0.25 and less), they are the channels of its stream as well, and only
+  those that no layer reads are removed.
+- A channel of a residual stream is shared by all blocks that add to it. It is constant if no block
   writes it (each block still adds the constant of its batch norm), and unread if every layer that
   reads the stream has zeros in its column.
 - A head channel is constant if its row is zero.
@@ -33,7 +33,16 @@ import torch
 from torch import Tensor, nn
 
 from lib.config import UserError
-from models.layers import DEPTHWISE, HEAD, PROJECT, STEM, layers
+from models.layers import (
+    DEPTHWISE,
+    EXPAND,
+    HEAD,
+    PROJECT,
+    STEM,
+    Group,
+    Layer,
+    layers,
+)
 from models.mobilenetv2 import MobileNetV2
 
 
@@ -43,27 +52,34 @@ def compact(model: MobileNetV2) -> tuple[MobileNetV2, dict[str, tuple[Tensor | N
     Returns (smaller, kept). smaller: a new network in the same mode, on the same device, with its
     own settings. kept[name]: for each dimension of that parameter or buffer the indices that stay,
     None for all, so that optimizer state can be cut in the same way (`take`). The model itself is
-    not changed.
+    not changed. Raises UserError if its batch norms are folded, or if other blocks than the first
+    one have no expansion.
     """
-    work = copy.deepcopy(model).double()
-    parts = _Parts(work)
+    expand = [block.expand is not None for block in model.blocks]
+    if model.settings.get("folded") or expand[0] or not all(expand[1:]):
+        raise UserError("dead channels are removed from networks with batch norm alone, in "
+                        "which each block but the first one expands")  # fmt: skip
+    work, network = copy.deepcopy(model).double(), layers(model.settings)
+    parts = [
+        _Part(layer, work.get_submodule(layer.name), layer.norm and work.get_submodule(layer.norm))
+        for layer in network
+    ]
+    weights = {part.layer.name: part.module.weight for part in parts}
     with torch.no_grad():
-        # A list, so that all three run each time.
-        while any([_simplify_hidden(parts), _simplify_streams(parts), _simplify_head(parts)]):
+        # A list, so that all four run each time.
+        while any([
+            _absorb_hidden(parts), _absorb_streams(parts), _absorb_head(parts),
+            _zero_unread(network, weights),
+        ]):  # fmt: skip
             pass
-        channels = parts.kept_channels()
-    kept = _indices(work, parts, channels)
-    settings = copy.deepcopy(model.settings)
-    settings["stem"] = len(channels["hidden"][0])
-    settings["head"] = len(channels["head"])
-    for number, block in enumerate(settings["blocks"]):
-        block["hidden"] = len(channels["hidden"][number])
-        block["out"] = len(channels["stream"][number])
-    smaller = MobileNetV2(settings)
+        channels = _kept_channels(network, weights)
+    dims = _kept_dims(network, channels)
+    dims |= {layer.norm: dims[layer.name][:1] for layer in network}
+    state = work.state_dict()
+    kept = {name: dims[name.rpartition(".")[0]][: tensor.ndim] for name, tensor in state.items()}
+    smaller = MobileNetV2(_resized(model.settings, channels))
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    smaller.load_state_dict(
-        {n: take(t, kept[n]).to(dtypes[n]) for n, t in work.state_dict().items()}
-    )
+    smaller.load_state_dict({n: take(t, kept[n]).to(dtypes[n]) for n, t in state.items()})
     device = next(model.parameters()).device
     smaller = smaller.to(device, memory_format=torch.channels_last)
     return smaller.train(model.training), kept
@@ -84,106 +100,83 @@ def without_unread(settings: dict, state: dict[str, Tensor]) -> tuple[dict, dict
     levels or as floats, and any without channels. Both are new where something changed. A group of
     channels keeps at least one.
     """
-    while True:
-        network, read = layers(settings), {}
-        for layer in network:
-            if layer.role not in (STEM, DEPTHWISE):  # a depthwise layer only hands channels on
-                weight = state[f"{layer.name}.weight"]
-                columns = (weight != 0).reshape(*weight.shape[:2], -1).any(2).any(0)
-                read[layer.input_group] = columns | read.get(layer.input_group, columns)
-        kept = {}
-        for group, is_read in read.items():
-            if not is_read.all() and len(is_read) > 1:
-                kept[group] = is_read.nonzero().flatten() if is_read.any() else torch.tensor([0])
-        if not kept:
-            return settings, state
-        settings, state = copy.deepcopy(settings), dict(state)
-        for layer in network:
-            rows = kept.get(layer.output_group)
-            columns = None if layer.role in (STEM, DEPTHWISE) else kept.get(layer.input_group)
-            for part, index in (
-                ("weight", (rows, columns)), ("weight_scale", (rows,)), ("bias", (rows,))
-            ):  # fmt: skip
-                name = f"{layer.name}.{part}"
-                state[name] = take(state[name], index)
-            width = len(state[f"{layer.name}.bias"])
-            if layer.role in (STEM, HEAD):
-                settings[layer.role] = width
-            elif layer.role in (DEPTHWISE, PROJECT):
-                part = "hidden" if layer.role == DEPTHWISE else "out"
-                settings["blocks"][layer.block - 1][part] = width
+    network = layers(settings)
+    weights = {layer.name: state[f"{layer.name}.weight"].clone() for layer in network}
+    while _zero_unread(network, weights):
+        pass
+    channels = _kept_channels(network, weights)
+    smaller = _resized(settings, channels)
+    if smaller == settings:
+        return settings, state
+    state = dict(state)
+    for name, dims in _kept_dims(network, channels).items():
+        state[f"{name}.weight"] = take(state[f"{name}.weight"], dims)
+        for part in ("weight_scale", "bias"):
+            state[f"{name}.{part}"] = take(state[f"{name}.{part}"], dims[:1])
+    return smaller, state
 
 
-class _Block(NamedTuple):
-    """The layers of a block; `producer` makes its hidden channels: its expansion, or the stem."""
+def _read_channels(network: list[Layer], weights: dict[str, Tensor]) -> dict[Group, Tensor]:
+    """Return which channels of each group a layer reads, (C,); weights: by name of the layer."""
+    read = {}
+    for layer in network:
+        if layer.role not in (STEM, DEPTHWISE):  # a depthwise layer only hands channels on
+            weight = weights[layer.name]
+            columns = (weight != 0).reshape(*weight.shape[:2], -1).any(2).any(0)
+            read[layer.input_group] = columns | read.get(layer.input_group, columns)
+    return read
 
-    producer: nn.Conv2d
-    producer_norm: nn.BatchNorm2d
-    depthwise: nn.Conv2d
-    depthwise_norm: nn.BatchNorm2d
-    project: nn.Conv2d
-    project_norm: nn.BatchNorm2d
-    residual: bool
+
+def _zero_unread(network: list[Layer], weights: dict[str, Tensor]) -> bool:
+    """Zero the rows of channels that no layer reads, in place; return whether anything changed."""
+    read, changed = _read_channels(network, weights), False
+    for layer in network:
+        if layer.output_group in read:  # not the logits
+            unread = ~read[layer.output_group]
+            changed |= bool((weights[layer.name][unread] != 0).any())
+            weights[layer.name][unread] = 0
+    return changed
 
 
-class _Parts:
-    """The layers of a network by their role, and the blocks that share a residual stream."""
+def _kept_channels(network: list[Layer], weights: dict[str, Tensor]) -> dict[Group, Tensor]:
+    """Return the indices of the channels of each group that are read, or of one channel."""
+    return {
+        group: is_read.nonzero().flatten() if is_read.any() else torch.tensor([0])
+        for group, is_read in _read_channels(network, weights).items()
+    }
 
-    def __init__(self, model: MobileNetV2):
-        self.classifier = model.linear
-        self.head, self.head_norm = model.head.conv, model.head.norm
-        self.blocks: list[_Block] = []
-        expand = [block.expand is not None for block in model.blocks]
-        if model.settings.get("folded") or expand[0] or not all(expand[1:]):
-            raise UserError("dead channels are removed from networks with batch norm alone, in "
-                            "which each block but the first one expands")  # fmt: skip
-        for block in model.blocks:
-            producer = block.expand or model.stem
-            self.blocks.append(_Block(
-                producer.conv, producer.norm, block.depthwise.conv, block.depthwise.norm,
-                block.project, block.project_norm, block.residual,
-            ))  # fmt: skip
-        # Each stream: the blocks that write it. A block that is not residual begins a new one.
-        self.streams: list[list[int]] = []
-        for number, block in enumerate(self.blocks):
-            if not block.residual or number == 0:
-                self.streams.append([])
-            self.streams[-1].append(number)
 
-    @property
-    def first_is_residual(self) -> bool:
-        """Return whether the first block adds the stem's output to its own.
+def _kept_dims(
+    network: list[Layer], channels: dict[Group, Tensor]
+) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    """Return the rows and the columns of each layer's weight that stay; None: all."""
+    return {
+        layer.name: (
+            channels.get(layer.output_group),
+            None if layer.role in (STEM, DEPTHWISE) else channels[layer.input_group],
+        )
+        for layer in network
+    }
 
-        If so, the stem's channels, the block's hidden channels and those of its stream are the
-        same channels.
-        """
-        return self.blocks[0].residual
 
-    def reader(self, number: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-        """Return the layer, and its norm, that reads the stream after block `number`."""
-        if number + 1 == len(self.blocks):
-            return self.head, self.head_norm
-        after = self.blocks[number + 1]
-        return after.producer, after.producer_norm
+def _resized(settings: dict, channels: dict[Group, Tensor]) -> dict:
+    """Return the settings of a network with these channels alone."""
+    resized = copy.deepcopy(settings)
+    for layer in layers(settings):
+        if layer.role in (STEM, HEAD):
+            resized[layer.role] = len(channels[layer.output_group])
+        elif layer.role in (DEPTHWISE, PROJECT):
+            part = "hidden" if layer.role == DEPTHWISE else "out"
+            resized["blocks"][layer.block - 1][part] = len(channels[layer.output_group])
+    return resized
 
-    def kept_channels(self) -> dict:
-        """Return the indices of the channels that are still read, at least one per group."""
 
-        def read_channels(*readers: Tensor) -> Tensor:
-            read = torch.stack([(w != 0).flatten(2).any(2).any(0) for w in readers]).any(0)
-            return read.nonzero().flatten() if read.any() else torch.zeros(1, dtype=torch.long)
+class _Part(NamedTuple):
+    """A layer of a network, its convolution or linear module, and the batch norm after it."""
 
-        hidden = [read_channels(block.project.weight) for block in self.blocks]
-        stream = {}
-        for blocks in self.streams:
-            index = read_channels(*(self.reader(b)[0].weight for b in blocks))
-            stream |= dict.fromkeys(blocks, index)
-        if self.first_is_residual:
-            everything = torch.arange(len(self.blocks[0].producer.weight))
-            hidden[0] = everything
-            stream |= dict.fromkeys(self.streams[0], everything)
-        head = read_channels(self.classifier.weight[:, :, None])
-        return {"hidden": hidden, "stream": stream, "head": head}
+    layer: Layer
+    module: nn.Module
+    norm: nn.BatchNorm2d | None
 
 
 def _constant(norm: nn.BatchNorm2d, inputs: Tensor | float = 0.0) -> Tensor:
@@ -216,85 +209,52 @@ def _absorb_constants(
     return True
 
 
-def _stop_writing(layer: nn.Module, where: Tensor) -> bool:
-    """Zero the rows of a layer that no layer reads; return whether anything changed."""
-    if not (layer.weight[where] != 0).any():
-        return False
-    layer.weight[where] = 0
-    return True
-
-
-def _simplify_hidden(parts: _Parts) -> bool:
-    """Absorb constant hidden channels into the projections, zero the rows of unread ones, in place.
-
-    Returns whether anything changed.
-    """
-    changed = False
-    for block in parts.blocks[parts.first_is_residual :]:
-        centre = block.depthwise.weight[:, 0, 1, 1]
-        only_centre = (block.depthwise.weight != 0).flatten(1).sum(1) == (centre != 0)
-        input_value = _constant(block.producer_norm).clamp(0, 6)  # where the producer's row is 0
-        uniform = _dead_rows(block.producer) & (only_centre | (input_value == 0))
-        zero_filter = _dead_rows(block.depthwise)
-        sums = torch.where(zero_filter, torch.zeros_like(input_value), centre * input_value)
-        output_value = _constant(block.depthwise_norm, sums).clamp(0, 6)
-        changed |= _absorb_constants(
-            block.project, block.project_norm, output_value, uniform | zero_filter
-        )
-        unread = (block.project.weight == 0).flatten(1).all(0)
-        changed |= _stop_writing(block.depthwise, unread)
-        changed |= _stop_writing(block.producer, unread)
+def _absorb_hidden(parts: list[_Part]) -> bool:
+    """Absorb constant hidden channels into the projections, in place; return whether any was."""
+    changed, producer = False, None
+    for part in parts:
+        role = part.layer.role
+        if role in (STEM, EXPAND):
+            producer = part
+        elif role == DEPTHWISE:
+            depthwise = part
+        elif role == PROJECT and part.layer.input_group != part.layer.output_group:
+            filters = depthwise.module.weight
+            centre = filters[:, 0, 1, 1]
+            only_centre = (filters != 0).flatten(1).sum(1) == (centre != 0)
+            input_value = _constant(producer.norm).clamp(0, 6)  # where the producer's row is 0
+            uniform = _dead_rows(producer.module) & (only_centre | (input_value == 0))
+            zero_filter = _dead_rows(depthwise.module)
+            sums = torch.where(zero_filter, torch.zeros_like(input_value), centre * input_value)
+            output_value = _constant(depthwise.norm, sums).clamp(0, 6)
+            changed |= _absorb_constants(
+                part.module, part.norm, output_value, uniform | zero_filter
+            )
     return changed
 
 
-def _simplify_streams(parts: _Parts) -> bool:
-    """Absorb constant stream channels into the layers that read them, zero unread rows, in place.
+def _absorb_streams(parts: list[_Part]) -> bool:
+    """Absorb constant channels of streams into the layers that read them, in place.
 
-    Returns whether anything changed.
+    Returns whether any was. A stream of the stem's channels is left as it is.
     """
     changed = False
-    for numbers in parts.streams[parts.first_is_residual :]:
-        writers = [(parts.blocks[n].project, parts.blocks[n].project_norm) for n in numbers]
-        readers = [parts.reader(n) for n in numbers]
-        unwritten = torch.stack([_dead_rows(project) for project, _ in writers]).all(0)
-        constant = torch.zeros_like(writers[0][1].bias)
-        for (_, norm), (layer, layer_norm) in zip(writers, readers, strict=True):
-            constant = constant + _constant(norm)
-            changed |= _absorb_constants(layer, layer_norm, constant, unwritten)
-        unread = torch.stack([(w.weight == 0).flatten(1).all(0) for w, _ in readers]).all(0)
-        for project, _ in writers:
-            changed |= _stop_writing(project, unread)
+    stem_group = parts[0].layer.output_group
+    groups = dict.fromkeys(p.layer.output_group for p in parts if p.layer.role == PROJECT)
+    for group in (group for group in groups if group != stem_group):
+        writers = [part for part in parts if part.layer.output_group == group]
+        unwritten = torch.stack([_dead_rows(writer.module) for writer in writers]).all(0)
+        constant = torch.zeros_like(writers[0].norm.bias)
+        for part in parts:  # in the order in which they run
+            if part.layer.input_group == group:
+                changed |= _absorb_constants(part.module, part.norm, constant, unwritten)
+            if part.layer.output_group == group:
+                constant = constant + _constant(part.norm)
     return changed
 
 
-def _simplify_head(parts: _Parts) -> bool:
-    """Absorb constant head channels into the classifier's bias, zero unread rows, in place.
-
-    Returns whether anything changed.
-    """
-    constant = _constant(parts.head_norm).clamp(0, 6)
-    changed = _absorb_constants(parts.classifier, None, constant, _dead_rows(parts.head))
-    unread = (parts.classifier.weight == 0).all(0)
-    return _stop_writing(parts.head, unread) or changed
-
-
-def _indices(model: nn.Module, parts: _Parts, channels: dict) -> dict:
-    """Return, per tensor of the state dict, the indices that stay in each of its dimensions."""
-    rows, columns = {}, {}  # by module
-    hidden, stream = channels["hidden"], channels["stream"]
-    for number, block in enumerate(parts.blocks):
-        for module in (
-            block.producer, block.producer_norm, block.depthwise, block.depthwise_norm
-        ):  # fmt: skip
-            rows[module] = hidden[number]
-        rows[block.project] = rows[block.project_norm] = stream[number]
-        columns[block.project] = hidden[number]
-        columns[parts.reader(number)[0]] = stream[number]
-    rows[parts.head] = rows[parts.head_norm] = columns[parts.classifier] = channels["head"]
-    kept = {}
-    for prefix, module in model.named_modules():
-        parameters = module.named_parameters(recurse=False)
-        for name, tensor in [*parameters, *module.named_buffers(recurse=False)]:
-            dims = (rows.get(module), columns.get(module) if tensor.ndim > 1 else None)
-            kept[f"{prefix}.{name}"] = dims[: tensor.ndim]
-    return kept
+def _absorb_head(parts: list[_Part]) -> bool:
+    """Absorb constant channels of the head into the classifier's bias; return whether any was."""
+    *_, head, classifier = parts
+    constant = _constant(head.norm).clamp(0, 6)
+    return _absorb_constants(classifier.module, None, constant, _dead_rows(head.module))

@@ -10,6 +10,7 @@ from lib import integer, metrics, ptq, quantizers
 from lib.compaction import compact, take, without_unread
 from lib.config import UserError
 from lib.metrics import weight_layers
+from models.layers import DEPTHWISE, layers
 from models.mobilenetv2 import MobileNetV2, standard
 
 
@@ -125,7 +126,7 @@ def test_a_dead_network_still_is_one():
     assert metrics.macs(smaller) < metrics.macs(model) / 50
 
 
-def test_a_residual_first_block_keeps_the_channels_that_it_shares_with_the_stem():
+def test_a_residual_first_block_loses_only_channels_that_no_layer_reads():
     """At widths of 0.25 and less the first block adds the stem's outputs to its own."""
     torch.manual_seed(0)
     model = MobileNetV2(standard(0.25, 8)).eval()
@@ -138,15 +139,22 @@ def test_a_residual_first_block_keeps_the_channels_that_it_shares_with_the_stem(
             layer.weight[torch.rand(len(layer.weight)) < 0.3] = 0
             if layer.weight.shape[1] > 1:
                 layer.weight[:, torch.rand(layer.weight.shape[1]) < 0.3] = 0
+        project, *others = (
+            model.get_submodule(layer.name).weight for layer in layers(model.settings)
+            if layer.input_group == ("stem", 0) and layer.role != DEPTHWISE
+        )  # fmt: skip
+        project[:, :7], project[:, 7] = 1, 0
+        for weight in others:
+            weight[:, :6], weight[:, 6:] = 1, 0  # so no layer reads channel 7
     x = torch.randn(4, 3, 32, 32)
     smaller, _ = compact(model)
     with torch.no_grad():
         expected = model(x)
         assert torch.allclose(smaller(x), expected, atol=1e-5 * expected.abs().max())
     widths = [block["hidden"] for block in smaller.settings["blocks"]]
-    assert widths[0] == smaller.settings["stem"] == 8 and sum(widths[1:]) < sum(
-        block["hidden"] for block in model.settings["blocks"][1:]
-    )
+    first = smaller.settings["blocks"][0]
+    assert smaller.settings["stem"] == first["hidden"] == first["out"] == 7
+    assert sum(widths[1:]) < sum(block["hidden"] for block in model.settings["blocks"][1:])
 
 
 @pytest.mark.parametrize("seed", range(3))
