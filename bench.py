@@ -122,9 +122,9 @@ def main(argv=None):
                 for c in field
             ]  # fmt: skip
     torch.set_num_threads(threads)
-    log = logs.Log(cfg.place("logs/bench.jsonl"), config.identity(cfg), cfg.wandb)
+    log = logs.Log(cfg.in_run("logs/bench.jsonl"), config.identity(cfg), cfg.wandb)
     log.begin(rows)
-    plot = plots.speed(rows, cfg.place("plots/bench.png"), "Speed and accuracy")
+    plot = plots.speed(rows, cfg.in_run("plots/bench.png"), "Speed and accuracy")
     log.close({}, [plot])
     print(f"{text_of(rows)}\n\naccuracy on {len(split):,} {cfg.split} images; {plot}")
     if cfg.results:

@@ -45,15 +45,15 @@ class Settings(config.AfterTraining):
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = devices.choose(cfg.device)
-    files = cfg.files or [p for p in (cfg.place(f"checkpoints/{f}") for f in checkpoint.CHAIN)
+    files = cfg.files or [p for p in (cfg.in_run(f"checkpoints/{f}") for f in checkpoint.CHAIN)
                           if p.exists()]  # fmt: skip
     if not files:
-        raise UserError(f"no files: none named, and none in {cfg.place('checkpoints')}")
+        raise UserError(f"no files: none named, and none in {cfg.in_run('checkpoints')}")
     if cfg.labels and len(cfg.labels) != len(files):
         raise UserError(f"{len(cfg.labels)} --labels for {len(files)} files")
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [runtime.load(file, cfg.assume_downsample) for file in files]
-    log = logs.Log(cfg.place(f"logs/eval-{cfg.split}.jsonl"), config.identity(cfg), cfg.wandb)
+    log = logs.Log(cfg.in_run(f"logs/eval-{cfg.split}.jsonl"), config.identity(cfg), cfg.wandb)
     test_only = cfg.split == "test"  # then a set without training images will do
     sizes = {source.val_size(cfg.val_size) for source in sources}
     if cfg.results and not test_only and len(sizes) > 1:
@@ -72,7 +72,7 @@ def main(argv=None):
         figures, matrix = measure.figures_of_file(source, split, cfg.split, correct_by_file)
         print(json.dumps(figures) if cfg.json else table(figures, cfg.layers), flush=True)
         rows.append(figures)
-        path = cfg.place(f"plots/confusion-{next(names)}-{cfg.split}.png")
+        path = cfg.in_run(f"plots/confusion-{next(names)}-{cfg.split}.png")
         title = f"{source.file.name} on {cfg.split} (n={len(split)})"
         plots.confusion(matrix.numpy(), images.classes, path, title)
     log.begin(rows)  # only now: a run that fails keeps the last one's figures for publish.py

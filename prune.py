@@ -257,7 +257,7 @@ def main(argv=None):
     run = Run(
         cfg, parent, metrics.layer_counts(model), images, sample,
         teacher.build(device) if cfg.teacher else copy.deepcopy(model), out, identity,
-        logs.Log(cfg.place("logs/prune.jsonl"), identity, cfg.wandb),
+        logs.Log(cfg.in_run("logs/prune.jsonl"), identity, cfg.wandb),
     )  # fmt: skip
     if cfg.teacher:
         engine.match_logits(run.teacher, model, sample)
@@ -435,7 +435,7 @@ def _finish(run: Run, state: State, figures: dict) -> None:
     saved = checkpoint.save(
         run.out, "pruned", model, cfg, parent, metrics=figures, data=run.images.provenance()
     )
-    charts = [cfg.place(f"plots/{name}.png") for name in ("prune", "sparsity")]
+    charts = [cfg.in_run(f"plots/{name}.png") for name in ("prune", "sparsity")]
     plots.accuracy_sparsity(
         rounds, last_kept, run.floor(rounds), charts[0],
         f"Accuracy against sparsity (validation: n={len(run.images.val)})",

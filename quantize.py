@@ -403,7 +403,7 @@ def draw_budget(job: Job, attempts: list[budget.Attempt], chosen, trained=None) 
         for tried in attempts
     ]  # fmt: skip
     plots.accuracy_bytes(
-        cells, cfg.place("plots/budget.png"),
+        cells, cfg.in_run("plots/budget.png"),
         f"{job.parent.file.name}, {cfg.budget_in_words}: validation (n={job.before.total})",
         {"parent": (job.parent.bytes, job.before.accuracy)}
         | ({"after training": (trained.bytes, trained.result.accuracy)} if trained else {}),
@@ -463,7 +463,7 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
         return made.result, {"bytes": made.bytes} if cfg.has_lambda else {}, score
 
     identity = job.identity | {PTQ_NETWORK: beginning}
-    log = logs.Log(cfg.place("logs/quantize.jsonl"), identity, cfg.wandb)
+    log = logs.Log(cfg.in_run("logs/quantize.jsonl"), identity, cfg.wandb)
     # Adam: without batch norm, rows of all magnitudes share one learning rate, and SGD diverges.
     # Its first steps are as large as its later ones, whatever the gradients: so they are warmed up.
     recipe = engine.Recipe.of(
@@ -483,8 +483,8 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     )  # fmt: skip
     qat.finish(model)
     if processes.is_main():
-        plots.curves(history, cfg.place("plots/quantize.png"), "Quantization-aware training")
-        log.close({"best_epoch": best + 1}, [cfg.place("plots/quantize.png")])
+        plots.curves(history, cfg.in_run("plots/quantize.png"), "Quantization-aware training")
+        log.close({"best_epoch": best + 1}, [cfg.in_run("plots/quantize.png")])
     if fallback and goal.score(fallback, errors_per_bit) >= history[best]["score"]:
         engine.say(f"no epoch is better than ptq's network of {fallback.bytes:,} bytes, val "
                    f"{fallback.result}: that is kept")  # fmt: skip

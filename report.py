@@ -30,7 +30,7 @@ class Settings(config.AfterTraining):
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    folder = cfg.place("checkpoints")
+    folder = cfg.in_run("checkpoints")
     if cfg.status:
         print(aligned(status(folder, cfg.assume_downsample), "lllrl"))
         return
@@ -48,27 +48,27 @@ def main(argv=None):
         rows.append(row | against(rows[0] if rows else row, row))
         plots.confusion(
             confusion.numpy(), images.classes,
-            cfg.place(f"plots/confusion-{source.file.stem}-{cfg.split}.png"),
+            cfg.in_run(f"plots/confusion-{source.file.stem}-{cfg.split}.png"),
             f"{source.file.name} on {cfg.split}",
         )  # fmt: skip
 
     smallest = min(rows, key=lambda row: row["bytes"])
     n = f"{len(split):,} {cfg.split} images of {images.source}"
     plots.stages(
-        [row | {"stage": row["name"]} for row in rows], cfg.place("plots/report.png"),
+        [row | {"stage": row["name"]} for row in rows], cfg.in_run("plots/report.png"),
         f"Size and accuracy after every stage ({cfg.split} split of {images.source})",
     )  # fmt: skip
     plots.storage(
-        [(row["name"], row["parts"]) for row in rows], cfg.place("plots/storage.png"),
+        [(row["name"], row["parts"]) for row in rows], cfg.in_run("plots/storage.png"),
         "What the bytes of every file are",
     )  # fmt: skip
-    charts = [cfg.place(f"plots/{name}.png") for name in ("report", "storage")]
-    log = logs.Log(cfg.place("logs/report.jsonl"), config.identity(cfg), cfg.wandb)
+    charts = [cfg.in_run(f"plots/{name}.png") for name in ("report", "storage")]
+    log = logs.Log(cfg.in_run("logs/report.jsonl"), config.identity(cfg), cfg.wandb)
     log.begin(rows)
     log.close(smallest["ratios"], charts)
     print(f"{folder}, accuracy on {n}\n\n{stage_table(rows)}\n")
     print(ratio_table(rows[0], smallest), end="\n\n")
-    for path in sorted(cfg.place("plots").glob("*.png")):
+    for path in sorted(cfg.in_run("plots").glob("*.png")):
         print(path)
 
 

@@ -65,7 +65,7 @@ def main(argv=None):
     bit_widths = list(dict.fromkeys(cfg.weight_bits))
     identity = config.identity(cfg) | {"parent": parent.sha256, "data": images.provenance()}
     del identity["weight_bits"]  # the rows of some bits serve a run of others
-    log = logs.Log(cfg.place("logs/sensitivity.jsonl"), identity, cfg.wandb)
+    log = logs.Log(cfg.in_run("logs/sensitivity.jsonl"), identity, cfg.wandb)
     measured = past_rows(log.path, identity) if cfg.resume else []
     planned = {row["weight_bits"] for row in measured} | set(bit_widths)
     log.begin([identity | {"rows": len(counts) * len(planned)}, *measured])
@@ -97,10 +97,10 @@ def main(argv=None):
     role = roles(fp32.settings)
     plots.sensitivity(
         [row | {"role": role[row["layer"]]} for row in rows], before.accuracy,
-        cfg.place("plots/sensitivity.png"), title,
+        cfg.in_run("plots/sensitivity.png"), title,
     )  # fmt: skip
     worst = min(rows, key=lambda row: row["correct"])
-    log.close({"worst": worst["layer"]}, [cfg.place("plots/sensitivity.png")])
+    log.close({"worst": worst["layer"]}, [cfg.in_run("plots/sensitivity.png")])
     print(
         f"{out}: {len(rows)} rows; parent {before}; the most is lost by {worst['layer']} at "
         f"{worst['weight_bits']} bits: {worst['accuracy']:.2%} (+{worst['gained']} "

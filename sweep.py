@@ -110,7 +110,7 @@ def main(argv=None):
     split = images.split(cfg.split)
     others = read_beside(Path(cfg.beside)) if cfg.beside else {}
     engine.say_device(device)
-    folder, out = cfg.place("checkpoints/sweep"), cfg.path(cfg.out, "logs/sweep.csv")
+    folder, out = cfg.in_run("checkpoints/sweep"), cfg.path(cfg.out, "logs/sweep.csv")
     known = {}  # by SHA-256: which images the parent gets right, once it is measured
     grid = [
         (weight_bits, act_bits, rd_lambda) for weight_bits in dict.fromkeys(cfg.weight_bits)
@@ -157,7 +157,7 @@ def main(argv=None):
 def draw(cfg, rows: list[dict], parent) -> list[Path]:
     """Draw the charts of a sweep; return their files."""
     names = ("heatmap", "parallel", "rate")
-    heatmap, parallel, rate = (cfg.place(f"plots/sweep_{name}.png") for name in names)
+    heatmap, parallel, rate = (cfg.in_run(f"plots/sweep_{name}.png") for name in names)
     n = rows[0]["total"]
     title, on = f"{cfg.method} quantization of {parent.file.name}", f", {cfg.split} (n={n})"
     first = [row for row in rows if row["rd_lambda"] == cfg.rd_lambda[0]]
@@ -318,9 +318,9 @@ def log_wandb(cfg, rows: list[dict], charts: list[Path], agent: bool) -> None:
     for row in rows:
         name = name_of(row["weight_bits"], row["act_bits"], row["rd_lambda"]).removesuffix(".nnz")
         # The id is fixed: a repeated sweep updates its runs.
-        place = {} if agent else {"group": group, "id": f"{group}-{name}", "resume": "allow"}
+        fixed = {} if agent else {"group": group, "id": f"{group}-{name}", "resume": "allow"}
         run = logs.start_wandb(
-            cfg.place("logs"), name=name, **place,
+            cfg.in_run("logs"), name=name, **fixed,
             config=of_all | {
                 "weight_bits": row["weight_bits"], "activation_bits": row["act_bits"],
                 **{key: row[key] for key in ("rd_lambda", "total", "parent_sha256")},

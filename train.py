@@ -117,7 +117,7 @@ def main(argv=None):
     origin = {"init_sha256": source.sha256} if source else {}
     identity |= origin
     engine.say_device(device)
-    log = logs.Log(cfg.place("logs/train.jsonl"), identity, cfg.wandb)
+    log = logs.Log(cfg.in_run("logs/train.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
 
     recipe = engine.Recipe.of(cfg, warmup_epochs=cfg.warmup)
@@ -135,8 +135,8 @@ def main(argv=None):
         )
         title = f"Training for {cfg.epochs} epochs (validation: n={len(images.val)}"
         title += ", in mixed precision)" if engine.is_mixed(device, cfg.amp) else ")"
-        plots.curves(history, cfg.place("plots/train.png"), title)
-        log.close(figures, [cfg.place("plots/train.png")])
+        plots.curves(history, cfg.in_run("plots/train.png"), title)
+        log.close(figures, [cfg.in_run("plots/train.png")])
         state_file.unlink()  # last: until here, the run could be continued
         val = f"val {final}" if final else "no validation split"
         print(f"{out}: {saved.bytes:,} bytes, epoch {figures['epoch']}, {val}")

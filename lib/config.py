@@ -84,10 +84,10 @@ class Common:
     wandb: bool = flag(False, "log to Weights & Biases too; offline if there is no key")
 
     def path(self, given: str | None, default: str) -> Path:
-        """Return the file that a flag names, or else its usual place in the run's folder."""
-        return Path(given) if given else self.place(default)
+        """Return the file that a flag names, or else its usual path in the run's folder."""
+        return Path(given) if given else self.in_run(default)
 
-    def place(self, name: str) -> Path:
+    def in_run(self, name: str) -> Path:
         """Return a path in the run's folder, such as logs/train.jsonl."""
         return Path(self.run_dir) / name
 
@@ -185,7 +185,7 @@ def _comma_separated(kind):
 # Flags that say where a stage runs, reads and writes. They are no part of a run's identity: the
 # hashes of the files that it reads are, in place of their names.
 PARENTS = {"parent", "teacher", "init"}
-PLACES = PARENTS | {
+LOCATIONS = PARENTS | {
     "data", "run_dir", "device", "cuda_graph", "wandb", "wandb_artifact", "out", "resume"
 }
 
@@ -200,7 +200,7 @@ def refuse_replacing(out: Path, *read: Path | str | None) -> None:
 
 def identity(cfg) -> dict:
     """Return the settings that a stage's result depends on."""
-    return {k: v for k, v in vars(cfg).items() if k not in PLACES}
+    return {k: v for k, v in vars(cfg).items() if k not in LOCATIONS}
 
 
 def command(cfg) -> str:
@@ -213,7 +213,7 @@ def command(cfg) -> str:
     default = type(cfg)()
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        if value == getattr(default, field.name) or field.name in PLACES - PARENTS:
+        if value == getattr(default, field.name) or field.name in LOCATIONS - PARENTS:
             continue
         name = field.name.replace("_", "-")
         if isinstance(value, bool):

@@ -56,7 +56,7 @@ class Log:
 
 def log_stage(cfg, name: str, figures: dict, artifact: tuple | None = None) -> None:
     """Write logs/<name>.jsonl with the one line of a stage that has no epochs, and W&B alike."""
-    log = Log(cfg.place(f"logs/{name}.jsonl"), identity(cfg), cfg.wandb)
+    log = Log(cfg.in_run(f"logs/{name}.jsonl"), identity(cfg), cfg.wandb)
     log.begin([])
     log(figures)
     log.close(figures, artifact=artifact)

@@ -91,14 +91,14 @@ def _accuracy_column(ax, y, correct, total, digits=1):
     digits: decimal places of the numbers; None: no numbers and small marks, for very many rows.
     """
     width, size = (1, 3) if digits is None else (2, 8)
-    for place, hits, images in zip(y, correct, total, strict=True):
+    for height, hits, images in zip(y, correct, total, strict=True):
         if images:
             low, high = wilson(hits, images)
-            ax.hlines(place, 100 * low, 100 * high, color=BLUE, linewidth=width)
-            ax.plot(100 * hits / images, place, "o", color=BLUE, ms=size)
+            ax.hlines(height, 100 * low, 100 * high, color=BLUE, linewidth=width)
+            ax.plot(100 * hits / images, height, "o", color=BLUE, ms=size)
         if digits is not None:
             text = f"{100 * hits / images:.{digits}f}" if images else "none"
-            _label(ax, text, (1, place), (6, 0), side=True)
+            _label(ax, text, (1, height), (6, 0), side=True)
 
 
 def _save(figure, path):
@@ -536,14 +536,14 @@ def parallel_coordinates(cells, path, title):
     # Log scales to 0..1; a value alone on its axis sits in the middle.
     ticks = [(v - v.min()) / np.ptp(v) if np.ptp(v) else np.full(len(v), 0.5) for v in logs]
     height = 1 - np.asarray(norm(lost), float)
-    places = [tick.copy() for tick in ticks]
-    for place, tick, order in zip(places, ticks, (ticks[1], ticks[0], ticks[1]), strict=True):
+    positions = [tick.copy() for tick in ticks]
+    for position, tick, order in zip(positions, ticks, (ticks[1], ticks[0], ticks[1]), strict=True):
         for value in np.unique(tick):
             group = np.flatnonzero(tick == value)
             group = group[np.argsort(order[group], kind="stable")]
             reach = 0.016 if len(group) > 1 else 0
-            place[group] += np.linspace(-reach, reach, len(group))
-    points = np.stack([*places, height])
+            position[group] += np.linspace(-reach, reach, len(group))
+    points = np.stack([*positions, height])
 
     figure = _figure(title, f"{note}; log scales", 4.4)
     ax = figure.subplots()
