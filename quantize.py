@@ -13,7 +13,8 @@ in:  checkpoints/pruned.pth, or any fp32 network (ptq, qat: its dead channels ar
 out: checkpoints/quantized.pth: batch norm folded, weights on their grid, static activation scales
      (reference: batch norm as it was, dynamic activation scales);
      logs/quantize.jsonl (qat: one line per epoch), plots/quantize.png (qat), plots/budget.png
-     (--max-drop, --max-bytes); during training, quantized.pth.resume beside it
+     (--max-drop, --max-bytes); during training, quantized.pth.ptq.resume (what ptq made) and
+     quantized.pth.resume (finished epochs) beside it
 
 ptq: equalization, layer reconstruction, bias correction, calibration by mean squared error
 (lib/ptq.py). qat: from there on, weights and their scales are trained, and below 8 bits the scales
@@ -70,8 +71,6 @@ LAMBDA_FLAGS = "--rd-lambda, --max-bytes and --max-drop"  # with which bits coun
 LOGIT_IMAGES = 512  # training images that the size of logits, and the cost of a bit, come from
 # With --max-drop, qat starts from a network that loses this many times as much.
 DROP_BEFORE_QAT = 2.0
-# How a state names the hash of what training began with: it is part of an error, too.
-PTQ_NETWORK = "ptq's network (another processor or number of threads rounds differently)"
 
 
 @dataclasses.dataclass
@@ -205,7 +204,7 @@ class Job:
 
     @property
     def identity(self) -> dict:
-        """What the state of an interrupted qat belongs to, but for PTQ_NETWORK."""
+        """What the state of an interrupted qat belongs to."""
         return config.identity(self.cfg) | {
             "scheme": self.scheme, "parent": self.parent.sha256, "teacher": self.teacher.sha256,
             "data": self.images.provenance(),
@@ -254,12 +253,11 @@ def main(argv=None):
         made = job.measure(model, 0.0)
     else:
         job = Job(cfg, parent, teacher, compact(model)[0], scheme, images, before)
-        if cfg.method == "qat":  # before ptq, which may take hours
+        if cfg.method == "ptq":
+            made, _, attempts = post_training(job)
+        else:
             engine.refuse_unfit_batches(cfg.batch_size, images.train)
-            refuse_other_state(job, out)
-        start, fallback, attempts = post_training(job)
-        made = start
-        if cfg.method == "qat":
+            start, fallback, attempts = before_training(job, out)
             made = train(job, start, fallback, out)
             if made is fallback:  # the file says that it is ptq's, and becomes a little smaller
                 job = dataclasses.replace(job, scheme=job.scheme | {"method": "ptq"})
@@ -282,8 +280,9 @@ def main(argv=None):
             out, "quantized", made.network, cfg, parent, metrics=figures, data=images.provenance(),
             quantization=job.scheme,
         )  # fmt: skip
-        if cfg.method == "qat":
-            state_file(out).unlink()  # last of all: until here, the run could be continued
+        if cfg.method == "qat":  # last of all: until here, the run could be continued
+            for file in (state_file(out), ptq_file(out)):
+                file.unlink()
         else:
             logs.log_stage(cfg, "quantize", {"bytes": saved.bytes, **job.scheme, **figures})
         print(f"{out}: {saved.bytes:,} bytes, {text}")
@@ -445,7 +444,6 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
         latent = {name: latent[name].where(layers[name].weight != 0, 0) for name in latent}
     qat.begin(model, job.scheme, latent)
     mask, goal = pruning.Mask(model), job.goal()
-    refuse_different_starts(beginning := qat.fingerprint(model), out, images.device)
     sample = ptq.calibration_images(images.train, LOGIT_IMAGES, cfg.seed)
     loss_per_bit, errors_per_bit = 0.0, 0.0
     if cfg.has_lambda:
@@ -462,8 +460,7 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
             score = float(epoch)
         return made.result, {"bytes": made.bytes} if cfg.has_lambda else {}, score
 
-    identity = job.identity | {PTQ_NETWORK: beginning}
-    log = logs.Log(cfg.in_run("logs/quantize.jsonl"), identity, cfg.wandb)
+    log = logs.Log(cfg.in_run("logs/quantize.jsonl"), job.identity, cfg.wandb)
     # Adam: without batch norm, rows of all magnitudes share one learning rate, and SGD diverges.
     # Its first steps are as large as its later ones, whatever the gradients: so they are warmed up.
     recipe = engine.Recipe.of(
@@ -476,7 +473,7 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
         engine.match_logits(teacher_network, job.network, sample)
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
-        config=identity, resume=cfg.resume, after_step=mask.apply, log=log,
+        config=job.identity, after_step=mask.apply, log=log,
         teacher=teacher_network,
         penalty=(lambda: loss_per_bit * qat.coded_bits(model)) if loss_per_bit else None,
         judge=judge if job.before else None,
@@ -495,22 +492,51 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     return job.measure(model, start.rd_lambda)
 
 
-def refuse_other_state(job: Job, out: Path) -> None:
-    """Raise UserError if qat cannot continue the state that is beside `out`, as far as that is
-    known before ptq."""
-    if job.cfg.resume and state_file(out).is_file():
-        saved = checkpoint.read(state_file(out))["config"]
-        engine.refuse_other_run(
-            state_file(out), {k: v for k, v in saved.items() if k != PTQ_NETWORK}, job.identity
-        )
+def before_training(job: Job, out: Path) -> PostTraining:
+    """Return what ptq made for qat: kept beside `out` until qat is done, so that it is the same in
+    all processes, and where qat is continued on a processor that rounds otherwise."""
+    states = state_file(out), ptq_file(out)
+    if not job.cfg.resume:
+        processes.discard(*states)
+    if processes.is_main() and not ptq_file(out).is_file():
+        if state_file(out).is_file():
+            raise UserError(f"{state_file(out)} belongs to a {ptq_file(out).name} that is missing: "
+                            "--no-resume discards it")  # fmt: skip
+        save_ptq(post_training(job), ptq_file(out), job.identity)
+    processes.wait()
+    saved = checkpoint.read(ptq_file(out))
+    engine.refuse_other_run(ptq_file(out), saved["config"], job.identity)
+    attempts = []
+    for row in saved["attempts"]:
+        network, latent = None, None
+        if packed := row.pop("packed"):
+            network, latent = qat.unpack(packed, job.scheme, job.images.device)
+        if row["result"]:
+            row["result"] = engine.Evaluation(**row["result"])
+        attempts.append(budget.Attempt(**row, network=network, latent=latent))
+    fallback = None if saved["fallback"] is None else attempts[saved["fallback"]]
+    return PostTraining(attempts[saved["start"]], fallback, attempts)
 
 
-def refuse_different_starts(beginning: str, out: Path, device) -> None:
-    """Raise UserError in a process whose ptq made another network than the main process's."""
-    number = float(int(beginning, 16))  # of 48 bits: exact
-    if processes.from_main_process(number, device) != number:
-        raise UserError(f"{out}: the processes did not quantize alike, so they cannot train "
-                        "together: run it in one process")  # fmt: skip
+def save_ptq(made: PostTraining, file: Path, identity: dict) -> None:
+    """Write what ptq made for qat: of the networks, those that it needs."""
+    needed = made.start, made.fallback
+    checkpoint.write(file, {
+        "config": identity, "start": made.attempts.index(made.start),
+        "fallback": made.attempts.index(made.fallback) if made.fallback else None,
+        "attempts": [
+            {
+                "rd_lambda": tried.rd_lambda, "bytes": tried.bytes,
+                "result": vars(tried.result) if tried.result else None,
+                "packed": qat.pack(tried.network, tried.latent) if tried in needed else None,
+            }
+            for tried in made.attempts
+        ],
+    })  # fmt: skip
+
+
+def ptq_file(out: Path) -> Path:
+    return out.with_name(out.name + ".ptq.resume")
 
 
 def state_file(out: Path) -> Path:

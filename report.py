@@ -239,6 +239,8 @@ def unfinished(path: Path) -> list[str]:
         reached = f"epoch {len(state.get('history', []))}"
         if "rounds" in state:  # prune.py's; round 0 is the parent
             reached = f"round {len(state['rounds']) - 1}"
+        elif "attempts" in state:  # quantize.py's
+            reached = "the end of ptq"
         notes.append(f"unfinished: {file.name} at {reached}")
     return notes
 

@@ -16,7 +16,6 @@ the time. `finish` brings the rounding back, and `finished` shows the network wi
 """
 
 import copy
-import hashlib
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from lib import quantizers, rate
 from lib.engine import Evaluation
 from lib.metrics import weight_layers
 from lib.quantizers import FakeQuantize, Quantizer, max_level, per_row
+from models.mobilenetv2 import MobileNetV2
 
 
 class _TrainedConv2d(nn.Conv2d):
@@ -58,6 +58,7 @@ SMALLEST_LOSS = 1e-6  # of a network without errors
 # Scales learn this many times faster than weights: a step changes a logarithm, so a scale moves by
 # a share of itself.
 SCALE_LR_FACTOR = 5.0
+GRIDS = ("scale_bits", "bias_scale")  # what lib.ptq leaves on a layer that no state dict holds
 UNROUNDED = 8  # bits of activations from which on they are not rounded in training
 TRAINED = {
     nn.Conv2d: _TrainedConv2d, quantizers.QuantConv2d: _TrainedConv2d,
@@ -151,18 +152,29 @@ def cost_of_a_bit(
     return loss, cross_entropy * wrong / max(result.loss, SMALLEST_LOSS)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return a hash of a network that `begin` has made: its tensors, grids of biases and clips.
+def pack(network: MobileNetV2, latent: dict[str, Tensor]) -> dict:
+    """Return a network that lib.ptq made, and its latent weights, as plain types and tensors, so
+    that training can be continued where lib.ptq might round otherwise."""
+    return {
+        "settings": network.settings, "state": network.state_dict(), "latent": latent,
+        "grids": {
+            name: {key: value for key, value in vars(layer).items() if key in GRIDS}
+            for name, layer in weight_layers(network).items()
+        },
+    }  # fmt: skip
 
-    When training is continued, ptq runs again, and on another processor its sums may be rounded
-    differently: then other weights may be zero, and biases lie on other grids.
-    """
-    sha = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        sha.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    for module in model.modules():
-        sha.update(repr([getattr(module, name, None) for name in ("bias_scale", "clip")]).encode())
-    return sha.hexdigest()[:12]
+
+def unpack(
+    packed: dict, scheme: dict, device: torch.device
+) -> tuple[MobileNetV2, dict[str, Tensor]]:
+    """Return the network and the latent weights that `pack` was given; scheme: of the network."""
+    network = MobileNetV2(packed["settings"])
+    quantizers.attach(network, scheme)
+    network.load_state_dict(packed["state"])
+    for name, grids in packed["grids"].items():
+        vars(network.get_submodule(name)).update(grids)
+    latent = {name: tensor.to(device) for name, tensor in packed["latent"].items()}
+    return network.to(device, memory_format=torch.channels_last).eval(), latent
 
 
 def _learn(module: nn.Module, buffer: str) -> None:

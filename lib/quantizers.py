@@ -42,7 +42,7 @@ What the modules of lib hang on the layers and quantizers of a network:
                                 fixed); then ptq     bias_in_accumulator_units
     act_bits         layer      attach (reference)   its pre-hook, is_dynamic         no
     input_quantizer  layer      attach               bias_in_accumulator_units, qat   no
-    bias_scale       layer      ptq                  bias_on_grid, qat.fingerprint    no: biases
+    bias_scale       layer      ptq                  bias_on_grid, qat.pack           no: biases
                                                                                       are rounded
     scale_bits       layer      ptq                  qat: mantissa bits of scales     no
 

@@ -212,6 +212,7 @@ def test_status_of_unfinished_runs(run, status):
     torch.save({"history": [{}, {}]}, folder / "baseline.pth.resume")
     torch.save({"rounds": [{}, {}, {}, {}]}, folder / "pruned.pth.resume")
     torch.save({"history": [{}]}, folder / "pruned.pth.round.resume")
+    torch.save({"attempts": [{}]}, folder / "quantized.pth.ptq.resume")
     (folder / "int8.pth.resume").write_bytes(b"half")
     lines = status()
     assert "up to date" in lines["baseline.pth"]
@@ -220,6 +221,7 @@ def test_status_of_unfinished_runs(run, status):
         "missing; unfinished: pruned.pth.resume at round 3; "
         "unfinished: pruned.pth.round.resume at epoch 1"
     )
+    assert "quantized.pth.ptq.resume at the end of ptq" in lines["quantized.pth"]
     assert "int8.pth.resume is damaged" in lines["int8.pth"]
 
 
