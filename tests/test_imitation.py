@@ -12,7 +12,7 @@ import prune
 import quantize
 import train
 from autoaugment import augmentation
-from lib import checkpoint, config, data, engine, pruning, reconstruct, replay
+from lib import checkpoint, data, devices, engine, pruning, reconstruct, replay
 from lib.config import UserError
 
 # Functions that put a constant on the device, once per process.
@@ -316,7 +316,7 @@ def chains(tiny, parent, tmp_path_factory):
         patch.setattr(reconstruct, "ROUNDS", 1)  # for time's sake
         patch.setattr(reconstruct, "SWEEPS", 1)
         cpu = run("cpu")
-        patch.setattr(config, "device", lambda name: CUDA)
+        patch.setattr(devices, "choose", lambda name: CUDA)
         with imitation.gpu() as waits:
             return cpu, run("cuda"), list(waits)
 
@@ -345,7 +345,7 @@ def test_no_step_of_pruning_or_qat_waits_for_the_device(chains):
 def test_momentum_that_a_compaction_leaves_in_another_order_is_refused(
     tiny, parent, tmp_path, waits, monkeypatch
 ):
-    monkeypatch.setattr(config, "device", lambda name: CUDA)
+    monkeypatch.setattr(devices, "choose", lambda name: CUDA)
     monkeypatch.setattr(engine, "match_layouts", lambda optimizer: None)
     flags = [f"--data={tiny}", f"--run-dir={tmp_path}", f"--parent={parent}", "--device=cuda"]
     with pytest.raises(RuntimeError, match="_fused_sgd_.* has strides"):
