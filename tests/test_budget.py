@@ -264,7 +264,8 @@ def test_training_that_ruins_the_network_leaves_what_it_started_from(
     _, size = chain(answered, parent, tmp_path / "qat", asked, *QAT, "--lr=1")
     out = capsys.readouterr().out
     assert "no epoch is better than ptq's" in out and "bytes, ptq W8A8" in out
-    assert abs(size - untrained) <= 0.02 * untrained  # a search may end at another lambda
+    # The search may end at another lambda, since its files say `qat` and have a few bytes more.
+    assert abs(size - untrained) <= 0.1 * untrained
     saved = checkpoint.load(tmp_path / "qat/checkpoints/quantized.pth")
     assert saved.quantization["method"] == "ptq" and saved.metrics["nnz_bytes"] == size
     # What is recorded is the lambda of the file, not the one that training began with. (Until it is
