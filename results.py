@@ -30,6 +30,10 @@ CURVE = "curve"
 # Charts of the published chain, in release/: what they show.
 CHARTS = {
     "train.png": "Training: loss, accuracy and learning rate by epoch.",
+    "prune.png": "Pruning: accuracy against sparsity, by round.",
+    "quantize.png": "Quantization-aware training: loss, accuracy and learning rate by epoch.",
+    "sweep_heatmap.png": "Accuracy at every pair of bit-widths.",
+    "report.png": "Bytes and accuracy of every file of the chain.",
 }
 
 
@@ -44,7 +48,7 @@ def main(argv=None):
     folder = Path(cfg.folder)
     known = {path.stem: tables.read(path) for path in sorted((folder / "results").glob("*.json"))}
     readme = folder / "README.md"
-    texts = {folder / "RESULTS.md": page(known), readme: filled(readme.read_text(), known)}
+    texts = {folder / "RESULTS.md": page(known, folder), readme: filled(readme.read_text(), known)}
     stale = [p for p, text in texts.items() if not p.is_file() or p.read_text() != text]
     if cfg.check and stale:
         raise UserError(f"{', '.join(map(str, stale))}: not what results/ says; `make results`")
@@ -55,8 +59,9 @@ def main(argv=None):
     print(f"{len(known)} tables; {', '.join(p.name for p in stale) or 'nothing'} written")
 
 
-def page(measured: dict[str, dict]) -> str:
-    """Return the text of RESULTS.md. Raises UserError for a table missing from ORDER."""
+def page(measured: dict[str, dict], folder: Path) -> str:
+    """Return the text of RESULTS.md, which lies in `folder`. Raises UserError for a table missing
+    from ORDER."""
     known = [name for names in ORDER.values() for name in names]
     unknown = sorted(set(measured) - set(known))
     if unknown:
@@ -65,10 +70,11 @@ def page(measured: dict[str, dict]) -> str:
         "# Results", "",
         "Every table here was written by `make results` from a file in [results/](results). A",
         "stage or a benchmark wrote that file; where a table names two commits, the named row",
-        "was measured later and put in. Accuracy: correct answers over a whole split. In tables",
-        "of files it is that of the file, read back from disk; in those of training recipes and",
-        "of the parts of rate-distortion quantization, that of the network in memory. A `+`",
-        "after a commit: with changes that were not committed.", "",
+        "was measured later and put in. The commit is that of the measurement: a network may",
+        "be older, as README.md says of some. A `+` after it: with changes that were not",
+        "committed. Accuracy: correct answers over a whole split. In tables of files it is that",
+        "of the file, read back from disk; in those of training recipes and of the parts of",
+        "rate-distortion quantization, that of the network in memory.", "",
     ]  # fmt: skip
     for section, names in ORDER.items():
         present = [name for name in names if name in measured]
@@ -81,7 +87,8 @@ def page(measured: dict[str, dict]) -> str:
                 lines += [f"![{title}](results/curve.png)", ""]
     lines += ["## Charts of the published chain", ""]
     for chart, caption in CHARTS.items():
-        lines += [caption, "", f"![{caption}](release/{chart})", ""]
+        if (folder / "release" / chart).is_file():
+            lines += [caption, "", f"![{caption}](release/{chart})", ""]
     return "\n".join(lines[:-1]) + "\n"
 
 

@@ -69,7 +69,10 @@ class Settings(config.AfterTraining):
     act_bits: list[int] = flag(
         [32, 16, 12, 8, 6, 4], "columns of the grid; 32 is off", also="activation_bits"
     )  # fmt: skip
-    rd_lambda: list[float] = flag([0.0], "as in quantize.py; every cell of the grid has each")
+    rd_lambda: list[float] = flag(
+        [0.0], "as in quantize.py; every cell of the grid has each; over 0 for --weight-bits of 2 "
+        "to 8 alone"
+    )  # fmt: skip
     calibration: int = flag(1024, "training images for ptq, used without their labels")
     split: str = flag("val", "images to evaluate on", choices=("val", "test"))
     results: str | None = flag(
@@ -89,8 +92,8 @@ class Settings(config.AfterTraining):
             raise ValueError("--calibration must be at least 1 image")
         if not self.rd_lambda or not all(0 <= value < math.inf for value in self.rd_lambda):
             raise ValueError("--rd-lambda needs numbers of at least 0")
-        if any(self.rd_lambda) and (self.method == "reference" or 32 in self.weight_bits):
-            raise ValueError("--rd-lambda is for --method ptq and weights of 2 to 16 bits")
+        if any(self.rd_lambda) and (self.method == "reference" or max(self.weight_bits) > 8):
+            raise ValueError("--rd-lambda is for --method ptq and weights of 2 to 8 bits")
         if (self.beside or self.title) and not self.results:
             raise ValueError("--beside and --title are for a table: give --results")
         for bits in (*self.weight_bits, *self.act_bits):

@@ -46,7 +46,8 @@ def keep_best(
 
 
 def _keep(weights: list[Tensor], scores: list[Tensor], keep: int) -> None:
-    """Zero all weights but the `keep` with the highest scores; a flat tensor of scores each."""
+    """Zero all weights but the `keep` with the highest scores; a flat tensor of scores each, of at
+    least 0."""
     # A weight without which nothing changes has the score 0 as well, under obd.
     scores = torch.cat([
         score.masked_fill(weight.flatten() == 0, -1)
