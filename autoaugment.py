@@ -400,7 +400,7 @@ def preview(images: Tensor, path: Path) -> None:
     def changed(codes: Tensor):
         """Apply codes (rows, columns, 2), each row to one image, as plots.image_tables wants it."""
         rows, columns, _ = codes.shape
-        repeated = images[:rows].repeat_interleave(columns, 0)
+        repeated = images[torch.arange(rows) % len(images)].repeat_interleave(columns, 0)
         results = apply(repeated, {"operations": codes.view(-1, 2)})
         return results.view(rows, columns, 3, 32, 32).permute(0, 1, 3, 4, 2).numpy()
 

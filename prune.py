@@ -127,6 +127,9 @@ class Settings(config.AfterTraining):
     def __post_init__(self):
         if not 0 < self.target < 1 or not 0 < self.prune_fraction < 1:
             raise ValueError("--target and --prune-fraction must lie between 0 and 1")
+        other = {"cubic": "prune_fraction", "geometric": "target"}[self.schedule]
+        if getattr(self, other) != getattr(type(self), other):
+            raise ValueError(f"--{other.replace('_', '-')} is not for --schedule {self.schedule}")
         if not 0 <= self.max_drop <= 100:
             raise ValueError("--max-drop must be 0 to 100 percentage points")
         if self.last_epochs is not None and self.last_epochs < 1:
@@ -305,7 +308,8 @@ def _run_rounds(run: Run, state: State) -> State:
         began = time.monotonic()
         if state.pruned is None:
             if processes.is_main():  # others may round scores otherwise
-                _prune(run, state, number)
+                with processes.all_threads():
+                    _prune(run, state, number)
             state.save(run.state_file, run.identity)
             if not processes.is_main():
                 state = State.load(run.state_file, run.identity, device)
@@ -409,7 +413,7 @@ def _line(run: Run, number, model, result, good, history, seconds) -> dict:
         "round": number, "sparsity": sparsity_of(counts, run.total),
         "val_accuracy": result.accuracy, "val_correct": result.correct, "val_total": result.total,
         "kept": good, "live_weights": sum(weights for _, weights, _ in counts),
-        "channels": channels, "macs": metrics.macs(model), "seconds": round(seconds, 1),
+        "channels": channels, "macs": metrics.macs(model.settings), "seconds": round(seconds, 1),
         "epochs": history,
     }  # fmt: skip
 

@@ -69,6 +69,11 @@ from models.mobilenetv2 import MobileNetV2
 LARGEST_IN_CHAIN = 8  # weight bits: to_int8.py takes no more
 LAMBDA_FLAGS = "--rd-lambda, --max-bytes and --max-drop"  # with which bits count: see has_lambda
 LOGIT_IMAGES = 512  # training images that the size of logits, and the cost of a bit, come from
+# Settings that training alone depends on, not ptq.
+OF_TRAINING = (
+    "epochs", "lr", "batch_size", "distill", "teacher", "temperature", "views", "ema", "augment",
+    "amp",
+)
 # With --max-drop, qat starts from a network that loses this many times as much.
 DROP_BEFORE_QAT = 2.0
 
@@ -166,12 +171,16 @@ class Settings(config.AfterTraining):
             raise ValueError("--epochs and --batch-size must be at least 1, --views at least 0")
         if not 0 <= self.distill <= 1 or not 0 <= self.ema < 1:
             raise ValueError("--distill must be in [0, 1], --ema in [0, 1)")
-        if (self.teacher or self.views) and (self.method != "qat" or not self.distill):
-            raise ValueError("--teacher and --views are for --method qat with a --distill over 0")
+        if (self.teacher or self.views) and not self.distill:
+            raise ValueError("--teacher and --views need a --distill over 0")
         if self.keep == "last" and (self.method != "qat" or self.has_budget):
             raise ValueError("--keep last is for --method qat without --max-bytes and --max-drop")
         if not self.temperature > 0 or not self.lr > 0:
             raise ValueError("--lr and --temperature must be over 0")
+        default = type(self)  # the class: its attributes are the defaults
+        for name in OF_TRAINING:
+            if self.method != "qat" and getattr(self, name) != getattr(default, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for --method qat")
 
     @property
     def has_budget(self) -> bool:
@@ -210,6 +219,11 @@ class Job:
             "data": self.images.provenance(),
         }  # fmt: skip
 
+    @property
+    def identity_of_ptq(self) -> dict:
+        """What its stored result belongs to: the identity without what training alone needs."""
+        return {k: v for k, v in self.identity.items() if k not in OF_TRAINING}
+
     def measure(self, network, rd_lambda: float, latent: dict | None = None) -> budget.Attempt:
         """Return a quantized network with its accuracy and, if there is a lambda, its bytes."""
         result = engine.evaluate(network, self.images.val) if self.before else None
@@ -244,6 +258,9 @@ def main(argv=None):
         images.split("val")  # it decides
     teacher = parent.teacher(cfg.teacher, cfg.assume_downsample, images)
     engine.say_device(device)
+    if cfg.method != "qat" and not processes.is_main():  # one process does it all
+        processes.stop()
+        return
     before = engine.evaluate(model, images.val) if len(images.val) else None
 
     attempts = []
@@ -257,7 +274,7 @@ def main(argv=None):
             made, _, attempts = post_training(job)
         else:
             engine.refuse_unfit_batches(cfg.batch_size, images.train)
-            start, fallback, attempts = before_training(job, out)
+            start, fallback, attempts = stored_post_training(job, out)
             made = train(job, start, fallback, out)
             if made is fallback:  # the file says that it is ptq's, and becomes a little smaller
                 job = dataclasses.replace(job, scheme=job.scheme | {"method": "ptq"})
@@ -492,20 +509,24 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     return job.measure(model, start.rd_lambda)
 
 
-def before_training(job: Job, out: Path) -> PostTraining:
-    """Return what ptq made for qat: kept beside `out` until qat is done, so that it is the same in
-    all processes, and where qat is continued on a processor that rounds otherwise."""
-    states = state_file(out), ptq_file(out)
+def stored_post_training(job: Job, out: Path) -> PostTraining:
+    """Return `post_training(job)` for qat. It is run once, in the main process, and kept beside
+    `out` until qat is done, so that training begins with the same network in all processes, and
+    again where it is continued on a processor that rounds otherwise."""
+    file, wanted = ptq_file(out), job.identity_of_ptq
     if not job.cfg.resume:
-        processes.discard(*states)
-    if processes.is_main() and not ptq_file(out).is_file():
+        processes.discard(state_file(out))
+        if processes.is_main() and file.is_file() and checkpoint.read(file)["config"] != wanted:
+            file.unlink()
+    if processes.is_main() and not file.is_file():
         if state_file(out).is_file():
-            raise UserError(f"{state_file(out)} belongs to a {ptq_file(out).name} that is missing: "
-                            "--no-resume discards it")  # fmt: skip
-        save_ptq(post_training(job), ptq_file(out), job.identity)
+            raise UserError(f"{state_file(out)} has no {file.name} beside it (it was deleted, or "
+                            "the state is of an earlier version): --no-resume discards it")
+        with processes.all_threads():
+            save_ptq(post_training(job), file, wanted)
     processes.wait()
-    saved = checkpoint.read(ptq_file(out))
-    engine.refuse_other_run(ptq_file(out), saved["config"], job.identity)
+    saved = checkpoint.read(file)
+    engine.refuse_other_run(file, saved["config"], wanted)
     attempts = []
     for row in saved["attempts"]:
         network, latent = None, None
@@ -519,7 +540,7 @@ def before_training(job: Job, out: Path) -> PostTraining:
 
 
 def save_ptq(made: PostTraining, file: Path, identity: dict) -> None:
-    """Write what ptq made for qat: of the networks, those that it needs."""
+    """Write what ptq made for qat: all attempts, with the networks of those that it needs."""
     needed = made.start, made.fallback
     checkpoint.write(file, {
         "config": identity, "start": made.attempts.index(made.start),

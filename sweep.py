@@ -249,21 +249,8 @@ def cell(
         sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
         small, _ = compact(model)
         model, _ = ptq.quantize(small, sample, scheme, lambda_per_bit=rd_lambda / BITS_PER_KILOBYTE)
-    raw = compressed.encode(
-        dataclasses.replace(
-            parent,
-            stage="quantized",
-            settings=model.settings,
-            state=model.state_dict(),
-            quantization=scheme,
-            data=images.provenance(),
-            seed=cfg.seed,
-            ancestors=parent.lineage(),
-            sha256=None,
-            bytes=None,
-            metrics={},
-        )  # fmt: skip
-    )
+    child = parent.child("quantized", model, scheme, images.provenance(), cfg.seed)
+    raw = compressed.encode(child)
     write_bytes(path, raw)
     # As floats: one arithmetic for all cells, of which those over 8 bits have no integers.
     source = checkpoint.load(path)

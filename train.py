@@ -120,10 +120,12 @@ def main(argv=None):
     log = logs.Log(cfg.in_run("logs/train.jsonl"), identity, cfg.wandb)
     state_file = out.with_name(out.name + ".resume")
 
+    if not cfg.resume:
+        processes.discard(state_file)
     recipe = engine.Recipe.of(cfg, warmup_epochs=cfg.warmup)
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file,
-        config=identity, resume=cfg.resume, log=log,
+        config=identity, log=log,
     )  # fmt: skip
     if processes.is_main():
         final = engine.evaluate(model, images.val) if len(images.val) else None

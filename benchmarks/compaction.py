@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     x = images(cfg, device)
 
     rows = []
-    for name, count in (("MACs per image", metrics.macs), ("weights", weights)):
+    for name, count in (("MACs per image", macs), ("weights", weights)):
         a, b = count(dense), count(small)
         rows.append([name, a, b, f"{a / b:.1f}x", ""])
     for size in cfg.batch:
@@ -84,6 +84,10 @@ def turn(model: nn.Module, x: Tensor) -> float:
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([model(part) for part in x.split(128)])
+
+
+def macs(model: nn.Module) -> int:
+    return metrics.macs(model.settings)
 
 
 def weights(model: nn.Module) -> int:

@@ -69,7 +69,7 @@ class Attempt:
     """A quantized network, and what came of it."""
 
     rd_lambda: float
-    network: MobileNetV2 | None  # None: of an interrupted run, which kept only those that it needs
+    network: MobileNetV2 | None  # None: in qat, where training does not need it: see quantize.py
     latent: dict | None  # its weights before rounding, of ptq: see lib.ptq.quantize
     bytes: int  # of the .nnz that it becomes; 0 if that was not asked for
     result: engine.Evaluation | None  # on the validation split, if there is one

@@ -111,6 +111,19 @@ class Checkpoint:
         }  # fmt: skip
         return [*self.ancestors, this]
 
+    def child(
+        self, stage: str, network: MobileNetV2, scheme: dict, data: dict, seed: int
+    ) -> "Checkpoint":
+        """Return a quantized version of this network, as a file of that stage would hold it.
+
+        scheme, data, seed: of that version.
+        """
+        return dataclasses.replace(
+            self, stage=stage, settings=network.settings, state=network.state_dict(),
+            quantization=scheme, data=data, seed=seed, ancestors=self.lineage(), metrics={},
+            sha256=None, bytes=None,
+        )  # fmt: skip
+
     def encode_child(self, network: MobileNetV2, scheme: dict, data: dict, seed: int) -> bytes:
         """Return the .nnz file that a quantized version of this network becomes by the usual
         stages: quantize.py, to_int8.py, sparse_compress.py.
@@ -118,13 +131,12 @@ class Checkpoint:
         scheme, data, seed: of that version. The hash of the int8.pth in between is unknown, and
         zeros in its place.
         """
-        child = dataclasses.replace(
-            self, settings=network.settings, state=network.state_dict(), quantization=scheme,
-            data=data, seed=seed, metrics={}, sha256="0" * 64,
-        )  # fmt: skip
-        quantized = dataclasses.replace(child, stage="quantized", ancestors=self.lineage())
-        int8 = dataclasses.replace(child, stage="int8", ancestors=quantized.lineage())
-        return compressed.encode(dataclasses.replace(int8, file=Path("int8.pth")))
+        quantized = self.child("quantized", network, scheme, data, seed)
+        quantized.sha256 = "0" * 64
+        int8 = dataclasses.replace(
+            quantized, stage="int8", ancestors=quantized.lineage(), file=Path("int8.pth")
+        )
+        return compressed.encode(int8)
 
     def refuse_quantized(self, advice: str = "start from an fp32 network") -> None:
         """Raise UserError, with the advice, if the network is quantized."""

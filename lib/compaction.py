@@ -51,9 +51,9 @@ def compact(model: MobileNetV2) -> tuple[MobileNetV2, dict[str, tuple[Tensor | N
 
     Returns (smaller, kept). smaller: a new network in the same mode, on the same device, with its
     own settings. kept[name]: for each dimension of that parameter or buffer the indices that stay,
-    None for all, so that optimizer state can be cut in the same way (`take`). The model itself is
-    not changed. Raises UserError if its batch norms are folded, or if other blocks than the first
-    one have no expansion.
+    None for a dimension that never shrinks, so that optimizer state can be cut in the same way
+    (`take`). The model itself is not changed. Raises UserError if its batch norms are folded, or if
+    other blocks than the first one have no expansion.
     """
     expand = [block.expand is not None for block in model.blocks]
     if model.settings.get("folded") or expand[0] or not all(expand[1:]):
@@ -74,7 +74,7 @@ def compact(model: MobileNetV2) -> tuple[MobileNetV2, dict[str, tuple[Tensor | N
             pass
         channels = _kept_channels(network, weights)
     dims = _kept_dims(network, channels)
-    dims |= {layer.norm: dims[layer.name][:1] for layer in network}
+    dims |= {layer.norm: dims[layer.name][:1] for layer in network if layer.norm}
     state = work.state_dict()
     kept = {name: dims[name.rpartition(".")[0]][: tensor.ndim] for name, tensor in state.items()}
     smaller = MobileNetV2(_resized(model.settings, channels))
@@ -86,7 +86,7 @@ def compact(model: MobileNetV2) -> tuple[MobileNetV2, dict[str, tuple[Tensor | N
 
 
 def take(tensor: Tensor, kept: tuple[Tensor | None, ...]) -> Tensor:
-    """Return the part of a tensor that stays; kept: indices or None (all) for each dimension."""
+    """Return the part of a tensor that stays; kept: for each dimension indices, or None for all."""
     for dim, index in enumerate(kept):
         if index is not None:
             tensor = tensor.index_select(dim, index.to(tensor.device))
@@ -149,7 +149,7 @@ def _kept_channels(network: list[Layer], weights: dict[str, Tensor]) -> dict[Gro
 def _kept_dims(
     network: list[Layer], channels: dict[Group, Tensor]
 ) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-    """Return the rows and the columns of each layer's weight that stay; None: all."""
+    """Return the rows and the columns of each layer's weight that stay; None: they never go."""
     return {
         layer.name: (
             channels.get(layer.output_group),

@@ -26,7 +26,7 @@ METAVARS = {
     "parent": "FILE", "out": "FILE", "decompress": "FILE", "onnx": "FILE", "data": "PATH",
     "run_dir": "DIR", "release": "DIR", "layer_bits": "BITS", "teacher": "FILE",
     "init": "FILE", "model": "FILE", "results": "FILE", "beside": "FILE", "reference": "DIR",
-    "environment": "DIR",
+    "environment": "DIR", "dense": "FILE", "pruned": "FILE", "int8": "FILE",
 }  # fmt: skip
 DATA_HELP = (
     "file or folder: cifar10.npz, cifar-10-batches-py or cifar-100-python, its .tar.gz, parquet "

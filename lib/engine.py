@@ -108,10 +108,10 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: data.Split, amp: bool = False, note: str = "") -> Evaluation:
+def evaluate(model: nn.Module, split: data.Split, amp: bool = False) -> Evaluation:
     """Evaluate a model on a whole split, in its order; in fp32 unless `amp`.
 
-    The model stays in eval mode. note: what the progress bar is called.
+    The model stays in eval mode.
     """
     model.eval()
     dynamic = any(quantizers.is_dynamic(module) for module in model.modules())
@@ -122,16 +122,19 @@ def evaluate(model: nn.Module, split: data.Split, amp: bool = False, note: str =
         with _autocast(split.images.device, amp):
             return model(data.normalize(images)).float()
 
-    return evaluate_function(network, split, note, batch)
+    return evaluate_function(network, split, batch=batch)
 
 
 @torch.inference_mode()
 def evaluate_function(
-    network: Callable, split: data.Split, note: str = "", batch: int = EVAL_BATCH
+    network: Callable, split: data.Split, note: str = "evaluate", batch: int = EVAL_BATCH
 ) -> Evaluation:
-    """Evaluate any function from uint8 images (n, 3, 32, 32) to logits (n, classes)."""
+    """Evaluate any function from uint8 images (n, 3, 32, 32) to logits (n, classes).
+
+    note: what the progress bar is called.
+    """
     starts = range(0, len(split), batch)
-    shown = tqdm(starts, desc=note or "evaluate", leave=False, disable=_quiet())
+    shown = tqdm(starts, desc=note, leave=False, disable=_quiet())
     logits = torch.cat([network(split.images[a : a + batch]) for a in shown])
     predictions = logits.argmax(1)
     correct = int((predictions == split.labels).sum())
@@ -151,7 +154,6 @@ def fit(
     state_file: Path,
     *,
     config: dict,
-    resume: bool = True,
     teacher: nn.Module | None = None,
     after_step: Callable[[], None] | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
@@ -169,8 +171,8 @@ def fit(
         apply(images, params) -> images: uint8 (m, 3, 32, 32) on the device to the same, with the
             m matching rows of each of these tensors. (m, 3, s, s) is possible too.
     state_file: rewritten after every epoch and left behind at the end (the caller deletes it once
-        its own output is safe). With `resume`, a state made with the same `config` is continued;
-        another run's is refused. An epoch depends on (seed, epoch) and on that state alone, so
+        its own output is safe). A state made with the same `config` is continued; another run's
+        is refused. An epoch depends on (seed, epoch) and on that state alone, so
         the result equals an uninterrupted run's to the bit, on the CPU.
     teacher: an fp32 network; with recipe.distill, its soft labels are mixed in (Hinton, Vinyals
         and Dean 2015). It answers batches that repeat (recipe.views) once.
@@ -200,8 +202,6 @@ def fit(
     state = TrainingState.start(model, recipe, velocity)
     # Without batch norm, the teacher is a third less to compute.
     teacher = quantizers.fold(teacher) if teacher and recipe.distill else None
-    if not resume:
-        processes.discard(state_file)
     if state_file.is_file():
         state.restore(state_file, config)
         say(f"continuing {state_file} after epoch {len(state.history)}")
@@ -247,9 +247,7 @@ def fit(
                 }  # fmt: skip
             line["seconds"] = round(time.monotonic() - start, 1)
             state.add(line)
-            answers = state.answers_of_all()
-            if rank == 0:
-                state.save(state_file, config, answers)
+            state.save(state_file, config)
             saved_epochs = epoch + 1
             if log:
                 log(line)
@@ -313,21 +311,21 @@ class TrainingState:
             weights = self.final.state_dict()
             self.best_weights = {name: t.cpu().clone() for name, t in weights.items()}
 
-    def answers_of_all(self) -> dict[int, Tensor]:
-        """Return the teacher's logits for the batches of all processes, which must all call this:
-        by view, (steps, images per global batch, classes)."""
-        stacked = {view: torch.stack(logits) for view, logits in self.answers.items()}
-        return {view: processes.concatenate(logits, 1) for view, logits in stacked.items()}
-
-    def save(self, path: Path, config: dict, answers: dict[int, Tensor]) -> None:
-        """Write the state, with the settings that it belongs to and what `answers_of_all` gave."""
-        checkpoint.write(path, {
-            "config": config, "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "average": self.average.state_dict() if self.average else None,
-            "history": self.history, "best": self.best, "best_state": self.best_weights,
-            "answers": answers,
-        })  # fmt: skip
+    def save(self, path: Path, config: dict) -> None:
+        """Write the state, with the settings that it belongs to, in the main process; all processes
+        call this, since the file holds the teacher's answers to the batches of all of them."""
+        answers = {
+            view: processes.concatenate(torch.stack(logits), 1)
+            for view, logits in self.answers.items()
+        }
+        if processes.is_main():
+            checkpoint.write(path, {
+                "config": config, "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "average": self.average.state_dict() if self.average else None,
+                "history": self.history, "best": self.best, "best_state": self.best_weights,
+                "answers": answers,  # by view: (steps, images per batch, classes)
+            })  # fmt: skip
 
     def restore(self, path: Path, config: dict) -> None:
         """Read back what `save` wrote. Raises UserError if it belongs to other settings."""

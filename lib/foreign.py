@@ -46,10 +46,10 @@ def state_dict(raw: dict, path: Path) -> dict[str, Tensor]:
         if (name.startswith(prefix) if prefix else "." in name)
     }  # fmt: skip
     beside = [repr(name) for name in tensors if not (name.startswith(prefix) and "." in name)]
-    done = [f"taken from {_place(keys, '')}"] if keys else []
+    done = [f"taken from {_where(keys, '')}"] if keys else []
     done += [f"without the prefix {prefix!r}"] if prefix else []
     done += [f"without {first_three(beside)} beside it"] if beside else []
-    others = [_place(*network[:2]) for network in networks[1:]]
+    others = [_where(*network[:2]) for network in networks[1:]]
     done += [f"not the network at {first_three(others)}"] if others else []
     if any(name.endswith("_mask") for name in state):
         check_stored(state, path)
@@ -84,8 +84,8 @@ def _tensors(content: dict) -> dict[str, Tensor]:
     return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
-def _place(keys: tuple[str, ...], prefix: str) -> str:
-    """Return the place of a network in a file: 'model' > 'module.'."""
+def _where(keys: tuple[str, ...], prefix: str) -> str:
+    """Return where a network lies in a file: 'model' > 'module.'."""
     return " > ".join(repr(key) for key in (*keys, *([prefix] if prefix else [])))
 
 

@@ -85,7 +85,10 @@ def start_wandb(folder: Path, **options):
             mode=mode, settings=wandb.Settings(silent=True, init_timeout=timeout), **options,
         )  # fmt: skip
 
-    timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", WANDB_SECONDS))
+    try:
+        timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", WANDB_SECONDS))
+    except ValueError as error:
+        raise UserError(f"WANDB_INIT_TIMEOUT, in seconds: {error}") from None
     mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -120,7 +123,7 @@ def _wandb_key() -> bool:
     """Return whether this machine can log in to W&B."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # no such file, or not of UTF-8
         return "api.wandb.ai" in (Path.home() / ".netrc").read_text()
     return False
 

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from lib import data, engine, metrics, runtime
 from lib.checkpoint import Checkpoint
-from models.mobilenetv2 import MobileNetV2
 
 
 def figures_of_file(
@@ -34,7 +33,7 @@ def figures_of_file(
         "sha256": source.sha256, "dtype": source.dtype, "quantization": source.quantization,
         # Of the network that the chain began with; compaction leaves fewer live ones.
         "weights": source.original_weights, "live_weights": source.weights, "nonzeros": nonzeros,
-        "sparsity": 1 - nonzeros / source.original_weights, "macs": macs(source.settings),
+        "sparsity": 1 - nonzeros / source.original_weights, "macs": metrics.macs(source.settings),
         "arithmetic": network.arithmetic,
         "layers": [{"name": n, "weights": w, "nonzeros": z} for n, w, z in layers],
         "ancestors": [
@@ -52,12 +51,6 @@ def figures_of_file(
     classes = source.settings["classes"]
     pairs = labels * classes + result.predictions
     return figures, torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-
-
-def macs(settings: dict) -> int:
-    """Return the multiply-accumulates per image of a network of these settings."""
-    with torch.device("meta"):  # shapes are all that it takes
-        return metrics.macs(MobileNetV2(settings))
 
 
 def change(before: Tensor, after: Tensor) -> dict[str, int]:

@@ -3,14 +3,16 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from models.layers import CLASSIFIER, layers
 
 
-def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(correct: int, total: int) -> tuple[float, float]:
     """Return the 95% interval of an accuracy of correct / total, as two shares (Wilson 1927)."""
     if not total:
         return 0.0, 1.0
-    p, n = correct / total, total
+    p, n, z = correct / total, total, 1.96
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -37,25 +39,13 @@ def layer_counts(model: nn.Module) -> list[tuple[str, int, int]]:
     ]
 
 
-def macs(model: nn.Module, size: int = 32) -> int:
-    """Count the multiply-accumulates of Conv2d and Linear layers for one image of size x size.
+def macs(settings: dict) -> int:
+    """Return the multiply-accumulates of all layers of a network for one image of 32x32.
 
-    Weights that are zero count like the others.
+    settings: the network's. Weights that are zero count like the others.
     """
-    total = 0
-
-    def count(layer, _, output: Tensor):
-        nonlocal total
-        total += output[0].numel() * layer.weight[0].numel()
-
-    hooks = [layer.register_forward_hook(count) for layer in weight_layers(model).values()]
-    device = next(model.parameters()).device
-    training = model.training
-    try:
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, size, size, device=device))
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    total, side = 0, 32
+    for layer in layers(settings):
+        side = 1 if layer.role == CLASSIFIER else (side - 1) // layer.stride + 1
+        total += side**2 * math.prod(layer.shape)
     return total

@@ -61,6 +61,17 @@ def main_first():
         wait()
 
 
+@contextlib.contextmanager
+def all_threads():
+    """Context manager: this process has the threads of all processes, which wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads * world_and_rank()[0])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def from_main_process(value: float, device: torch.device) -> float:
     """Return the main process's value in all processes, so that they decide alike on it."""
     if dist.is_initialized():

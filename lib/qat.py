@@ -58,7 +58,7 @@ SMALLEST_LOSS = 1e-6  # of a network without errors
 # Scales learn this many times faster than weights: a step changes a logarithm, so a scale moves by
 # a share of itself.
 SCALE_LR_FACTOR = 5.0
-GRIDS = ("scale_bits", "bias_scale")  # what lib.ptq leaves on a layer that no state dict holds
+BESIDE_STATE = ("scale_bits", "bias_scale")  # what lib.ptq leaves on a layer, not in its state
 UNROUNDED = 8  # bits of activations from which on they are not rounded in training
 TRAINED = {
     nn.Conv2d: _TrainedConv2d, quantizers.QuantConv2d: _TrainedConv2d,
@@ -157,8 +157,8 @@ def pack(network: MobileNetV2, latent: dict[str, Tensor]) -> dict:
     that training can be continued where lib.ptq might round otherwise."""
     return {
         "settings": network.settings, "state": network.state_dict(), "latent": latent,
-        "grids": {
-            name: {key: value for key, value in vars(layer).items() if key in GRIDS}
+        "beside_state": {
+            name: {key: value for key, value in vars(layer).items() if key in BESIDE_STATE}
             for name, layer in weight_layers(network).items()
         },
     }  # fmt: skip
@@ -171,8 +171,8 @@ def unpack(
     network = MobileNetV2(packed["settings"])
     quantizers.attach(network, scheme)
     network.load_state_dict(packed["state"])
-    for name, grids in packed["grids"].items():
-        vars(network.get_submodule(name)).update(grids)
+    for name, values in packed["beside_state"].items():
+        vars(network.get_submodule(name)).update(values)
     latent = {name: tensor.to(device) for name, tensor in packed["latent"].items()}
     return network.to(device, memory_format=torch.channels_last).eval(), latent
 

@@ -237,14 +237,14 @@ def test_training_keeps_an_epoch_within_the_budget(
     answered, parent, tmp_path, capsys, monkeypatch
 ):
     """Of the epochs that are within it, the most accurate, if ptq's network is less accurate."""
-    untrained = quantize.before_training
+    untrained = quantize.stored_post_training
 
     def inaccurate(job, out):  # few steps on few images do not win against ptq by themselves
         made = untrained(job, out)
         result = dataclasses.replace(made.fallback.result, correct=0)
         return made._replace(fallback=dataclasses.replace(made.fallback, result=result))
 
-    monkeypatch.setattr(quantize, "before_training", inaccurate)
+    monkeypatch.setattr(quantize, "stored_post_training", inaccurate)
     _, size = chain(answered, parent, tmp_path, *QAT, "--max-bytes=2200", "--lr=1e-3")
     lines, out = lines_of(tmp_path), capsys.readouterr().out
     within = [x for x in lines if x["bytes"] <= 2200]

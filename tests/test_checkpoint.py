@@ -201,12 +201,13 @@ def test_the_command_is_recorded_without_folders(tmp_path):
     assert save(tmp_path / "a.pth").command == "python train.py"
     cfg = prune.Settings(
         parent="/some where/b.pth", teacher="/x/c.pth", run_dir="/run", data="/data", seed=3,
-        prune_fraction=0.5, amp=False, device="cuda:1",
+        schedule="geometric", prune_fraction=0.5, amp=False, device="cuda:1",
     )  # fmt: skip
     model = MobileNetV2(SETTINGS)
     saved = checkpoint.save(tmp_path / "b.pth", "pruned", model, cfg, None, metrics={}, data={})
     assert saved.command == (
-        "python prune.py --seed 3 --parent b.pth --prune-fraction 0.5 --teacher c.pth --no-amp"
+        "python prune.py --seed 3 --parent b.pth --schedule geometric --prune-fraction 0.5 "
+        "--teacher c.pth --no-amp"
     )
     cfg = quantize.Settings(layer_bits="/home/me/bits.json,first=8")
     assert config.command(cfg) == "python quantize.py --layer-bits bits.json,first=8"

@@ -54,7 +54,7 @@ def test_same_outputs_from_a_smaller_network(seed):
         expected, found = model(images), smaller(images)
     assert (expected - found).abs().max() <= 1e-4 * expected.abs().max()
     assert torch.equal(expected.argmax(1), found.argmax(1))
-    assert metrics.macs(smaller) < metrics.macs(model)
+    assert metrics.macs(smaller.settings) < metrics.macs(model.settings)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert {k: take(v, kept[k]).shape for k, v in before.items()} == {
         k: v.shape for k, v in smaller.state_dict().items()
@@ -123,7 +123,7 @@ def test_a_dead_network_still_is_one():
         model.classifier[1].bias.copy_(torch.arange(10.0))
     smaller, _ = compact(model)
     assert torch.equal(smaller(torch.randn(2, 3, 32, 32)), model(torch.randn(2, 3, 32, 32)))
-    assert metrics.macs(smaller) < metrics.macs(model) / 50
+    assert metrics.macs(smaller.settings) < metrics.macs(model.settings) / 50
 
 
 def test_a_residual_first_block_loses_only_channels_that_no_layer_reads():

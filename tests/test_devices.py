@@ -164,7 +164,7 @@ def test_a_state_moves_between_devices_that_scale_the_loss_and_those_that_do_not
 
     old, new = state(before), state(after)
     old.add({"epoch": 1})
-    old.save(tmp_path / "state", {}, {})
+    old.save(tmp_path / "state", {})
     new.scaler = torch.amp.GradScaler("cpu", enabled=after, init_scale=32.0)
     new.restore(tmp_path / "state", {})
     assert new.history == [{"epoch": 1}]

@@ -150,3 +150,9 @@ def test_charts_are_images_of_the_run(nobody, tmp_path, monkeypatch, run_file):
     assert config["lr"] == 0.1 and summary["val_correct"] == 7
     assert summary["train._type"] == "image-file" and "none._type" not in summary
     assert (folder / "files" / summary["train.path"]).read_bytes() == chart.read_bytes()
+
+
+def test_a_timeout_that_is_no_number_is_an_error_of_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "60s")
+    with pytest.raises(UserError, match="WANDB_INIT_TIMEOUT, in seconds: .*60s"):
+        logs.start_wandb(tmp_path / "logs")

@@ -49,20 +49,14 @@ def test_counts_are_of_conv_and_linear_weights_alone():
     ]  # fmt: skip
 
 
-def test_macs_by_hand():
-    model = small().train()
-    before = model[1].running_mean.clone()
-    assert metrics.macs(model) == 16 * 16 * 4 * 27 + 16 * 16 * 4 * 9 + 5120
-    # Counting leaves no trace: mode, statistics, hooks.
-    assert model.training and torch.equal(model[1].running_mean, before)
-    assert not model[0]._forward_hooks
-
-
-def test_macs_are_dense_and_of_one_image():
-    model = MobileNetV2(standard(0.1, 8))
-    before = metrics.macs(model)
-    nn.init.zeros_(model.classifier[1].weight)
-    assert metrics.macs(model) == before
-    # All but the classifier goes with the area.
-    classifier = model.classifier[1].weight.numel()
-    assert metrics.macs(model, 64) - classifier == 4 * (before - classifier)
+@pytest.mark.parametrize("settings", [
+    standard(), standard(0.1, 8), standard(0.5, 16), standard(0.35, 32), standard(0.25, classes=3)
+])  # fmt: skip
+def test_macs_are_those_of_the_network_that_runs(settings):
+    model, counts = MobileNetV2(settings).eval(), []
+    for layer in metrics.weight_layers(model).values():
+        layer.register_forward_hook(
+            lambda layer, _, y: counts.append(y[0].numel() * layer.weight[0].numel())
+        )
+    model(torch.zeros(1, 3, 32, 32))
+    assert metrics.macs(settings) == sum(counts)

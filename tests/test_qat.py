@@ -385,9 +385,21 @@ def test_epochs_without_their_beginning_are_refused(tiny, parent, tmp_path, monk
         with pytest.raises(KeyboardInterrupt):
             run(tiny, parent, tmp_path)
     (tmp_path / "checkpoints/quantized.pth.ptq.resume").unlink()
-    with pytest.raises(UserError, match="pth.ptq.resume that is missing: --no-resume discards it"):
+    with pytest.raises(UserError, match="has no quantized.pth.ptq.resume beside it .*--no-resume"):
         run(tiny, parent, tmp_path)
     run(tiny, parent, tmp_path, "--no-resume")
+
+
+def test_ptq_is_not_run_again_for_other_epochs(tiny, parent, tmp_path, monkeypatch):
+    """As after a loss that is no longer finite, or no epoch within a budget."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "__call__", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, parent, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(ptq, "quantize", None)
+        _, lines = run(tiny, parent, tmp_path, "--epochs=1", "--no-resume")
+    assert len(lines) == 1
 
 
 def in_two_processes(tiny, parent, folder, before: str = "") -> subprocess.CompletedProcess:

@@ -20,10 +20,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from lib.nnz.frame import Malformed
+from models.layers import Group
 
 CHUNK_BITS = 4096  # so many bits of a number are computed at once: its time is linear in its length
 
-Group = tuple[str, int]  # see models/layers.py
 
 
 def by_key(matrices: list[np.ndarray], groups: list[tuple]) -> dict[Group, np.ndarray]:
@@ -103,9 +103,9 @@ def _keys(matrices, groups) -> Iterator[tuple[Group, list[bytes]]]:
         for axis, name in enumerate(names):
             if name is not None:
                 members.setdefault(name, []).append((index, axis))
-    for group, places in members.items():
+    for group, axes in members.items():
         parts = []
-        for index, axis in places:
+        for index, axis in axes:
             levels = matrices[index] if axis == 0 else matrices[index].T
             if groups[index][1 - axis] is not None:  # what lies there has no order of its own
                 levels = np.sort(levels, 1)
