@@ -128,7 +128,7 @@ class Settings(config.AfterTraining):
         if not 0 < self.target < 1 or not 0 < self.prune_fraction < 1:
             raise ValueError("--target and --prune-fraction must lie between 0 and 1")
         other = {"cubic": "prune_fraction", "geometric": "target"}[self.schedule]
-        if getattr(self, other) != getattr(type(self), other):
+        if not config.is_default(self, other):
             raise ValueError(f"--{other.replace('_', '-')} is not for --schedule {self.schedule}")
         if not 0 <= self.max_drop <= 100:
             raise ValueError("--max-drop must be 0 to 100 percentage points")

@@ -177,9 +177,8 @@ class Settings(config.AfterTraining):
             raise ValueError("--keep last is for --method qat without --max-bytes and --max-drop")
         if not self.temperature > 0 or not self.lr > 0:
             raise ValueError("--lr and --temperature must be over 0")
-        default = type(self)  # the class: its attributes are the defaults
         for name in OF_TRAINING:
-            if self.method != "qat" and getattr(self, name) != getattr(default, name):
+            if self.method != "qat" and not config.is_default(self, name):
                 raise ValueError(f"--{name.replace('_', '-')} is for --method qat")
 
     @property

@@ -249,7 +249,7 @@ def cell(
         sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
         small, _ = compact(model)
         model, _ = ptq.quantize(small, sample, scheme, lambda_per_bit=rd_lambda / BITS_PER_KILOBYTE)
-    child = parent.child("quantized", model, scheme, images.provenance(), cfg.seed)
+    child = parent.child(model, scheme, images.provenance(), cfg.seed)
     raw = compressed.encode(child)
     write_bytes(path, raw)
     # As floats: one arithmetic for all cells, of which those over 8 bits have no integers.

@@ -111,15 +111,13 @@ class Checkpoint:
         }  # fmt: skip
         return [*self.ancestors, this]
 
-    def child(
-        self, stage: str, network: MobileNetV2, scheme: dict, data: dict, seed: int
-    ) -> "Checkpoint":
-        """Return a quantized version of this network, as a file of that stage would hold it.
+    def child(self, network: MobileNetV2, scheme: dict, data: dict, seed: int) -> "Checkpoint":
+        """Return a quantized version of this network, as quantize.py's file would hold it.
 
         scheme, data, seed: of that version.
         """
         return dataclasses.replace(
-            self, stage=stage, settings=network.settings, state=network.state_dict(),
+            self, stage="quantized", settings=network.settings, state=network.state_dict(),
             quantization=scheme, data=data, seed=seed, ancestors=self.lineage(), metrics={},
             sha256=None, bytes=None,
         )  # fmt: skip
@@ -131,7 +129,7 @@ class Checkpoint:
         scheme, data, seed: of that version. The hash of the int8.pth in between is unknown, and
         zeros in its place.
         """
-        quantized = self.child("quantized", network, scheme, data, seed)
+        quantized = self.child(network, scheme, data, seed)
         quantized.sha256 = "0" * 64
         int8 = dataclasses.replace(
             quantized, stage="int8", ancestors=quantized.lineage(), file=Path("int8.pth")

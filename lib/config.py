@@ -198,6 +198,11 @@ def refuse_replacing(out: Path, *read: Path | str | None) -> None:
                             "--out")  # fmt: skip
 
 
+def is_default(cfg, name: str) -> bool:
+    """Return whether a setting that is no list has its default value."""
+    return getattr(cfg, name) == getattr(type(cfg), name)  # a dataclass keeps defaults in its class
+
+
 def identity(cfg) -> dict:
     """Return the settings that a stage's result depends on."""
     return {k: v for k, v in vars(cfg).items() if k not in LOCATIONS}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import quantizers, rate
+from lib.checkpoint import Checkpoint
 from lib.engine import Evaluation
 from lib.metrics import weight_layers
 from lib.quantizers import FakeQuantize, Quantizer, max_level, per_row
@@ -168,13 +169,11 @@ def unpack(
     packed: dict, scheme: dict, device: torch.device
 ) -> tuple[MobileNetV2, dict[str, Tensor]]:
     """Return the network and the latent weights that `pack` was given; scheme: of the network."""
-    network = MobileNetV2(packed["settings"])
-    quantizers.attach(network, scheme)
-    network.load_state_dict(packed["state"])
+    network = Checkpoint("quantized", packed["settings"], packed["state"], scheme).build(device)
     for name, values in packed["beside_state"].items():
         vars(network.get_submodule(name)).update(values)
     latent = {name: tensor.to(device) for name, tensor in packed["latent"].items()}
-    return network.to(device, memory_format=torch.channels_last).eval(), latent
+    return network, latent
 
 
 def _learn(module: nn.Module, buffer: str) -> None:

@@ -25,7 +25,6 @@ from models.layers import Group
 CHUNK_BITS = 4096  # so many bits of a number are computed at once: its time is linear in its length
 
 
-
 def by_key(matrices: list[np.ndarray], groups: list[tuple]) -> dict[Group, np.ndarray]:
     """Return {group: its channels in the order of their keys}; channels of one key as they lie.
 
