@@ -55,21 +55,18 @@ class Settings(config.AfterTraining):
     dense: str | None = flag(None, "dense fp32 network; default: checkpoints/baseline.pth")
     pruned: str | None = flag(None, "pruned fp32 network; default: checkpoints/pruned.pth")
     int8: str | None = flag(None, "ours; default: checkpoints/int8.onnx")
-    threads: list[int] = flag([1, 2], "thread counts")
+    threads: list[int] = flag([1, 2], "thread counts", least=1)
     batches: list[int] = flag(
-        [1, 250], "batch sizes: the smallest for latency, the largest for throughput"
+        [1, 250], "batch sizes: the smallest for latency, the largest for throughput", least=1
     )
-    turns: int = flag(9, "turns per network, after one to warm up")
-    calls: int = flag(20, "calls per turn at batch 1; one call at larger batches")
-    calibration: int = flag(1024, "training images for quantize_static: as quantize.py's ptq has")
+    turns: int = flag(9, "turns per network, after one to warm up", least=1)
+    calls: int = flag(20, "calls per turn at batch 1; one call at larger batches", least=1)
+    calibration: int = flag(
+        1024, "training images for quantize_static: as quantize.py's ptq has", least=1
+    )
     peers: bool = flag(False, "also measure OpenVINO, if it is installed")
     split: str = flag("test", "images for the accuracy", choices=("val", "test", "train"))
     results: str | None = flag(None, "write the table for RESULTS.md, such as results/bench.json")
-
-    def __post_init__(self):
-        numbers = [*self.threads, *self.batches, self.turns, self.calls, self.calibration]
-        if min(numbers) < 1 or not self.threads or not self.batches:
-            raise ValueError("thread counts, batch sizes, turns, calls, calibration: 1 or more")
 
 
 @dataclasses.dataclass

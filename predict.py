@@ -42,11 +42,12 @@ LARGE = 100 * MEGA  # pixels of JPEGs that the decoder scales down
 class Settings:
     images: list[str] = config.files("image files, or folders of them")
     model: str | None = flag(None, "the network; default: see above")
-    top: int = flag(3, "classes per image, the most probable first")
+    top: int = flag(3, "classes per image, the most probable first", least=1)
     json: bool = flag(False, "print one JSON object per image, for machines")
     max_megapixels: int = flag(
-        MEGAPIXELS, "pixels, in millions, of an image that is decoded: more can exhaust memory"
-    )
+        MEGAPIXELS, "pixels, in millions, of an image that is decoded: more can exhaust memory",
+        least=1,
+    )  # fmt: skip
     assume_downsample: int | None = flag(
         None, "strides of a model that is a plain state dict: see eval.py --help",
         choices=(4, 8, 16, 32),
@@ -57,10 +58,6 @@ class Settings:
     def __post_init__(self):
         if not self.images:
             raise ValueError("name an image file or a folder of them")
-        if self.top < 1:
-            raise ValueError("--top must be at least 1")
-        if self.max_megapixels < 1:
-            raise ValueError("--max-megapixels must be at least 1")
 
 
 def main(argv=None):

@@ -52,13 +52,14 @@ LOGIT_IMAGES = 512  # training images that the score obd and the size of logits 
 
 
 @dataclasses.dataclass
-class Settings(config.AfterTraining):
+class Settings(config.FineTuning):
     parent: str | None = flag(
         None, "network to prune; default: checkpoints/baseline.pth", heading="files and data"
     )
     out: str | None = flag(None, "output file; default: checkpoints/pruned.pth")
-    resume: bool = flag(True, "continue an interrupted run if its state is there")
-    rounds: int = flag(8, "largest number of rounds; 0: only compact and save", heading="pruning")
+    rounds: int = flag(
+        8, "largest number of rounds; 0: only compact and save", heading="pruning", least=0
+    )
     schedule: str = flag(
         "cubic", "cubic: to --target in --rounds; geometric: --prune-fraction per round",
         choices=("cubic", "geometric"),
@@ -71,82 +72,49 @@ class Settings(config.AfterTraining):
     )  # fmt: skip
     target: float = flag(
         0.95, "sparsity after the last round (cubic), or slightly more; the weights of removed "
-        "channels count as pruned"
+        "channels count as pruned", over=0, under=1,
     )  # fmt: skip
     prune_fraction: float = flag(
-        0.2, "share of the remaining weights that is removed per round (geometric)"
+        0.2, "share of the remaining weights that is removed per round (geometric)", over=0, under=1
     )
     max_drop: float = flag(
-        0.5, "largest loss of validation accuracy against the parent, in percentage points"
-    )
+        0.5, "largest loss of validation accuracy against the parent, in percentage points",
+        least=0, most=100,
+    )  # fmt: skip
     dequantize: bool = flag(
         False, "take a quantized parent: weights become fp32; batch norms that were folded are "
         "made anew from training images"
     )  # fmt: skip
     compact: bool = flag(True, "remove dead channels, exactly, before and between the rounds")
-    epochs: int = flag(3, "epochs of fine-tuning per round", heading="recipe of a round")
-    last_epochs: int | None = flag(None, "epochs of round number --rounds; default: --epochs")
-    lr: float = flag(0.05, "peak learning rate of a round")
+    epochs: int = flag(3, "epochs of fine-tuning per round", heading="recipe of a round", least=1)
+    last_epochs: int | None = flag(
+        None, "epochs of round number --rounds; default: --epochs", least=1
+    )
+    lr: float = flag(0.05, "peak learning rate of a round", over=0)
     lr_schedule: str = flag(
         "linear", "learning-rate schedule of a round, to zero unless constant",
         choices=("linear", "cosine", "constant"),
     )  # fmt: skip
-    batch_size: int = flag(128, "images per step, over all processes")
-    weight_decay: float = flag(5e-4, "L2 penalty, on batch norms and biases too")
-    label_smoothing: float = flag(0.1, "share of each label spread over all classes")
-    distill: float = flag(
-        0.5, "share of the loss, 0 to 1, that is against the teacher's soft labels; the rest is "
-        "against the true ones"
-    )  # fmt: skip
-    teacher: str | None = flag(
-        None, "fp32 network to learn from, for a parent that is pruned already; its logits are "
-        "scaled to the standard deviation of the parent's; default: the parent"
+    batch_size: int = flag(128, "images per step, over all processes", least=1)
+    weight_decay: float = flag(5e-4, "L2 penalty, on batch norms and biases too", least=0)
+    label_smoothing: float = flag(
+        0.1, "share of each label spread over all classes", least=0, most=1
     )
-    temperature: float = flag(2.0, "softmax temperature of the soft labels")
-    views: int = flag(
-        0, "epochs of a round with new batches; later epochs repeat these, order and augmentation "
-        "included, and the teacher's logits are not computed again: faster; 0: every epoch has new "
-        "batches"
-    )  # fmt: skip
+    sync_batchnorm: bool = flag(True, config.SYNC_BATCHNORM_HELP)
     start_side: int = flag(
         32, "side of the images in the first epochs of a round, in pixels; it grows to 32 over the "
         "first 70% of the epochs; the teacher always sees 32x32",
         choices=(16, 20, 24, 28, 32),
     )  # fmt: skip
     augment: str = flag("cutout", "see train.py", choices=("none", "light", "cutout", "auto"))
-    amp: bool = flag(
-        True, "mixed precision: bf16, or fp16 on GPUs without it; fp32 on CPUs without it",
-        heading="run and machine",
-    )
-    sync_batchnorm: bool = flag(
-        True, "with several processes, batch norm has the statistics of the images of all of them, "
-        "not of each process alone; without, a step is about three times faster on CPUs"
-    )  # fmt: skip
-    cuda_graph: bool = flag(True, "on one GPU, record a training step and replay it: faster")
 
     def __post_init__(self):
-        if not 0 < self.target < 1 or not 0 < self.prune_fraction < 1:
-            raise ValueError("--target and --prune-fraction must lie between 0 and 1")
+        super().__post_init__()
         other = {"cubic": "prune_fraction", "geometric": "target"}[self.schedule]
         if not config.is_default(self, other):
             raise ValueError(f"--{other.replace('_', '-')} is not for --schedule {self.schedule}")
-        if not 0 <= self.max_drop <= 100:
-            raise ValueError("--max-drop must be 0 to 100 percentage points")
-        if self.last_epochs is not None and self.last_epochs < 1:
-            raise ValueError("--last-epochs must be at least 1")
         if self.start_side < 32 and max(self.epochs, self.last_epochs or 1) == 1:
             raise ValueError("--start-side is for rounds of several epochs")
-        if self.rounds < 0 or self.views < 0 or self.epochs < 1 or self.batch_size < 1:
-            raise ValueError("--epochs and --batch-size must be at least 1, --rounds and --views "
-                             "at least 0")  # fmt: skip
-        if not self.lr > 0 or self.weight_decay < 0:
-            raise ValueError("--lr must be over 0, --weight-decay at least 0")
-        if not 0 <= self.label_smoothing <= 1 or not 0 <= self.distill <= 1:
-            raise ValueError("--label-smoothing and --distill must be in [0, 1]")
-        if (self.teacher or self.views) and not self.distill:
-            raise ValueError("--teacher and --views need a --distill over 0")
-        if not self.temperature > 0:
-            raise ValueError("--temperature must be over 0")
 
 
 @dataclasses.dataclass

@@ -38,7 +38,6 @@ classifier's input, `last_act` counts before `last` in either order.
 import copy
 import dataclasses
 import functools
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +78,7 @@ DROP_BEFORE_QAT = 2.0
 
 
 @dataclasses.dataclass
-class Settings(config.AfterTraining):
+class Settings(config.FineTuning):
     parent: str | None = flag(
         None, "fp32 network; default: checkpoints/pruned.pth", heading="files and data"
     )
@@ -102,61 +101,41 @@ class Settings(config.AfterTraining):
         0.0, "rate-distortion: the squared error of an image's logits that is accepted for each "
         "1,000 bytes of weights that are saved. Levels are chosen by error and size together; in "
         "qat the size is part of the loss",
-        heading="size against accuracy",
+        heading="size against accuracy", least=0,
     )  # fmt: skip
     max_bytes: int | None = flag(
-        None, "the most bytes that compressed.nnz may have; finds --rd-lambda"
+        None, "the most bytes that compressed.nnz may have; finds --rd-lambda", least=1
     )
     max_drop: float | None = flag(
         None, "largest loss of validation accuracy against the parent, in percentage points; finds "
-        "--rd-lambda"
-    )
-    calibration: int = flag(
-        1024, "training images for ptq, used without their labels", heading="ptq"
-    )
-    epochs: int = flag(3, "epochs of qat", heading="qat")
-    lr: float = flag(
-        1e-4, "peak learning rate of qat (AdamW): 0.2 epochs of warm-up, then linear to zero"
-    )
-    batch_size: int = flag(128, "images per step, over all processes")
-    distill: float = flag(
-        0.5, "share of the loss, 0 to 1, that is against the teacher's soft labels; the rest is "
-        "against the true ones"
-    )
-    teacher: str | None = flag(
-        None, "fp32 network that qat learns from, its logits scaled to the standard deviation of "
-        "the parent's; default: the parent"
-    )
-    temperature: float = flag(2.0, "temperature of the soft labels")
-    views: int = flag(
-        0, "epochs with new batches; later epochs repeat these, order and augmentation included, "
-        "and the teacher's logits are not computed again: faster; 0: every epoch has new batches"
+        "--rd-lambda", least=0, under=100,
     )  # fmt: skip
-    ema: float = flag(0.0, "decay per step of averaged weights in qat; 0: no averaging")
+    calibration: int = flag(
+        1024, "training images for ptq, used without their labels", heading="ptq", least=1,
+        most=50_000,
+    )  # fmt: skip
+    epochs: int = flag(3, "epochs of qat", heading="qat", least=1)
+    lr: float = flag(
+        1e-4, "peak learning rate of qat (AdamW): 0.2 epochs of warm-up, then linear to zero",
+        over=0,
+    )  # fmt: skip
+    batch_size: int = flag(128, "images per step, over all processes", least=1)
+    ema: float = flag(
+        0.0, "decay per step of averaged weights in qat; 0: no averaging", least=0, under=1
+    )
     keep: str = flag(
         "best", "which epoch qat keeps: the best one on the validation split, or the last one, as "
         "for a parent that was trained on the validation images", choices=("best", "last"),
     )  # fmt: skip
     augment: str = flag("light", "see train.py", choices=("none", "light", "cutout", "auto"))
-    amp: bool = flag(
-        True, "mixed precision: bf16, or fp16 on GPUs without it; fp32 on CPUs without it",
-        heading="run and machine",
-    )
-    cuda_graph: bool = flag(True, "on one GPU, record a training step and replay it: faster")
-    resume: bool = flag(True, "continue an interrupted qat if its state is there")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.weight_scale == "tensor" and self.method != "ptq":
             raise ValueError("--weight-scale tensor is for --method ptq")
         if self.method == "reference" and self.layer_bits:
             raise ValueError("--layer-bits is not for --method reference")
         layer_bits.parse(self.layer_bits or "")
-        if not 0 <= self.rd_lambda < math.inf:
-            raise ValueError("--rd-lambda must be at least 0")
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise ValueError("--max-bytes must be at least 1")
-        if self.max_drop is not None and not 0 <= self.max_drop < 100:
-            raise ValueError("--max-drop must be at least 0 and under 100 percentage points")
         given = [self.rd_lambda or None, self.max_bytes, self.max_drop]
         if sum(value is not None for value in given) > 1:
             raise ValueError(f"give one of {LAMBDA_FLAGS}")
@@ -165,18 +144,8 @@ class Settings(config.AfterTraining):
                              "channel")  # fmt: skip
         if self.has_lambda and self.weight_bits > LARGEST_IN_CHAIN:
             raise ValueError(f"{LAMBDA_FLAGS} are for 2 to {LARGEST_IN_CHAIN} weight bits")
-        if not 1 <= self.calibration <= 50_000:
-            raise ValueError("--calibration must be 1 to 50000 images")
-        if self.epochs < 1 or self.batch_size < 1 or self.views < 0:
-            raise ValueError("--epochs and --batch-size must be at least 1, --views at least 0")
-        if not 0 <= self.distill <= 1 or not 0 <= self.ema < 1:
-            raise ValueError("--distill must be in [0, 1], --ema in [0, 1)")
-        if (self.teacher or self.views) and not self.distill:
-            raise ValueError("--teacher and --views need a --distill over 0")
         if self.keep == "last" and (self.method != "qat" or self.has_budget):
             raise ValueError("--keep last is for --method qat without --max-bytes and --max-drop")
-        if not self.temperature > 0 or not self.lr > 0:
-            raise ValueError("--lr and --temperature must be over 0")
         for name in OF_TRAINING:
             if self.method != "qat" and not config.is_default(self, name):
                 raise ValueError(f"--{name.replace('_', '-')} is for --method qat")

@@ -34,16 +34,12 @@ class Settings(config.AfterTraining):
         None, "fp32 network; default: checkpoints/pruned.pth", heading="files and data"
     )
     out: str | None = flag(None, "CSV; default: logs/sensitivity.csv")
-    weight_bits: list[int] = flag([4, 2], "bit-widths to try, each 2 to 16", heading="measurement")
-    calibration: int = flag(1024, "training images to fit on, used without their labels")
+    weight_bits: list[int] = flag(
+        [4, 2], "bit-widths to try, each 2 to 16", heading="measurement", least=2, most=16
+    )
+    calibration: int = flag(1024, "training images to fit on, used without their labels", least=1)
     split: str = flag("val", "images to evaluate on", choices=("val", "train"))
     resume: bool = flag(True, "continue an interrupted run of the same settings")
-
-    def __post_init__(self):
-        if not self.weight_bits or not all(2 <= b <= 16 for b in self.weight_bits):
-            raise ValueError("--weight-bits needs numbers from 2 to 16")
-        if self.calibration < 1:
-            raise ValueError("--calibration must be at least 1 image")
 
 
 @torch.no_grad()

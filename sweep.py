@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import time
 from datetime import date
@@ -71,9 +70,11 @@ class Settings(config.AfterTraining):
     )  # fmt: skip
     rd_lambda: list[float] = flag(
         [0.0], "as in quantize.py; every cell of the grid has each; over 0 for --weight-bits of 2 "
-        "to 8 alone"
+        "to 8 alone", least=0,
     )  # fmt: skip
-    calibration: int = flag(1024, "training images for ptq, used without their labels")
+    calibration: int = flag(
+        1024, "training images for ptq, used without their labels", least=1
+    )
     split: str = flag("val", "images to evaluate on", choices=("val", "test"))
     results: str | None = flag(
         None, "also write the grid, of the first lambda, as a table for RESULTS.md",
@@ -86,12 +87,6 @@ class Settings(config.AfterTraining):
     )  # fmt: skip
 
     def __post_init__(self):
-        if not self.weight_bits or not self.act_bits:
-            raise ValueError("--weight-bits and --act-bits need at least one number each")
-        if self.calibration < 1:
-            raise ValueError("--calibration must be at least 1 image")
-        if not self.rd_lambda or not all(0 <= value < math.inf for value in self.rd_lambda):
-            raise ValueError("--rd-lambda needs numbers of at least 0")
         if any(self.rd_lambda) and (self.method == "reference" or max(self.weight_bits) > 8):
             raise ValueError("--rd-lambda is for --method ptq and weights of 2 to 8 bits")
         if (self.beside or self.title) and not self.results:

@@ -24,7 +24,7 @@ WIDTHS = [i / 20 for i in range(1, 61)]  # tried, to say which --width a file ha
 
 
 @dataclasses.dataclass
-class Settings(config.Common):
+class Settings(config.Training):
     out: str | None = flag(
         None, "output file; default: checkpoints/baseline.pth", heading="files and data"
     )
@@ -32,11 +32,10 @@ class Settings(config.Common):
         None, "fp32 file whose weights training starts from, of the same --width; its classifier "
         "too if it has as many classes; the strides are those of --downsample",
     )  # fmt: skip
-    resume: bool = flag(True, "continue an interrupted run if its state is there")
-    epochs: int = flag(200, "epochs", heading="recipe")
-    batch_size: int = flag(128, "images per step, over all processes")
-    lr: float = flag(0.1, "peak learning rate")
-    weight_decay: float = flag(4e-5, "L2 penalty; a short run wants more, such as 5e-4")
+    epochs: int = flag(200, "epochs", heading="recipe", least=1)
+    batch_size: int = flag(128, "images per step, over all processes", least=1)
+    lr: float = flag(0.1, "peak learning rate", over=0)
+    weight_decay: float = flag(4e-5, "L2 penalty; a short run wants more, such as 5e-4", least=0)
     decay_norm: bool = flag(False, "decay BN and biases as well")
     lr_schedule: str = flag(
         "cosine", "of the learning rate, to zero unless constant",
@@ -45,8 +44,13 @@ class Settings(config.Common):
     warmup_epochs: float | None = flag(
         None, "epochs of linear warm-up; default: 2, but at most a quarter of all"
     )
-    label_smoothing: float = flag(0.0, "share of each label spread over all classes")
-    ema: float = flag(0.0, "decay per step of averaged weights, such as 0.999; 0: no average")
+    label_smoothing: float = flag(
+        0.0, "share of each label spread over all classes", least=0, most=1
+    )
+    ema: float = flag(
+        0.0, "decay per step of averaged weights, such as 0.999; 0: no average", least=0, under=1
+    )
+    sync_batchnorm: bool = flag(True, config.SYNC_BATCHNORM_HELP)
     augment: str = flag(
         "auto", "crop and flip (light), with Cutout (cutout), with AutoAugment too (auto)",
         choices=("none", "light", "cutout", "auto"), heading="augmentation",
@@ -62,33 +66,15 @@ class Settings(config.Common):
     )  # fmt: skip
     width: float = flag(
         1.0, "multiplier of the channels, which are multiples of 8; under 1 the head keeps its "
-        "1,280", heading="network",
+        "1,280", heading="network", over=0,
     )  # fmt: skip
     downsample: int = flag(4, "32x32 down to 8x8 (4, the report's) or 4x4 (8)", choices=(4, 8))
-    dropout: float = flag(0.0, "share of features dropped before the classifier")
-    amp: bool = flag(
-        True, "mixed precision: bf16, or fp16 on GPUs without it; fp32 on CPUs without it",
-        heading="run and machine",
-    )
-    sync_batchnorm: bool = flag(
-        True, "with several processes, batch norm has the statistics of the images of all of them, "
-        "not of each process alone; without, a step is about three times faster on CPUs"
-    )  # fmt: skip
-    cuda_graph: bool = flag(True, "on one GPU, record a training step and replay it: faster")
+    dropout: float = flag(0.0, "share of features dropped before the classifier", least=0,
+                          under=1)  # fmt: skip
 
     def __post_init__(self):
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError("--epochs and --batch-size must be at least 1")
-        if not self.lr > 0 or self.weight_decay < 0:
-            raise ValueError("--lr must be over 0, --weight-decay at least 0")
-        if not self.width > 0:
-            raise ValueError("--width must be over 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError("--dropout must be in [0, 1)")
         if not 0 <= self.warmup < self.epochs:
             raise ValueError("--warmup-epochs must be at least 0 and less than --epochs")
-        if not 0 <= self.label_smoothing <= 1 or not 0 <= self.ema < 1:
-            raise ValueError("--label-smoothing must be in [0, 1], --ema in [0, 1)")
         if self.flip == "alternate" and self.augment == "none":
             raise ValueError("--flip alternate needs an --augment that flips: not none")
 

@@ -35,9 +35,9 @@ BATCH = 128
 @dataclass
 class Settings:
     data: str | None = flag(None, "as for train.py; default: random images")
-    rounds: int = flag(5, "rounds of each pipeline")
-    ours: int = flag(16384, "images per round of ours")
-    theirs: int = flag(4096, "images per round of torchvision's, which is slower")
+    rounds: int = flag(5, "rounds of each pipeline", least=1)
+    ours: int = flag(16384, "images per round of ours", least=1)
+    theirs: int = flag(4096, "images per round of torchvision's, which is slower", least=1)
     results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
 
 

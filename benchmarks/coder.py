@@ -61,10 +61,10 @@ for _ in sys.stdin:
 @dataclass
 class Settings:
     reference: str | None = flag(None, "folder with the report's pruned.pth and int8.pth; needed")
-    turns: int = flag(3, "of each side, for the times")
+    turns: int = flag(3, "turns of each side, for the times", least=1)
     nncodec: bool = flag(False, f"also {NNCODEC}, installed in an environment of its own")
     environment: str | None = flag(None, "folder of that environment; default: a temporary one")
-    scale: int = flag(0, "only: up to so many million weights")
+    scale: int = flag(0, "only: up to so many million weights", least=0)
 
     def __post_init__(self):
         if not self.reference and not self.scale:

@@ -26,19 +26,13 @@ from lib.config import UserError, flag
 
 @dataclass
 class Settings:
-    parent: str | None = flag(None, "the pruned network; needed")
+    parent: str | None = flag(None, "the pruned network", needed=True)
     data: str | None = flag(None, "as for train.py; default: random images")
-    images: int = flag(1000, "images whose logits are compared")
-    batch: list[int] = flag([1, 128], "batch sizes to time")
-    steps: int = flag(15, "turns of each network, after one to warm up")
+    images: int = flag(1000, "images whose logits are compared", least=1)
+    batch: list[int] = flag([1, 128], "batch sizes to time", least=1)
+    steps: int = flag(15, "turns of each network, after one to warm up", least=1)
     device: str = flag("auto", "auto, cpu, cuda ...")
     results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
-
-    def __post_init__(self):
-        if not self.parent:
-            raise ValueError("--parent is needed")
-        if self.steps < 1 or self.images < 1 or not self.batch or min(self.batch) < 1:
-            raise ValueError("--steps, --images and --batch must be at least 1")
 
 
 @torch.inference_mode()

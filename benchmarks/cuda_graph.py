@@ -29,14 +29,10 @@ SIDES = (16, 24, 32)
 
 @dataclass
 class Settings:
-    steps: int = flag(350, "steps per turn")
-    turns: int = flag(3, "turns of each, after one to warm up")
+    steps: int = flag(350, "steps per turn", over=replay.WARM_UP)
+    turns: int = flag(3, "turns of each, after one to warm up", least=1)
     device: str = flag("cuda", "cuda, cuda:1 ...")
     results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
-
-    def __post_init__(self):
-        if self.steps <= replay.WARM_UP or self.turns < 1:
-            raise ValueError(f"--steps must be over {replay.WARM_UP}, --turns at least 1")
 
 
 class Training:

@@ -34,8 +34,8 @@ from lib.nnz import coder, frame, v2, v3
 @dataclass
 class Settings:
     files: list[str] = config.files("a .nnz file of version 3")
-    turns: int = flag(3, "of each side")
-    fuzz: int = flag(0, "number of damaged files to decode; nothing else is done")
+    turns: int = flag(3, "turns of each side", least=1)
+    fuzz: int = flag(0, "number of damaged files to decode; nothing else is done", least=0)
 
 
 def made_up(seed: int = 0, bits: int = 4, act_bits: int = 8, coarse: bool = False):

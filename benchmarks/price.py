@@ -29,20 +29,14 @@ Fit = reconstruct.IntegerLeastSquares
 
 @dataclass
 class Settings:
-    parent: str | None = flag(None, "an fp32 network, pruned or not; needed")
+    parent: str | None = flag(None, "an fp32 network, pruned or not", needed=True)
     data: str | None = flag(None, "as for quantize.py")
     assume_downsample: int | None = flag(None, "as for quantize.py", choices=(4, 8, 16, 32))
-    rd_lambda: float = flag(0.8, "as for quantize.py")
-    calibration: int = flag(1024, "training images that PTQ looks at")
+    rd_lambda: float = flag(0.8, "as for quantize.py", over=0)
+    calibration: int = flag(1024, "training images that PTQ looks at", least=1)
     seeds: list[int] = flag([47, 48, 49], "of the calibration images; parts go at the first")
     device: str = flag("auto", "auto, cpu, cuda ...")
     results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
-
-    def __post_init__(self):
-        if not self.parent:
-            raise ValueError("--parent is needed")
-        if not self.rd_lambda > 0 or not self.seeds:
-            raise ValueError("--rd-lambda must be over 0, and --seeds needs one")
 
 
 def least_error_first(fit: Fit, coarseness) -> None:

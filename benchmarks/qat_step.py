@@ -31,21 +31,15 @@ BATCH = 128
 
 @dataclass
 class Settings:
-    parent: str | None = flag(None, "an fp32 network, pruned or not; needed")
+    parent: str | None = flag(None, "an fp32 network, pruned or not", needed=True)
     data: str | None = flag(None, "as for train.py; default: random images")
-    weight_bits: int = flag(4, "weight bits of QAT")
-    act_bits: int = flag(4, "activation bits of QAT")
-    steps: int = flag(5, "turns of each side, after one to warm up")
-    turn: int = flag(1, "steps per turn")
+    weight_bits: int = flag(4, "weight bits of QAT", least=2, most=16)
+    act_bits: int = flag(4, "activation bits of QAT", least=2, most=16)
+    steps: int = flag(5, "turns of each side, after one to warm up", least=1)
+    turn: int = flag(1, "steps per turn", least=1)
     amp: bool = flag(True, "bf16 autocast, as the stages do (where the processor has it)")
     device: str = flag("auto", "auto, cpu, cuda ...")
     results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
-
-    def __post_init__(self):
-        if not self.parent:
-            raise ValueError("--parent is needed")
-        if self.steps < 1 or self.turn < 1:
-            raise ValueError("--steps and --turn must be at least 1")
 
 
 class Side:

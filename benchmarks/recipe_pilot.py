@@ -46,9 +46,9 @@ CANDIDATES = {
 @dataclass
 class Settings:
     data: str | None = flag(None, "as for train.py")
-    epochs: int = flag(2, "epochs per run")
+    epochs: int = flag(2, "epochs per run", least=1)
     seeds: list[int] = flag([47, 48], "one run per candidate and seed")
-    workers: int = flag(2, "runs at the same time")
+    workers: int = flag(2, "runs at the same time", least=1)
     results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
 
 

@@ -48,14 +48,10 @@ RECIPE = engine.Recipe(epochs=1, batch_size=BATCH, lr_schedule="constant", label
 @dataclass
 class Settings:
     data: str | None = flag(None, "as for train.py; default: random images")
-    steps: int = flag(5, "turns of each side, after one to warm up")
-    turn: int = flag(1, "steps per turn")
+    steps: int = flag(5, "turns of each side, after one to warm up", least=1)
+    turn: int = flag(1, "steps per turn", least=1)
     device: str = flag("auto", "auto, cpu, cuda ...")
     results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
-
-    def __post_init__(self):
-        if self.steps < 1 or self.turn < 1:
-            raise ValueError("--steps and --turn must be at least 1")
 
 
 class Clock:

@@ -11,6 +11,8 @@
 import argparse
 import dataclasses
 import inspect
+import math
+import operator
 import os
 import shlex
 import sys
@@ -34,7 +36,15 @@ DATA_HELP = (
     "test/CLASS; or `synthetic`: generated images, to try the program with; default: download "
     "CIFAR-10 to ./data"
 )
-LARGEST_SEED = 2**32 - 1
+SYNC_BATCHNORM_HELP = (
+    "with several processes, batch norm has the statistics of the images of all of them, not of "
+    "each process alone; without, a step is about three times faster on CPUs"
+)
+# The limits that a flag can have, as its error says them.
+LIMITS = {
+    "least": ("at least", operator.ge), "over": ("over", operator.gt),
+    "most": ("at most", operator.le), "under": ("under", operator.lt),
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -47,16 +57,21 @@ def reason(error: BaseException) -> str:
 
 
 def flag(default, help: str, choices: tuple | None = None, heading: str | None = None,
-         also: str | None = None):  # fmt: skip
+         also: str | None = None, needed: bool = False, **limits: float):  # fmt: skip
     """Make a dataclass field that becomes the flag `--name`.
 
     help: its unit and reason. heading: that of the field and of those that follow it in the class,
         up to the next heading, in --help. also: another name of the flag, without the dashes.
+    needed: whether a command line without it is refused.
+    limits: of LIMITS, those that the value, or each one of a list, must keep.
     """
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {}
     if not factory:
         factory = {"default": default}
-    metadata = {"help": help, "choices": choices, "heading": heading, "also": also}
+    metadata = {
+        "help": help, "choices": choices, "heading": heading, "also": also, "needed": needed,
+        "limits": limits,
+    }  # fmt: skip
     return dataclasses.field(metadata=metadata, **factory)
 
 
@@ -78,8 +93,8 @@ class Common:
     run_dir: str = flag(".", "folder that holds checkpoints/, logs/ and plots/")
     seed: int = flag(
         47, "random seed: initial weights, order, augmentation, calibration images",
-        heading="run and machine",
-    )
+        heading="run and machine", least=0, most=2**32 - 1,
+    )  # fmt: skip
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...")
     wandb: bool = flag(False, "log to Weights & Biases too; offline if there is no key")
 
@@ -103,6 +118,42 @@ class AfterTraining(Common):
     )  # fmt: skip
 
 
+@dataclasses.dataclass
+class Training(Common):
+    """The settings of the stages that train, by lib.engine.fit."""
+
+    amp: bool = flag(
+        True, "mixed precision: bf16, or fp16 on GPUs without it; fp32 on CPUs without it",
+        heading="run and machine",
+    )  # fmt: skip
+    cuda_graph: bool = flag(True, "on one GPU, record a training step and replay it: faster")
+    resume: bool = flag(True, "continue an interrupted run if its state is there")
+
+
+@dataclasses.dataclass
+class FineTuning(AfterTraining, Training):
+    """The settings of the stages that train a network further, with another as its teacher."""
+
+    distill: float = flag(
+        0.5, "share of the loss that is against the teacher's soft labels; the rest is against the "
+        "true ones", heading="learning from a teacher", least=0, most=1,
+    )  # fmt: skip
+    teacher: str | None = flag(
+        None, "fp32 network to learn from, for a parent that has lost accuracy already; its logits "
+        "are scaled to the standard deviation of the parent's; default: the parent"
+    )  # fmt: skip
+    temperature: float = flag(2.0, "softmax temperature of the soft labels", over=0)
+    views: int = flag(
+        0, "epochs with new batches (prune.py: of a round); later epochs repeat these, order and "
+        "augmentation included, and the teacher's logits are not computed again: faster; 0: every "
+        "epoch has new batches", least=0,
+    )  # fmt: skip
+
+    def __post_init__(self):
+        if (self.teacher or self.views) and not self.distill:
+            raise ValueError("--teacher and --views need a --distill over 0")
+
+
 def parse(settings, doc: str, argv: list[str] | None = None):
     """Make an instance of the dataclass `settings` from the command line.
 
@@ -121,27 +172,41 @@ def parse(settings, doc: str, argv: list[str] | None = None):
     for name, value in values.items():  # before hours of work, not after
         if METAVARS.get(name) == "FILE" and value and Path(value).is_dir():
             raise UserError(f"{value} is a folder, not a file")
-    if not 0 <= values.get("seed", 0) <= LARGEST_SEED:
-        parser.error(f"--seed must be 0 to {LARGEST_SEED}")
+    for field in dataclasses.fields(settings):
+        if wrong := _outside(field, values[field.name]):
+            parser.error(wrong)
     try:
         return settings(**values)
     except ValueError as error:  # raised by a __post_init__ that checks ranges
         parser.error(str(error))
 
 
+def _outside(field: dataclasses.Field, value) -> str | None:
+    """Return what is wrong with the value of a flag by its limits, or None."""
+    name, limits = "--" + field.name.replace("_", "-"), field.metadata.get("limits", {})
+    several = isinstance(value, list)
+    if several and not value and field.default_factory():
+        return f"{name} needs at least one value"
+    for each in value if several else [value]:
+        if isinstance(each, float) and not math.isfinite(each):
+            return f"{name} must be a finite number"
+        if each is not None and not all(LIMITS[k][1](each, limit) for k, limit in limits.items()):
+            words = " and ".join(f"{LIMITS[key][0]} {limit}" for key, limit in limits.items())
+            return f"{name} must be {words}"
+    return None
+
+
 def _with_headings(settings) -> list[tuple[dataclasses.Field, str | None]]:
     """Return the fields of a stage with their headings: its own first, then the shared ones."""
-    shared, heading = {}, None
-    for field in dataclasses.fields(AfterTraining):
-        heading = shared[field.name] = field.metadata["heading"] or heading
-    first, last, heading = [], [], None
-    for field in dataclasses.fields(settings):
-        if field.name in shared:
-            last.append((field, shared[field.name]))
-        else:
-            heading = field.metadata.get("heading") or heading
-            first.append((field, heading))
-    return first + last
+    fields, found = {field.name: field for field in dataclasses.fields(settings)}, []
+    for part in settings.__mro__:
+        heading = None
+        for name in inspect.get_annotations(part):
+            if name in fields:  # else a stage has its own
+                field = fields.pop(name)
+                heading = field.metadata.get("heading") or heading
+                found.append((field, heading))
+    return found
 
 
 def _add(parser, field) -> None:
@@ -164,8 +229,9 @@ def _add(parser, field) -> None:
     else:
         if typing.get_origin(kind) is list:
             kind = _comma_separated(typing.get_args(kind)[0])
-        options |= {"type": kind, "choices": field.metadata["choices"]}
-        if not options["choices"]:
+        choices = field.metadata["choices"]
+        options |= {"type": kind, "choices": choices, "required": field.metadata["needed"]}
+        if not choices or len(choices) > 8:  # the help says which
             known = METAVARS.get(name) or {int: "N", float: "X"}.get(kind)
             options["metavar"] = known or getattr(kind, "metavar", None)
         names = [name.replace("_", "-"), field.metadata.get("also")]
@@ -216,7 +282,7 @@ def command(cfg) -> str:
     """
     words = ["python", Path(inspect.getfile(type(cfg))).name]
     default = type(cfg)()
-    for field in dataclasses.fields(cfg):
+    for field, _ in _with_headings(type(cfg)):
         value = getattr(cfg, field.name)
         if value == getattr(default, field.name) or field.name in LOCATIONS - PARENTS:
             continue

@@ -206,8 +206,8 @@ def test_the_command_is_recorded_without_folders(tmp_path):
     model = MobileNetV2(SETTINGS)
     saved = checkpoint.save(tmp_path / "b.pth", "pruned", model, cfg, None, metrics={}, data={})
     assert saved.command == (
-        "python prune.py --seed 3 --parent b.pth --schedule geometric --prune-fraction 0.5 "
-        "--teacher c.pth --no-amp"
+        "python prune.py --parent b.pth --schedule geometric --prune-fraction 0.5 "
+        "--teacher c.pth --no-amp --seed 3"
     )
     cfg = quantize.Settings(layer_bits="/home/me/bits.json,first=8")
     assert config.command(cfg) == "python quantize.py --layer-bits bits.json,first=8"

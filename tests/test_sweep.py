@@ -307,8 +307,8 @@ def test_cells_of_other_strides_are_measured_again(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--rd-lambda=-1", "--rd-lambda needs"),
-        ("--rd-lambda=nan", "--rd-lambda needs"),
+        ("--rd-lambda=-1", "--rd-lambda must be at least 0"),
+        ("--rd-lambda=nan", "--rd-lambda must be a finite number"),
         ("--rd-lambda=0.1", "--rd-lambda is for"),  # 32 bits are in the default grid
     ],
 )
