@@ -43,6 +43,7 @@ from lib import (
 )
 from lib.compaction import compact, take
 from lib.config import UserError, flag
+from lib.files import state_of
 from models.layers import roles
 from models.mobilenetv2 import MobileNetV2
 
@@ -181,12 +182,12 @@ class Run:
     @property
     def state_file(self) -> Path:
         """Where the finished rounds are kept."""
-        return self.out.with_name(self.out.name + ".resume")
+        return state_of(self.out)
 
     @property
     def round_file(self) -> Path:
         """Where the finished epochs of the present round are kept."""
-        return self.out.with_name(self.out.name + ".round.resume")
+        return state_of(self.out, "round")
 
     def floor(self, rounds: list[dict]) -> float:
         """Return the accuracy that a round must not fall below, for texts and charts: what decides

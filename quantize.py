@@ -62,6 +62,7 @@ from lib import (
 )
 from lib.compaction import compact
 from lib.config import UserError, flag
+from lib.files import state_of
 from lib.rate import BITS_PER_KILOBYTE
 from models.mobilenetv2 import MobileNetV2
 
@@ -266,7 +267,7 @@ def main(argv=None):
             quantization=job.scheme,
         )  # fmt: skip
         if cfg.method == "qat":  # last of all: until here, the run could be continued
-            for file in (state_file(out), ptq_file(out)):
+            for file in (state_of(out), state_of(out, "ptq")):
                 file.unlink()
         else:
             logs.log_stage(cfg, "quantize", {"bytes": saved.bytes, **job.scheme, **figures})
@@ -457,7 +458,7 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
         teacher_network = job.teacher.build(images.device)
         engine.match_logits(teacher_network, job.network, sample)
     history, best = engine.fit(
-        model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file(out),
+        model, images, recipe, augmentation(cfg.augment), cfg.seed, state_of(out),
         config=job.identity, after_step=mask.apply, log=log,
         teacher=teacher_network,
         penalty=(lambda: loss_per_bit * qat.coded_bits(model)) if loss_per_bit else None,
@@ -481,14 +482,14 @@ def stored_post_training(job: Job, out: Path) -> PostTraining:
     """Return `post_training(job)` for qat. It is run once, in the main process, and kept beside
     `out` until qat is done, so that training begins with the same network in all processes, and
     again where it is continued on a processor that rounds otherwise."""
-    file, wanted = ptq_file(out), job.identity_of_ptq
+    file, training, wanted = state_of(out, "ptq"), state_of(out), job.identity_of_ptq
     if not job.cfg.resume:
-        processes.discard(state_file(out))
-        if processes.is_main() and file.is_file() and checkpoint.read(file)["config"] != wanted:
-            file.unlink()
+        processes.discard(training)
+        if processes.is_main() and not _is_ptq_of(file, wanted):
+            file.unlink(missing_ok=True)
     if processes.is_main() and not file.is_file():
-        if state_file(out).is_file():
-            raise UserError(f"{state_file(out)} has no {file.name} beside it (it was deleted, or "
+        if training.is_file():
+            raise UserError(f"{training} has no {file.name} beside it (it was deleted, or "
                             "the state is of an earlier version): --no-resume discards it")
         with processes.all_threads():
             save_ptq(post_training(job), file, wanted)
@@ -507,6 +508,14 @@ def stored_post_training(job: Job, out: Path) -> PostTraining:
     return PostTraining(attempts[saved["start"]], fallback, attempts)
 
 
+def _is_ptq_of(file: Path, identity: dict) -> bool:
+    """Return whether a file holds what ptq made for this job, and can be read."""
+    try:
+        return file.is_file() and checkpoint.read(file)["config"] == identity
+    except (UserError, KeyError):
+        return False
+
+
 def save_ptq(made: PostTraining, file: Path, identity: dict) -> None:
     """Write what ptq made for qat: all attempts, with the networks of those that it needs."""
     needed = made.start, made.fallback
@@ -522,14 +531,6 @@ def save_ptq(made: PostTraining, file: Path, identity: dict) -> None:
             for tried in made.attempts
         ],
     })  # fmt: skip
-
-
-def ptq_file(out: Path) -> Path:
-    return out.with_name(out.name + ".ptq.resume")
-
-
-def state_file(out: Path) -> Path:
-    return out.with_name(out.name + ".resume")
 
 
 if __name__ == "__main__":

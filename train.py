@@ -18,6 +18,7 @@ import torch
 from autoaugment import augmentation
 from lib import checkpoint, config, data, devices, engine, logs, plots, processes
 from lib.config import flag
+from lib.files import state_of
 from models.mobilenetv2 import MobileNetV2, standard
 
 WIDTHS = [i / 20 for i in range(1, 61)]  # tried, to say which --width a file has
@@ -104,7 +105,7 @@ def main(argv=None):
     identity |= origin
     engine.say_device(device)
     log = logs.Log(cfg.in_run("logs/train.jsonl"), identity, cfg.wandb)
-    state_file = out.with_name(out.name + ".resume")
+    state_file = state_of(out)
 
     if not cfg.resume:
         processes.discard(state_file)

@@ -53,6 +53,12 @@ def write_csv(path: Path | str, columns: tuple[str, ...], rows: list[dict]) -> N
     write_bytes(path, text.getvalue().encode())
 
 
+def state_of(path: Path, kind: str = "") -> Path:
+    """Return the file beside `path` that holds the state of unfinished work on it. kind: of
+    several such files, which one."""
+    return path.with_name(f"{path.name}.{kind}.resume" if kind else f"{path.name}.resume")
+
+
 def sha256_of(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

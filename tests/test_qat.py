@@ -380,12 +380,18 @@ def test_training_is_continued_from_the_same_beginning(
 
 
 def test_epochs_without_their_beginning_are_refused(tiny, parent, tmp_path, monkeypatch):
+    """Whether it is deleted or damaged, --no-resume begins again."""
     with monkeypatch.context() as patch:
         patch.setattr(Log, "__call__", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tiny, parent, tmp_path)
-    (tmp_path / "checkpoints/quantized.pth.ptq.resume").unlink()
+    beginning = tmp_path / "checkpoints/quantized.pth.ptq.resume"
+    whole = beginning.read_bytes()
+    beginning.unlink()
     with pytest.raises(UserError, match="has no quantized.pth.ptq.resume beside it .*--no-resume"):
+        run(tiny, parent, tmp_path)
+    beginning.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="quantized.pth.ptq.resume"):
         run(tiny, parent, tmp_path)
     run(tiny, parent, tmp_path, "--no-resume")
 
