@@ -187,8 +187,16 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(self.image(x))
+        if x.requires_grad:
+            x.register_hook(_channels_last)
         x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
         return self.classifier(self.pooled(torch.flatten(x, 1)))
+
+
+def _channels_last(gradient: Tensor) -> Tensor:
+    """Return a gradient in the layout of the network: that of the pooling is contiguous, and with
+    two layouts at once batch norm takes many times as long (on the CPU 26 ms, not 1.6)."""
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 def _initialize(module: nn.Module) -> None:

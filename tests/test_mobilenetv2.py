@@ -166,6 +166,19 @@ def test_impossible_settings(kwargs, what):
         standard(**kwargs)
 
 
+def test_gradients_are_channels_last_as_the_activations_are():
+    """Batch norm is many times slower where they are not."""
+    model = ours(0, 0.35).to(memory_format=torch.channels_last)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_full_backward_hook(lambda _, __, gradients: seen.extend(gradients))
+    x = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    model(x).sum().backward()
+    assert len(seen) == 52
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in seen)
+
+
 def test_strided_depthwise_layers_keep_fp32_under_autocast():
     """They compute in fp32, for want of a bf16 kernel, and hand on what the others do."""
     torch.manual_seed(0)
