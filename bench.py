@@ -128,7 +128,8 @@ def main(argv=None):
         bits = ours.quantization
         about = (
             f"dense: {dense.file.name}; compacted: {pruned.file.name} without its dead channels; "
-            f"int8.onnx: W{bits['weight_bits']}A{bits['act_bits']}, target {ours.target}"
+            f"int8.onnx: {bits['method']} W{bits['weight_bits']}A{bits['act_bits']}, target "
+            f"{ours.target}"
         )
         tables.write(Path(cfg.results), summary(rows, images.source, about))
 
