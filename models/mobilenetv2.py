@@ -187,7 +187,7 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(self.image(x))
-        if x.requires_grad:
+        if x.requires_grad and x.is_contiguous(memory_format=torch.channels_last):
             x.register_hook(_channels_last)
         x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
         return self.classifier(self.pooled(torch.flatten(x, 1)))

@@ -276,7 +276,8 @@ def _interrupted_and_not(rank, tiny, folder, store):
     assert asked == [16] * (2 * 2 * steps)  # each piece of two asks in one epoch
     types = {type(module) for module in model.modules()}
     assert nn.BatchNorm2d in types and processes._SyncBatchNorm not in types
-    assert equal(*ends)
+    if rank == 0:  # what is written; the best epoch's running statistics are each process's own
+        assert equal(*ends)
     dist.barrier()
     dist.destroy_process_group()
 
