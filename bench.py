@@ -42,9 +42,10 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from lib import config, data, devices, engine, graph, logs, memory, plots, ptq, runtime, tables
+from lib import config, console, data, devices, graph, logs, memory, plots, ptq, runtime, tables
 from lib.compaction import compact
 from lib.config import UserError, flag
+from lib.evaluation import Evaluation, evaluate_function
 from models.mobilenetv2 import MobileNetV2
 
 COMPACTED = "compacted fp32, onnxruntime"  # what ratios refer to, beside the first network
@@ -100,7 +101,7 @@ def main(argv=None):
     if max(cfg.batches) > len(split):
         raise UserError(f"--batches {max(cfg.batches)}: there are {len(split):,} images")
 
-    engine.say_device(device)
+    console.say_device(device)
     sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
     small = compact(pruned.build())[0]
     field = contestants(dense.build(), small, ours, sample, device)
@@ -280,9 +281,9 @@ def padded_peak(settings: dict) -> int:
 # ---- the race ------------------------------------------------------------------------------------
 
 
-def accuracy_of(contestant: Contestant, split) -> engine.Evaluation:
+def accuracy_of(contestant: Contestant, split) -> Evaluation:
     run = contestant.start(torch.get_num_threads())
-    return engine.evaluate_function(lambda x: run(contestant.prepare(x)), split, contestant.name)
+    return evaluate_function(lambda x: run(contestant.prepare(x)), split, contestant.name)
 
 
 def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:
@@ -293,7 +294,7 @@ def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:
     ready = [(c.name, c.start(threads), c.prepare(images)) for c in field]
     turns = {c.name: [] for c in field}
     calls = cfg.calls if len(images) == 1 else 1
-    note = engine.progress(f"{threads} threads, batch {len(images)}")
+    note = console.progress(f"{threads} threads, batch {len(images)}")
     for turn in note(range(cfg.turns + 1)):
         first = turn % len(ready)  # or one would always run behind the one that fills the caches
         for name, run, x in ready[first:] + ready[:first]:

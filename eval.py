@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lib import checkpoint, config, data, devices, engine, logs, measure, plots, runtime, tables
+from lib import checkpoint, config, console, data, devices, logs, measure, plots, runtime, tables
 from lib.config import UserError, flag
 
 
@@ -68,7 +68,7 @@ def main(argv=None):
         split = images.split(cfg.split)
         source.check_images(images)
         if not rows and not cfg.json:
-            engine.say_device(device)
+            console.say_device(device)
         figures, matrix = measure.figures_of_file(source, split, cfg.split, correct_by_file)
         print(json.dumps(figures) if cfg.json else table(figures, cfg.layers), flush=True)
         rows.append(figures)

@@ -30,6 +30,7 @@ from lib import (
     budget,
     checkpoint,
     config,
+    console,
     data,
     devices,
     engine,
@@ -43,6 +44,7 @@ from lib import (
 )
 from lib.compaction import compact, take
 from lib.config import UserError, flag
+from lib.evaluation import evaluate
 from lib.files import state_of
 from models.layers import roles
 from models.mobilenetv2 import MobileNetV2
@@ -147,7 +149,7 @@ class State:
         saved, networks = checkpoint.read(file), {}
         if "last_good" not in saved.get("networks", {}):
             raise UserError(f"{file} is of an earlier version: --no-resume discards it")
-        engine.refuse_other_run(file, saved["config"], identity)
+        config.refuse_other_run(file, saved["config"], identity)
         for name, (settings, weights) in saved["networks"].items():
             network = MobileNetV2(settings)
             network.load_state_dict(weights)
@@ -166,7 +168,7 @@ class Run:
     sample: Tensor  # the normalized training images that logits are computed on
     teacher: MobileNetV2
     out: Path
-    identity: dict  # what the files of its state belong to: see engine.refuse_other_run
+    identity: dict  # what the files of its state belong to: see config.refuse_other_run
     log: logs.Log
 
     @property
@@ -237,7 +239,7 @@ def main(argv=None):
         raise UserError(
             f"--target {cfg.target} is no more than the parent's sparsity {run.start:.4f}"
         )
-    engine.say_device(device)
+    console.say_device(device)
     if not cfg.resume:
         processes.discard(run.state_file, run.round_file)
     if run.state_file.is_file():
@@ -245,9 +247,9 @@ def main(argv=None):
     else:
         if cfg.compact:
             model, _ = compact(model)
-        result = engine.evaluate(model, images.val)
+        result = evaluate(model, images.val)
         state = State([_line(run, 0, model, result, True, [], 0.0)], model)
-        engine.say(f"parent: {_describe(state.rounds[0])}")
+        console.say(f"parent: {_describe(state.rounds[0])}")
     run.log.begin(state.rounds)
     state = _run_rounds(run, state)
     rounds = state.rounds
@@ -295,10 +297,10 @@ def _run_rounds(run: Run, state: State) -> State:
             if number == 1:
                 processes.discard(run.round_file, run.state_file)
                 raise
-            engine.say(f"round {number}: {error}; the last good one stays")
+            console.say(f"round {number}: {error}; the last good one stays")
             break
         began = time.monotonic()
-        result = engine.evaluate(model, images.val)
+        result = evaluate(model, images.val)
         good = bool(processes.from_main_process(result.correct >= fewest, device))
         # Of all epochs, also those before an interruption.
         seconds = pruned_in + sum(epoch["seconds"] for epoch in history)
@@ -312,7 +314,7 @@ def _run_rounds(run: Run, state: State) -> State:
         processes.discard(run.round_file)
         run.log(line)
         under = f"under the floor of {run.floor(state.rounds):.2%}: the last good one stays"
-        engine.say(f"round {number}: {_describe(line)}, {'kept' if good else under}")
+        console.say(f"round {number}: {_describe(line)}, {'kept' if good else under}")
     return state
 
 
@@ -357,7 +359,7 @@ def _resume(run: Run) -> State:
     if processes.is_main() and _round_of(run.round_file) < len(state.rounds):
         run.round_file.unlink(missing_ok=True)  # killed between writing a round and this
     processes.wait()
-    engine.say(f"continuing {run.state_file} after round {len(state.rounds) - 1}")
+    console.say(f"continuing {run.state_file} after round {len(state.rounds) - 1}")
     return state
 
 

@@ -46,6 +46,7 @@ from lib import (
     budget,
     checkpoint,
     config,
+    console,
     data,
     devices,
     engine,
@@ -62,6 +63,7 @@ from lib import (
 )
 from lib.compaction import compact
 from lib.config import UserError, flag
+from lib.evaluation import Evaluation, evaluate
 from lib.files import state_of
 from lib.rate import BITS_PER_KILOBYTE
 from models.mobilenetv2 import MobileNetV2
@@ -178,7 +180,7 @@ class Job:
     network: MobileNetV2  # the parent's, without dead channels (reference: with them)
     scheme: dict  # see lib.quantizers
     images: data.Data
-    before: engine.Evaluation | None  # of the parent on the validation split, if there is one
+    before: Evaluation | None  # of the parent on the validation split, if there is one
 
     @property
     def identity(self) -> dict:
@@ -195,7 +197,7 @@ class Job:
 
     def measure(self, network, rd_lambda: float, latent: dict | None = None) -> budget.Attempt:
         """Return a quantized network with its accuracy and, if there is a lambda, its bytes."""
-        result = engine.evaluate(network, self.images.val) if self.before else None
+        result = evaluate(network, self.images.val) if self.before else None
         size = 0
         if self.cfg.has_lambda:
             source = self.images.provenance()
@@ -226,11 +228,11 @@ def main(argv=None):
     if cfg.max_drop is not None or (cfg.has_budget and cfg.method == "qat"):
         images.split("val")  # it decides
     teacher = parent.teacher(cfg.teacher, cfg.assume_downsample, images)
-    engine.say_device(device)
+    console.say_device(device)
     if cfg.method != "qat" and not processes.is_main():  # one process does it all
         processes.stop()
         return
-    before = engine.evaluate(model, images.val) if len(images.val) else None
+    before = evaluate(model, images.val) if len(images.val) else None
 
     attempts = []
     if cfg.method == "reference":
@@ -336,13 +338,13 @@ def post_training(job: Job) -> PostTraining:
     @functools.cache
     def attempt(rd_lambda: float) -> budget.Attempt:
         network, latent = ptq.quantize(
-            job.network, sample, job.scheme, engine.progress("calibrate"),
+            job.network, sample, job.scheme, console.progress("calibrate"),
             importance=importance, lambda_per_bit=rd_lambda / BITS_PER_KILOBYTE,
         )  # fmt: skip
         made = job.measure(network, rd_lambda, latent)
         if cfg.has_lambda:
             val = f", val {made.result}" if made.result else ""
-            engine.say(f"lambda {rd_lambda:.4g}: {made.bytes:,} bytes{val}")
+            console.say(f"lambda {rd_lambda:.4g}: {made.bytes:,} bytes{val}")
         return made
 
     if not cfg.has_budget:
@@ -422,7 +424,7 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     """
     cfg, images = job.cfg, job.images
     if job.before:
-        engine.say(f"ptq: val {start.result}")
+        console.say(f"ptq: val {start.result}")
     model, latent = copy.deepcopy(start.network), start.latent
     # Weights zeroed to save bits count as pruned: they would flip to and from 0.
     if start.rd_lambda:
@@ -438,7 +440,7 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
             cfg.distill, cfg.temperature,
         )  # fmt: skip
 
-    def judge(network, epoch: int) -> tuple[engine.Evaluation, dict, float]:
+    def judge(network, epoch: int) -> tuple[Evaluation, dict, float]:
         """Judge a network in training as a file; see engine.fit."""
         made = job.measure(qat.finished(network), start.rd_lambda)
         score = goal.score(made, errors_per_bit)
@@ -469,7 +471,7 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
         plots.curves(history, cfg.in_run("plots/quantize.png"), "Quantization-aware training")
         log.close({"best_epoch": best + 1}, [cfg.in_run("plots/quantize.png")])
     if fallback and goal.score(fallback, errors_per_bit) >= history[best]["score"]:
-        engine.say(f"no epoch is better than ptq's network of {fallback.bytes:,} bytes, val "
+        console.say(f"no epoch is better than ptq's network of {fallback.bytes:,} bytes, val "
                    f"{fallback.result}: that is kept")  # fmt: skip
         return fallback
     if cfg.has_budget and history[best]["score"] < 0:
@@ -495,14 +497,14 @@ def stored_post_training(job: Job, out: Path) -> PostTraining:
             save_ptq(post_training(job), file, wanted)
     processes.wait()
     saved = checkpoint.read(file)
-    engine.refuse_other_run(file, saved["config"], wanted)
+    config.refuse_other_run(file, saved["config"], wanted)
     attempts = []
     for row in saved["attempts"]:
         network, latent = None, None
         if packed := row.pop("packed"):
             network, latent = qat.unpack(packed, job.scheme, job.images.device)
         if row["result"]:
-            row["result"] = engine.Evaluation(**row["result"])
+            row["result"] = Evaluation(**row["result"])
         attempts.append(budget.Attempt(**row, network=network, latent=latent))
     fallback = None if saved["fallback"] is None else attempts[saved["fallback"]]
     return PostTraining(attempts[saved["start"]], fallback, attempts)

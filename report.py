@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, config, data, devices, engine, logs, measure, memory, plots
+from lib import checkpoint, config, console, data, devices, logs, measure, memory, plots
 from lib.config import UserError, flag
 from lib.files import sha256_of
 
@@ -41,7 +41,7 @@ def main(argv=None):
     sources = [checkpoint.load(file, cfg.assume_downsample) for file in files]
     images = images_of(sources, cfg)
     split = images.split(cfg.split)
-    engine.say_device(split.images.device)
+    console.say_device(split.images.device)
     rows = []
     for source in sources:
         row, confusion = measured(source, split, cfg.split)

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, config, devices, engine, logs, measure, metrics, plots, ptq, quantizers
+from lib import checkpoint, config, console, devices, logs, measure, metrics, plots, ptq, quantizers
 from lib.compaction import compact
 from lib.config import flag
+from lib.evaluation import evaluate
 from lib.files import write_csv
 from models.layers import roles
 
@@ -50,11 +51,11 @@ def main(argv=None):
     parent.refuse_quantized()
     images = parent.images(cfg.data, cfg.val_size, device)
     split = images.split(cfg.split)
-    engine.say_device(device)
+    console.say_device(device)
     model, _ = compact(parent.build(device))
     fp32 = quantizers.fold(model)
     labels = split.labels.cpu()
-    before = engine.evaluate(fp32, split)
+    before = evaluate(fp32, split)
     out = cfg.path(cfg.out, "logs/sensitivity.csv")
 
     counts = {name: (weights, n) for name, weights, n in metrics.layer_counts(fp32)}
@@ -71,11 +72,11 @@ def main(argv=None):
         todo = [name for name in counts if (name, bits) not in done]
         if not todo:
             continue
-        alone = ptq.layers_alone(model, sample, bits, engine.progress(f"{bits} bits: fit"))
-        for name in engine.progress(f"{bits} bits: evaluate")(todo):
+        alone = ptq.layers_alone(model, sample, bits, console.progress(f"{bits} bits: fit"))
+        for name in console.progress(f"{bits} bits: evaluate")(todo):
             changed = copy.deepcopy(fp32)
             changed.get_submodule(name).load_state_dict(alone[name])
-            after = engine.evaluate(changed, split)
+            after = evaluate(changed, split)
             moved = measure.change(before.predictions == labels, after.predictions == labels)
             weights, nonzeros = counts[name]
             row = {
@@ -117,7 +118,7 @@ def past_rows(path: Path, identity: dict) -> list[dict]:
     if its == identity:
         return wanted
     if len(wanted) < planned:
-        engine.refuse_other_run(path, its, identity)
+        config.refuse_other_run(path, its, identity)
     return []
 
 

@@ -33,8 +33,8 @@ from lib import (
     checkpoint,
     compressed,
     config,
+    console,
     devices,
-    engine,
     logs,
     measure,
     plots,
@@ -107,7 +107,7 @@ def main(argv=None):
         images = parent.images(cfg.data, cfg.val_size, device)
     split = images.split(cfg.split)
     others = read_beside(Path(cfg.beside)) if cfg.beside else {}
-    engine.say_device(device)
+    console.say_device(device)
     folder, out = cfg.in_run("checkpoints/sweep"), cfg.path(cfg.out, "logs/sweep.csv")
     known = {}  # by SHA-256: which images the parent gets right, once it is measured
     grid = [
@@ -257,7 +257,7 @@ def cell(
         "assume_downsample": cfg.assume_downsample, "data": about_images(images, cfg.split),
         **{key: figures[key] for key in COLUMNS if key in figures},
         **{key: figures["change"][key] for key in ("gained", "lost")},
-        "hardware": tables.hardware(split.images.device), "date": date.today().isoformat(),
+        "hardware": devices.hardware(split.images.device), "date": date.today().isoformat(),
         "code": checkpoint.code_version(),
     }  # fmt: skip
     write_bytes(path.with_suffix(".json"), json.dumps(row).encode())

@@ -28,15 +28,16 @@ from lib import (
     checkpoint,
     compressed,
     config,
+    console,
     data,
     devices,
-    engine,
     graph,
     logs,
     quantizers,
     runtime,
 )
 from lib.config import UserError, flag
+from lib.evaluation import Evaluation, evaluate, evaluate_function
 
 
 @dataclasses.dataclass
@@ -68,8 +69,8 @@ def main(argv=None):
     settings, state = compressed.stored(parent)
     model = dataclasses.replace(parent, settings=settings, state=state).build(device)
 
-    engine.say_device(device)
-    expected = engine.evaluate(model, images.val) if len(images.val) else None
+    console.say_device(device)
+    expected = evaluate(model, images.val) if len(images.val) else None
     figures = {"val_correct": expected.correct, "val_total": expected.total} if expected else {}
     onnx = out.with_suffix(".onnx")
     unchecked = out.with_name(out.name + ".unchecked")
@@ -96,7 +97,7 @@ def main(argv=None):
     logs.log_stage(cfg, "int8", {"bytes": saved.bytes, **figures, **exported})
 
 
-def check(saved: checkpoint.Checkpoint, model, split, expected: engine.Evaluation | None) -> None:
+def check(saved: checkpoint.Checkpoint, model, split, expected: Evaluation | None) -> None:
     """Raise UserError unless the file that was written is the same network: the weights of `model`
     bit for bit, and the `expected` answers on the split."""
     device = next(model.parameters()).device
@@ -104,7 +105,7 @@ def check(saved: checkpoint.Checkpoint, model, split, expected: engine.Evaluatio
     pairs = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     same = all(torch.equal(a, b) for a, b in pairs)
     if same and expected:
-        same = torch.equal(engine.evaluate(again, split).predictions, expected.predictions)
+        same = torch.equal(evaluate(again, split).predictions, expected.predictions)
     if not same:
         raise UserError(f"{saved.file} was not the same network as its parent: it is deleted")
 
@@ -124,7 +125,7 @@ def export(saved, path, split, target: str) -> tuple[dict, str]:
         first = data.Split(split.images[:1000], split.labels[:1000])
         float_network = runtime.network(saved, split.images.device, integers=False)
         answers = {
-            network.arithmetic: engine.evaluate_function(network, first).predictions
+            network.arithmetic: evaluate_function(network, first).predictions
             for network in (float_network, runtime.network(saved), runtime.network(onnx))
         }
         agree = {

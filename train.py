@@ -16,8 +16,9 @@ import sys
 import torch
 
 from autoaugment import augmentation
-from lib import checkpoint, config, data, devices, engine, logs, plots, processes
+from lib import checkpoint, config, console, data, devices, engine, logs, plots, processes
 from lib.config import flag
+from lib.evaluation import evaluate
 from lib.files import state_of
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -103,7 +104,7 @@ def main(argv=None):
     identity = config.identity(cfg) | {"data": images.provenance()}
     origin = {"init_sha256": source.sha256} if source else {}
     identity |= origin
-    engine.say_device(device)
+    console.say_device(device)
     log = logs.Log(cfg.in_run("logs/train.jsonl"), identity, cfg.wandb)
     state_file = state_of(out)
 
@@ -115,7 +116,7 @@ def main(argv=None):
         config=identity, log=log,
     )  # fmt: skip
     if processes.is_main():
-        final = engine.evaluate(model, images.val) if len(images.val) else None
+        final = evaluate(model, images.val) if len(images.val) else None
         figures = {"epoch": history[best]["epoch"]} | origin
         if final:
             figures |= {"val_correct": final.correct, "val_total": final.total}
@@ -123,7 +124,7 @@ def main(argv=None):
             out, "baseline", model, cfg, None, metrics=figures, data=images.provenance()
         )
         title = f"Training for {cfg.epochs} epochs (validation: n={len(images.val)}"
-        title += ", in mixed precision)" if engine.is_mixed(device, cfg.amp) else ")"
+        title += ", in mixed precision)" if devices.is_mixed(device, cfg.amp) else ")"
         plots.curves(history, cfg.in_run("plots/train.png"), title)
         log.close(figures, [cfg.in_run("plots/train.png")])
         state_file.unlink()  # last: until here, the run could be continued
@@ -153,7 +154,7 @@ def network(cfg, classes: int, source: checkpoint.Checkpoint | None) -> MobileNe
             said += f", without its classifier ({theirs} classes, not {classes})"
         if strides(source.settings) != strides(settings):
             said += f", with the strides of --downsample {cfg.downsample}, not its own"
-        engine.say(said)
+        console.say(said)
     torch.manual_seed(cfg.seed)
     model = MobileNetV2(settings)
     model.load_state_dict(model.state_dict() | weights)

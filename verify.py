@@ -16,8 +16,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from lib import checkpoint, config, devices, engine, metrics, runtime
+from lib import checkpoint, config, console, devices, metrics, runtime
 from lib.config import UserError, flag
+from lib.evaluation import evaluate_function
 from lib.files import sha256_of
 
 
@@ -35,7 +36,7 @@ class Settings:
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = devices.choose(cfg.device)
-    engine.say_device(device)
+    console.say_device(device)
     folder = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
     published = read(folder / "results.json")
     sources = [load_checked(folder / name, digest) for name, (digest, _) in published.items()]
@@ -53,7 +54,7 @@ def main(argv=None):
                 name == "val" and source.data.get("train") not in (None, len(images.train))
             ):
                 raise UserError(f"{n} {name} images were used; this data set does not have them")
-            result = engine.evaluate_function(network, split, note=f"{source.file.name}, {name}")
+            result = evaluate_function(network, split, note=f"{source.file.name}, {name}")
             now = int((result.predictions[:n] == split.labels[:n].cpu()).sum())
             text = f"{now} of {n} {name} images in {network.arithmetic}, published {correct}"
             if len(split) > n:

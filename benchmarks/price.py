@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from lib import checkpoint, config, devices, engine, ptq, quantizers, reconstruct, tables, thinning
+from lib import checkpoint, config, console, devices, ptq, quantizers, reconstruct, tables, thinning
 from lib.compaction import compact
 from lib.config import flag
+from lib.evaluation import evaluate
 from lib.rate import BITS_PER_KILOBYTE
 
 Fit = reconstruct.IntegerLeastSquares
@@ -86,12 +87,12 @@ def main(argv: list[str] | None = None) -> None:
             for replacement in replaced:
                 stack.enter_context(replacement)
             network, _ = ptq.quantize(
-                small, sample, scheme, engine.progress(name),
+                small, sample, scheme, console.progress(name),
                 lambda_per_bit=cfg.rd_lambda / BITS_PER_KILOBYTE, **options,
             )  # fmt: skip
         raw = parent.encode_child(network, scheme, images.provenance(), seed)
-        result = engine.evaluate(network, images.val)
-        engine.say(f"{name}: {len(raw):,} bytes, val {result}, loss {result.loss:.4f}")
+        result = evaluate(network, images.val)
+        console.say(f"{name}: {len(raw):,} bytes, val {result}, loss {result.loss:.4f}")
         return [name, len(raw), result.correct, f"{result.loss:.4f}", channels(network)]
 
     rows = [row(name, *what, cfg.seeds[0]) for name, what in variants().items()]
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         ["left out, or replaced", "bytes", f"correct of {len(images.val):,}", "loss",
          "channels of all layers"], rows, device=device,
         text=f"PTQ, 8-bit activations, --rd-lambda {cfg.rd_lambda:g}; the parent has "
-        f"{engine.evaluate(small, images.val)} and {channels(small):,} channels. The last rows "
+        f"{evaluate(small, images.val)} and {channels(small):,} channels. The last rows "
         "differ in the calibration images alone: their spread is the noise. Accuracies are those "
         "of the network in floats; those of its file, in integers, may differ by an image.",
         data=f"{images.source}, validation split, n={len(images.val):,}",

@@ -25,6 +25,7 @@ from torch import Tensor
 from autoaugment import augmentation
 from lib import config, data, devices, engine, tables
 from lib.config import flag
+from lib.evaluation import evaluate
 from models.mobilenetv2 import MobileNetV2, standard
 
 SIDE = 16  # pixels
@@ -87,7 +88,7 @@ def run(source: str, epochs: int, seed: int, settings: dict) -> dict:
             model, images, engine.Recipe(epochs, **recipe), Small(settings["augment"]), seed,
             Path(folder) / "state", config={},
         )  # fmt: skip
-    result = engine.evaluate(model, images.val)
+    result = evaluate(model, images.val)
     return {
         "seed": seed, "epochs": epochs, "settings": settings, "source": images.source,
         "correct": result.correct, "total": result.total,

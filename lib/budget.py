@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from lib import engine
+from lib.evaluation import Evaluation
 from models.mobilenetv2 import MobileNetV2
 
 FIRST = 0.5  # the lambda that is tried first, as for quantize.py --rd-lambda
@@ -72,7 +72,7 @@ class Attempt:
     network: MobileNetV2 | None  # None: in qat, where training does not need it: see quantize.py
     latent: dict | None  # its weights before rounding, of ptq: see lib.ptq.quantize
     bytes: int  # of the .nnz that it becomes; 0 if that was not asked for
-    result: engine.Evaluation | None  # on the validation split, if there is one
+    result: Evaluation | None  # on the validation split, if there is one
 
 
 def search(

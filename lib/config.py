@@ -274,6 +274,26 @@ def identity(cfg) -> dict:
     return {k: v for k, v in vars(cfg).items() if k not in LOCATIONS}
 
 
+def refuse_other_run(path: Path, saved: dict, wanted: dict) -> None:
+    """Raise UserError, naming the differences, if the state of an interrupted run was not made with
+    these settings.
+
+    path: of the state. saved, wanted: identities, of the run that it belongs to and of this run.
+    """
+    different = [
+        f"{key} was {saved.get(key)}, is {wanted.get(key)}"
+        for key in sorted(saved | wanted)
+        if saved.get(key) != wanted.get(key)
+    ]
+    if different and set(saved) < set(wanted):
+        raise UserError(f"{path} is of an earlier version: --no-resume discards it")
+    if different:
+        raise UserError(
+            f"{path} is the state of another run ({'; '.join(different)}): "
+            "give its flags to continue it, or --no-resume to discard it"
+        )
+
+
 def command(cfg) -> str:
     """Return the command line that gives a stage these settings: those that are not the default.
 

@@ -1,8 +1,9 @@
-"""The device that a stage runs on: chosen by its name, and tried out."""
+"""The device that a stage runs on: chosen by its name, tried out, described; its precision."""
 
 import contextlib
 import ctypes
 import os
+import platform
 import re
 import sys
 import warnings
@@ -14,6 +15,9 @@ from lib.config import UserError, reason
 
 # What a driver of NVIDIA leaves on Linux, and under Windows' WSL.
 SIGNS_OF_A_GPU = [Path("/proc/driver/nvidia"), Path("/dev/nvidia0"), Path("/dev/dxg")]
+
+# Instruction sets that decide how fast a CPU trains (bf16) and runs integers (VNNI).
+INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "avx512_vnni": "VNNI"}
 
 
 def choose(name: str, share: bool = False) -> torch.device:
@@ -97,3 +101,44 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             libc.mallopt(option, 1 << 30)
+
+
+def hardware(device: torch.device) -> str:
+    """Return a device and what matters of it: "AMD EPYC, 2 threads (AVX2, AVX-512, bf16, VNNI)"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    fields = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", "").split()
+    known = [label for name, label in INSTRUCTIONS.items() if name in flags]
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    count = torch.get_num_threads()
+    return f"{name}, {count} thread" + "s" * (count > 1) + f" ({', '.join(known)})" * bool(known)
+
+
+def autocast(device: torch.device, enabled: bool):
+    """Return the context manager of mixed precision, switched off where it would be slow."""
+    dtype = torch.float16 if is_fp16(device) else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=is_mixed(device, enabled))
+
+
+def is_mixed(device: torch.device, amp: bool) -> bool:
+    """Return whether training with `amp` runs in mixed precision on this device."""
+    return amp and not _slow_bf16(device)
+
+
+def is_fp16(device: torch.device) -> bool:
+    """Return whether mixed precision is fp16, which needs loss scaling (CUDA without bf16)."""
+    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _slow_bf16(device: torch.device) -> bool:
+    """Return whether this is a CPU for which oneDNN has only reference code in bf16, which is 100
+    times slower than fp32 (seen on one with AVX2 alone)."""
+    if device.type != "cpu":
+        return False
+    with_onednn = torch.backends.mkldnn.is_available()
+    return not (with_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())

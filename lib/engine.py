@@ -1,9 +1,8 @@
-"""The recipe, the training loop that all stages share, and the evaluation behind every figure."""
+"""The recipe, and the training loop that all stages share."""
 
 import copy
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib import checkpoint, data, logs, processes, quantizers, replay, tables
+from lib import checkpoint, console, data, devices, logs, processes, quantizers, replay
 from lib.augment import SIDE
-from lib.config import UserError
+from lib.config import UserError, refuse_other_run
+from lib.evaluation import Evaluation, evaluate
 
-EVAL_BATCH = 128  # the report's; its dynamic activation ranges depend on it
-# A batch for a GPU, which would wait for the host between the layers of a smaller one. It divides
-# the splits of CIFAR-10: a GPU's libraries take seconds to choose kernels for each new shape.
-GPU_BATCH = 1000
 GROWTH = 0.7  # share of the epochs during which images grow, if they start small
 
 
@@ -86,65 +82,6 @@ class Recipe:
         return self.start_side + int((SIDE - self.start_side) * epoch / growing) // 4 * 4
 
 
-# ---- evaluation ----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Evaluation:
-    """The predictions of a network on a split, with its accuracy and loss."""
-
-    correct: int
-    total: int
-    loss: float  # mean cross-entropy
-    predictions: Tensor  # int64 (total,), on the CPU
-
-    @property
-    def accuracy(self) -> float:
-        """The share of correct answers."""
-        return self.correct / self.total
-
-    def __str__(self) -> str:
-        return f"{self.accuracy:.2%} ({self.correct}/{self.total})"
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, split: data.Split, amp: bool = False) -> Evaluation:
-    """Evaluate a model on a whole split, in its order; in fp32 unless `amp`.
-
-    The model stays in eval mode.
-    """
-    model.eval()
-    dynamic = any(quantizers.is_dynamic(module) for module in model.modules())
-    on_gpu = split.images.device.type == "cuda"
-    batch = GPU_BATCH if on_gpu and not dynamic else EVAL_BATCH
-
-    def network(images: Tensor) -> Tensor:
-        with _autocast(split.images.device, amp):
-            return model(data.normalize(images)).float()
-
-    return evaluate_function(network, split, batch=batch)
-
-
-@torch.inference_mode()
-def evaluate_function(
-    network: Callable, split: data.Split, note: str = "evaluate", batch: int = EVAL_BATCH
-) -> Evaluation:
-    """Evaluate any function from uint8 images (n, 3, 32, 32) to logits (n, classes).
-
-    note: what the progress bar is called.
-    """
-    starts = range(0, len(split), batch)
-    shown = tqdm(starts, desc=note, leave=False, disable=_quiet())
-    logits = torch.cat([network(split.images[a : a + batch]) for a in shown])
-    predictions = logits.argmax(1)
-    correct = int((predictions == split.labels).sum())
-    loss = float(F.cross_entropy(logits, split.labels))
-    return Evaluation(correct, len(split), loss, predictions.cpu())
-
-
-# ---- training ------------------------------------------------------------------------------------
-
-
 def fit(
     model: nn.Module,
     images: data.Data,
@@ -204,7 +141,7 @@ def fit(
     teacher = quantizers.fold(teacher) if teacher and recipe.distill else None
     if state_file.is_file():
         state.restore(state_file, config)
-        say(f"continuing {state_file} after epoch {len(state.history)}")
+        console.say(f"continuing {state_file} after epoch {len(state.history)}")
     match_layouts(state.optimizer)
     if log:
         log.begin(state.history)
@@ -251,7 +188,7 @@ def fit(
             saved_epochs = epoch + 1
             if log:
                 log(line)
-            say(_summary(line, f"{note}epoch {epoch + 1}/{recipe.epochs}"))
+            console.say(_summary(line, f"{note}epoch {epoch + 1}/{recipe.epochs}"))
     except KeyboardInterrupt:
         held = f"{note}before its first epoch was saved"
         if saved_epochs:
@@ -293,7 +230,7 @@ class TrainingState:
         device = next(model.parameters()).device
         return cls(
             model, build_optimizer(model, recipe, velocity),
-            torch.amp.GradScaler(device.type, enabled=_half(device) and recipe.amp),
+            torch.amp.GradScaler(device.type, enabled=devices.is_fp16(device) and recipe.amp),
             copy.deepcopy(model) if recipe.ema else None,
         )  # fmt: skip
 
@@ -349,22 +286,6 @@ class TrainingState:
 def _score(line: dict) -> float:
     """Return what the epochs of a run are compared by; without validation the last one wins."""
     return line.get("score", line.get("val_accuracy", line["epoch"]))
-
-
-def refuse_other_run(path: Path, saved: dict, wanted: dict) -> None:
-    """Raise UserError, naming the differences, if a state was not made with these settings."""
-    different = [
-        f"{key} was {saved.get(key)}, is {wanted.get(key)}"
-        for key in sorted(saved | wanted)
-        if saved.get(key) != wanted.get(key)
-    ]
-    if different and set(saved) < set(wanted):
-        raise UserError(f"{path} is of an earlier version: --no-resume discards it")
-    if different:
-        raise UserError(
-            f"{path} is the state of another run ({'; '.join(different)}): "
-            "give its flags to continue it, or --no-resume to discard it"
-        )
 
 
 def build_optimizer(
@@ -453,7 +374,7 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
 
     @torch.no_grad()
     def ask(x: Tensor) -> Tensor:
-        with _autocast(device, recipe.amp):
+        with devices.autocast(device, recipe.amp):
             return teacher(x).float()
 
     def step(x: Tensor, labels: Tensor, group_rates, soft: Tensor | None = None) -> None:
@@ -462,7 +383,7 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
             soft = ask(x)  # it sees the images as they are, whatever the student sees
         if side < SIDE:
             x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
-        with _autocast(device, recipe.amp):
+        with devices.autocast(device, recipe.amp):
             logits = forward(x)
         loss = _loss(logits.float(), labels, soft, recipe)
         optimizer.zero_grad(set_to_none=True)
@@ -483,7 +404,7 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
         _set_options(groups, capturable=[True] * len(groups))
         # The steps before the recording are intended: torch need not warn of them (Adam).
         optimizer._warned_capturable_if_run_uncaptured = True
-    shown = tqdm(batches, total=steps, desc=note, leave=False, disable=_quiet() or rank > 0)
+    shown = tqdm(batches, total=steps, desc=note, leave=False, disable=console.quiet() or rank > 0)
     for i, ((x, labels), group_rates) in enumerate(zip(shown, learning_rates, strict=True)):
         soft = []
         if known is not None:
@@ -558,59 +479,6 @@ def float_tensors(average: nn.Module, model: nn.Module) -> tuple[list[Tensor], l
         [x for x in network.state_dict().values() if x.is_floating_point()]
         for network in (average, model)
     )
-
-
-# ---- precision, and what people see --------------------------------------------------------------
-
-
-def _half(device: torch.device) -> bool:
-    """Return whether mixed precision is fp16, which needs loss scaling (CUDA without bf16)."""
-    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def _autocast(device: torch.device, enabled: bool):
-    """Return the context manager of mixed precision, switched off where it would be slow."""
-    dtype = torch.float16 if _half(device) else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=is_mixed(device, enabled))
-
-
-def is_mixed(device: torch.device, amp: bool) -> bool:
-    """Return whether training runs in mixed precision, and with it the evaluation of epochs that no
-    `judge` compares (see `fit`)."""
-    return amp and not _slow_bf16(device)
-
-
-def _slow_bf16(device: torch.device) -> bool:
-    """Return whether this is a CPU for which oneDNN has only reference code in bf16, which is 100
-    times slower than fp32 (seen on one with AVX2 alone)."""
-    if device.type != "cpu":
-        return False
-    with_onednn = torch.backends.mkldnn.is_available()
-    return not (with_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def progress(note: str):
-    """Return a function that shows how far a loop over a list has come."""
-    hidden = _quiet() or not processes.is_main()
-    return lambda items: tqdm(items, desc=note, leave=False, disable=hidden)
-
-
-def _quiet() -> bool:
-    """Return whether to hide progress bars: they are for terminals."""
-    return not sys.stderr.isatty()
-
-
-def say(text: str) -> None:
-    """Print a line for people, from the main process alone."""
-    if processes.is_main():
-        tqdm.write(text)
-        sys.stdout.flush()
-
-
-def say_device(device: torch.device) -> None:
-    """Print the first line of a stage: what it runs on."""
-    world, _ = processes.world_and_rank()
-    say(f"device: {device}, {tables.hardware(device)}" + f", {world} processes" * (world > 1))
 
 
 def _summary(line: dict, note: str) -> str:

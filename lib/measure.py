@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from lib import data, engine, metrics, runtime
+from lib import data, metrics, runtime
 from lib.checkpoint import Checkpoint
+from lib.evaluation import evaluate_function
 
 
 def figures_of_file(
@@ -19,7 +20,7 @@ def figures_of_file(
     integers: see lib.runtime.network.
     """
     network = runtime.network(source, split.images.device, integers=integers)
-    result = engine.evaluate_function(network, split, note=str(source.file))
+    result = evaluate_function(network, split, note=str(source.file))
     low, high = metrics.wilson(result.correct, result.total)
     layers = [
         (name.removesuffix(".weight"), weight.numel(), int(torch.count_nonzero(weight)))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lib import quantizers, rate
 from lib.checkpoint import Checkpoint
-from lib.engine import Evaluation
+from lib.evaluation import Evaluation
 from lib.metrics import weight_layers
 from lib.quantizers import FakeQuantize, Quantizer, max_level, per_row
 from models.mobilenetv2 import MobileNetV2

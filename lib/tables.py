@@ -9,7 +9,6 @@ code. Values are plain numbers and strings, so that a test can compare them with
 
 import json
 import os
-import platform
 import shlex
 import sys
 from datetime import date
@@ -17,14 +16,12 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint
+from lib import checkpoint, devices
 from lib.config import UserError, reason
 from lib.files import write_bytes
 
 FORMAT = "mobilenetv2-cifar10/table/1"
 KEYS = ("title", "text", "columns", "rows", "command", "data", "hardware", "date", "code")
-# Instruction sets that decide how fast a CPU trains (bf16) and runs integers (VNNI).
-INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "avx512_vnni": "VNNI"}
 
 
 def table(
@@ -41,7 +38,7 @@ def table(
         raise ValueError(f"every row must have {len(columns)} values")
     return {
         "format": FORMAT, "title": title, "text": text, "columns": columns, "rows": rows,
-        "command": command_line(), "data": data, "hardware": hardware(device),
+        "command": command_line(), "data": data, "hardware": devices.hardware(device),
         "date": date.today().isoformat(), "code": checkpoint.code_version(),
     }  # fmt: skip
 
@@ -60,22 +57,6 @@ def _without_folders(word: str) -> str:
     if not path.is_absolute():
         return word
     return f"{flag}{equals}{path.relative_to(here) if path.is_relative_to(here) else path.name}"
-
-
-def hardware(device: torch.device) -> str:
-    """Return a device and what matters of it: "AMD EPYC, 2 threads (AVX2, AVX-512, bf16, VNNI)"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    fields = {}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-    flags = fields.get("flags", "").split()
-    known = [label for name, label in INSTRUCTIONS.items() if name in flags]
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    count = torch.get_num_threads()
-    return f"{name}, {count} thread" + "s" * (count > 1) + f" ({', '.join(known)})" * bool(known)
 
 
 def write(path: Path, content: dict) -> None:

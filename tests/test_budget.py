@@ -11,7 +11,8 @@ import torch
 import quantize
 import sparse_compress
 import to_int8
-from lib import budget, checkpoint, data, engine, ptq, qat, synthetic
+from lib import budget, checkpoint, data, ptq, qat, synthetic
+from lib.evaluation import Evaluation, evaluate
 
 
 def attempts_at(edge: float):
@@ -19,7 +20,7 @@ def attempts_at(edge: float):
 
     def attempt(rd_lambda: float) -> budget.Attempt:
         size, correct = (10, 8) if rd_lambda <= edge else (5, 4)
-        return budget.Attempt(rd_lambda, None, {}, size, engine.Evaluation(correct, 10, 1.0, None))
+        return budget.Attempt(rd_lambda, None, {}, size, Evaluation(correct, 10, 1.0, None))
 
     return attempt
 
@@ -58,13 +59,13 @@ def test_without_need_nothing_is_saved():
     # A lower lambda may lose more, and the search still ends at the edge.
     def uneven(rd_lambda):
         correct = {0.0: 5, 0.5: 4, 0.125: 5}.get(rd_lambda, 7)
-        return budget.Attempt(rd_lambda, None, {}, 10, engine.Evaluation(correct, 10, 1.0, None))
+        return budget.Attempt(rd_lambda, None, {}, 10, Evaluation(correct, 10, 1.0, None))
 
     found, _ = budget.search(uneven, budget.Budget(floor=6))
     assert 0.125 / budget.CLOSE < found.rd_lambda < 0.125
 
     def better(rd_lambda):
-        result = engine.Evaluation(7 if rd_lambda == 0.5 else 5, 10, 1.0, None)
+        result = Evaluation(7 if rd_lambda == 0.5 else 5, 10, 1.0, None)
         return budget.Attempt(rd_lambda, None, {}, 10, result)
 
     found, tried = budget.search(better, budget.Budget(max_bytes=1000))
@@ -82,7 +83,7 @@ def test_of_all_that_meet_a_budget_the_best_is_taken():
 
         def attempt(rd_lambda):
             size, correct = next(v for edge, v in by_lambda.items() if rd_lambda <= edge)
-            result = None if correct is None else engine.Evaluation(correct, 10, 1.0, None)
+            result = None if correct is None else Evaluation(correct, 10, 1.0, None)
             return budget.Attempt(rd_lambda, None, {}, size, result)
 
         found, tried = budget.search(attempt, asked)
@@ -121,7 +122,7 @@ def test_files_are_compared_by_what_is_asked_for():
         """The index of the best of (bytes, correct of 10, loss)."""
         scores = [
             asked.score(
-                budget.Attempt(1.0, None, None, size, engine.Evaluation(correct, 10, loss, None)),
+                budget.Attempt(1.0, None, None, size, Evaluation(correct, 10, loss, None)),
                 0.01 / 8,
             )
             for size, correct, loss in files
@@ -221,7 +222,7 @@ def test_max_drop_is_kept_on_validation(answered, parent, tmp_path):
 def test_a_byte_has_a_price_where_nothing_is_wrong_yet(answered, parent):
     file = checkpoint.load(parent)
     network, images = file.build(), file.images(answered, 100, torch.device("cpu"))
-    result = engine.evaluate(network, images.val)
+    result = evaluate(network, images.val)
     assert result.correct == result.total
     sample = ptq.calibration_images(images.train, 100, 0)
     for loss in (result.loss, 0.0):

@@ -21,7 +21,8 @@ import quantize
 import sparse_compress
 import to_int8
 import train
-from lib import checkpoint, config, data, engine, measure, ptq, runtime, tables
+from lib import checkpoint, config, data, measure, ptq, runtime, tables
+from lib.evaluation import evaluate, evaluate_function
 from lib.files import sha256_of
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -316,7 +317,7 @@ def test_eval_tells_the_change_from_the_nearest_ancestor_given(run, chain, tiny,
     paths = [chain / f"checkpoints/{n}" for n in ("pruned.pth", "int8.pth")]
     code, out, _ = run("eval", *paths, f"--data={tiny}", f"--run-dir={tmp_path}")
     test = data.load(tiny).test
-    right = [engine.evaluate(checkpoint.load(p).build(), test).predictions == test.labels
+    right = [evaluate(checkpoint.load(p).build(), test).predictions == test.labels
              for p in paths]  # fmt: skip
     c = measure.change(*right)
     assert code == 0 and out.count("  change ") == 1
@@ -673,7 +674,7 @@ def test_eval_writes_a_table_for_the_results(run, chain, tiny, tmp_path):
     ]
     images = data.load(tiny).test
     right = [
-        engine.evaluate_function(runtime.network(runtime.load(file)), images).predictions
+        evaluate_function(runtime.network(runtime.load(file)), images).predictions
         == images.labels for file in files
     ]  # fmt: skip
     assert [row[3] for row in table["rows"]] == [int(r.sum()) for r in right]

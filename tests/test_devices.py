@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import train
-from lib import config, devices, engine, processes, ptq, quantizers
+from lib import config, console, devices, engine, processes, ptq, quantizers
 from models.mobilenetv2 import MobileNetV2, standard
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update"
@@ -143,7 +143,7 @@ def test_the_first_line_names_the_gpu_and_the_processes(monkeypatch, capsys):
     names = {torch.device("cuda:1"): "NVIDIA H100 80GB HBM3"}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: names[d])
     monkeypatch.setattr(processes, "world_and_rank", lambda: (2, 0))
-    engine.say_device(torch.device("cuda:1"))
+    console.say_device(torch.device("cuda:1"))
     assert capsys.readouterr().out == "device: cuda:1, NVIDIA H100 80GB HBM3, 2 processes\n"
 
 

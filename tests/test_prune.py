@@ -15,6 +15,7 @@ from autoaugment import augmentation
 from lib import checkpoint, data, engine, pruning, ptq, quantizers
 from lib.compaction import compact, take
 from lib.config import UserError
+from lib.evaluation import Evaluation, evaluate
 from lib.metrics import weight_layers
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -224,7 +225,7 @@ def test_resumed_equals_uninterrupted(tiny, baseline, whole, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         if dies_in == "a round":  # epochs are 1..6, each evaluated, and each round once more
-            patch.setattr(engine, "evaluate", dying(engine.evaluate, 6))
+            patch.setattr(engine, "evaluate", dying(evaluate, 6))
         elif dies_in == "writing a round":  # after the state of round 1 was written
             patch.setattr(prune.logs.Log, "__call__", dying(prune.logs.Log.__call__, 1))
         else:
@@ -311,9 +312,10 @@ def test_stops_at_the_floor_and_keeps_the_last_good_round(tiny, baseline, tmp_pa
 
     def scripted(model, split, *args, **kwargs):
         n = next(scores)
-        return engine.Evaluation(n, 30, 1.0, torch.zeros(30))
+        return Evaluation(n, 30, 1.0, torch.zeros(30))
 
-    monkeypatch.setattr(engine, "evaluate", scripted)
+    for module in (prune, engine):
+        monkeypatch.setattr(module, "evaluate", scripted)
     pruned, lines = run(tiny, baseline, tmp_path, "--max-drop=10", "--no-compact")
     assert [x["kept"] for x in lines] == [True, True, False]
     assert pruned.metrics["round"] == 1 and pruned.metrics["val_correct"] == 28
@@ -330,9 +332,10 @@ def test_a_round_that_loses_exactly_the_largest_drop_is_kept(
     scores = iter([24, 24, 24, 21, 24, 24, 20])  # parent; then 2 epochs and the round, twice
 
     def scripted(model, split, *args, **kwargs):
-        return engine.Evaluation(next(scores), 30, 1.0, torch.zeros(30))
+        return Evaluation(next(scores), 30, 1.0, torch.zeros(30))
 
-    monkeypatch.setattr(engine, "evaluate", scripted)
+    for module in (prune, engine):
+        monkeypatch.setattr(module, "evaluate", scripted)
     pruned, lines = run(tiny, baseline, tmp_path, "--max-drop=10")
     assert [x["kept"] for x in lines] == [True, True, False]
     assert pruned.metrics["val_correct"] == 21
@@ -424,7 +427,7 @@ def test_a_quantized_parent_becomes_fp32_on_request(tiny, whole, tmp_path):
     assert [a["stage"] for a in plain.ancestors] == ["baseline", "pruned", "quantized"]
     assert all(torch.equal(plain.state[n], t) for n, t in network.state_dict().items()
                if n.endswith(".weight") and t.ndim == 4)  # fmt: skip
-    assert abs(lines[0]["val_correct"] - engine.evaluate(network, images.val).correct) <= 3
+    assert abs(lines[0]["val_correct"] - evaluate(network, images.val).correct) <= 3
     # It can be pruned further, with itself as the teacher.
     _, lines = run(tiny, small, tmp_path / "on", "--rounds=1", "--dequantize", "--target=0.9")
     assert 0.9 <= lines[1]["sparsity"] < 0.91 and len(lines[1]["epochs"]) == 2

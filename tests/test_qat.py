@@ -16,6 +16,7 @@ import quantize
 import train
 from lib import checkpoint, engine, pruning, ptq, qat, quantizers
 from lib.config import UserError
+from lib.evaluation import evaluate
 from lib.logs import Log
 from lib.metrics import weight_layers
 from lib.nnz import coder
@@ -224,7 +225,7 @@ def test_stage_trains_and_saves_a_network_on_its_grid(tiny, whole, parent):
     # An epoch is judged as the file that it would become.
     best = max(lines, key=lambda line: line["val_accuracy"])
     assert saved.metrics["val_correct"] == round(best["val_accuracy"] * best["val_total"])
-    loaded = engine.evaluate(saved.build(), saved.images(tiny, 50, torch.device("cpu")).val)
+    loaded = evaluate(saved.build(), saved.images(tiny, 50, torch.device("cpu")).val)
     assert loaded.correct == saved.metrics["val_correct"]
     folder = saved.file.parent.parent
     assert (folder / "plots/quantize.png").is_file()
@@ -442,7 +443,7 @@ def test_two_processes_train_one_network(tiny, parent, whole, tmp_path):
         assert line["train_loss"] == pytest.approx(expected["train_loss"], rel=0.02)
     saved = checkpoint.load(tmp_path / "checkpoints/quantized.pth")
     quantizers.integer_state(saved.state, saved.quantization)
-    best = engine.evaluate(saved.build(), saved.images(tiny, 50, torch.device("cpu")).val)
+    best = evaluate(saved.build(), saved.images(tiny, 50, torch.device("cpu")).val)
     assert best.correct == max(round(50 * line["val_accuracy"]) for line in lines)
     assert [p.name for p in saved.file.parent.iterdir()] == ["quantized.pth"]
 

@@ -6,9 +6,10 @@ import pytest
 
 import sensitivity
 import train
-from lib import checkpoint, engine, plots
+from lib import checkpoint, plots
 from lib.compaction import compact
 from lib.config import UserError
+from lib.evaluation import evaluate
 from lib.metrics import layer_counts
 
 
@@ -35,7 +36,7 @@ def test_rows_are_of_each_layer_alone_and_a_torn_log_is_continued(
     assert [(r["layer"], int(r["weight_bits"])) for r in rows] == [
         (name, bits) for name, _, _ in layers for bits in (16, 2)
     ]
-    before = engine.evaluate(parent.build(), parent.images(tiny, 60, "cpu").val)
+    before = evaluate(parent.build(), parent.images(tiny, 60, "cpu").val)
     for row in rows:
         moved = int(row["gained"]) - int(row["lost"])
         assert int(row["total"]) == 60 and int(row["correct"]) == before.correct + moved
@@ -46,8 +47,8 @@ def test_rows_are_of_each_layer_alone_and_a_torn_log_is_continued(
     log = tmp_path / "logs/sensitivity.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(lines[:-3]) + lines[-3][:40])  # killed while it wrote
-    calls, evaluate = [], engine.evaluate
-    monkeypatch.setattr(engine, "evaluate", lambda *a: calls.append(a) or evaluate(*a))
+    calls = []
+    monkeypatch.setattr(sensitivity, "evaluate", lambda *a: calls.append(a) or evaluate(*a))
     assert run(tiny, parent, tmp_path) == rows
     assert len(calls) == 1 + 3  # the parent and what was missing
 

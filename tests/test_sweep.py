@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import sweep
-from lib import checkpoint, data, engine, integer, measure, ptq, quantizers, tables
+from lib import checkpoint, data, integer, measure, ptq, quantizers, tables
 from lib.compaction import compact
 from lib.config import UserError
+from lib.evaluation import evaluate
 from models.mobilenetv2 import MobileNetV2, standard
 
 ROOT = Path(__file__).parent.parent
@@ -55,8 +56,8 @@ def test_cells_are_measured_from_files_and_only_once(tiny, parent, tmp_path, mon
         model = checkpoint.load(parent).build()
         quantizers.quantize_reference(model, int(row["weight_bits"]), int(row["act_bits"]))
         test = data.load(tiny).test
-        expected = engine.evaluate(model, test).predictions == test.labels
-        known = engine.evaluate(checkpoint.load(parent).build(), test).predictions == test.labels
+        expected = evaluate(model, test).predictions == test.labels
+        known = evaluate(checkpoint.load(parent).build(), test).predictions == test.labels
         assert int(expected.sum()) == int(row["correct"])
         change = {key: int(row[key]) for key in ("gained", "lost")}
         assert change == measure.change(known, expected)

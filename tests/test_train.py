@@ -22,7 +22,7 @@ from torchvision.models import mobilenet_v2
 
 import train
 from autoaugment import augmentation
-from lib import checkpoint, data, engine, processes, quantizers
+from lib import checkpoint, config, data, engine, processes, quantizers
 from lib.config import UserError
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -129,8 +129,8 @@ def test_state_of_another_run_is_refused_and_kept(tiny, tmp_path, monkeypatch):
 
 def test_a_state_that_lacks_a_setting_is_of_an_earlier_version():
     with pytest.raises(UserError, match="x is of an earlier version: --no-resume discards it"):
-        engine.refuse_other_run(Path("x"), {"lr": 0.1}, {"lr": 0.1, "sync_batchnorm": True})
-    engine.refuse_other_run(Path("x"), {"lr": 0.1}, {"lr": 0.1})
+        config.refuse_other_run(Path("x"), {"lr": 0.1}, {"lr": 0.1, "sync_batchnorm": True})
+    config.refuse_other_run(Path("x"), {"lr": 0.1}, {"lr": 0.1})
 
 
 def test_two_processes_give_the_loss_curve_of_one(tiny, tmp_path):
