@@ -97,6 +97,9 @@ def evaluated(cfg) -> tuple[dict, dict[str, dict]]:
             name = Path(figures["file"]).name
             if name not in files:
                 files[name] = source = runtime.load(figures["file"])
+                if name in PUBLISHED and source.stage == "baseline" and not source.code:
+                    raise UserError(f"{figures['file']} is a plain state dict, which does not say "
+                                    "its strides: that is not published")  # fmt: skip
                 rows[name] = describe(source, figures)
             if files[name].sha256 != figures["sha256"]:
                 raise UserError(

@@ -169,7 +169,7 @@ def status(folder: Path, downsample: int | None = None) -> list[tuple[str, ...]]
     """
     paths = [folder / name for name in checkpoint.CHAIN]
     hashes = {p.name: sha256_of(p) for p in paths if p.is_file()}
-    rows, stale, now = [], set(), checkpoint.code_version()
+    rows, stale, now = [], set(), config.code_version()
     for path in paths:
         stage = date = size = "-"
         notes = ["missing"]
@@ -178,7 +178,7 @@ def status(folder: Path, downsample: int | None = None) -> list[tuple[str, ...]]
             size = f"{path.stat().st_size:,}"
             try:
                 source = checkpoint.load(path, downsample)
-                stage, notes = source.stage, [freshness(source, hashes, stale)]
+                stage, notes = source.stage, [freshness(source, hashes, stale, downsample)]
                 if source.code not in (None, now):  # worth knowing, but no fault
                     notes.append(f"made by code {source.code}, this is {now}")
             except UserError as error:
@@ -206,21 +206,28 @@ def up_to_date(parent: str, stale: set[str]) -> str:
     return f"stale: {parent} is not up to date" if parent in stale else f"up to date with {parent}"
 
 
-def freshness(source, hashes: dict[str, str], stale: set[str]) -> str:
-    """Say whether a file's recorded parent is still there, in the chain or where --parent said.
+def freshness(
+    source, hashes: dict[str, str], stale: set[str], downsample: int | None = None
+) -> str:
+    """Say whether a file's recorded parent is still there, in the chain or where --parent said, and
+    is up to date itself.
 
     hashes: SHA-256 of the chain's files by name; stale: the names of those that are not up to date.
+    downsample: see checkpoint.load.
     """
     if not source.ancestors:
         return "up to date: the start of a chain"
     parent, given = source.ancestors[-1], source.config.get("parent")
     if parent["sha256"] is None:  # a cell of sweep.py, whose parent was never a file
         return "parent unknown: this file records no hash"
-    if given and Path(given).is_file():
-        hashes = hashes | {given: sha256_of(given)}
     same = next((name for name, value in hashes.items() if value == parent["sha256"]), None)
     if same:
         return up_to_date(same, stale)
+    if given and Path(given).is_file():
+        if sha256_of(given) == parent["sha256"]:  # it may have a parent of its own
+            note = freshness(checkpoint.load(given, downsample), hashes, stale, downsample)
+            return up_to_date(given, set() if note.startswith("up to date") else {given})
+        hashes = hashes | {given: sha256_of(given)}
     of_stage = {Path(name).stem: name for name in checkpoint.CHAIN}
     name = given or of_stage.get(parent["stage"], parent["stage"])
     now = f"changed: {name} is now {hashes[name][:8]}" if name in hashes else f"missing: no {name}"

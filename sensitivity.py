@@ -47,7 +47,10 @@ class Settings(config.AfterTraining):
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
     device = devices.choose(cfg.device)
-    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
+    file = cfg.path(cfg.parent, "checkpoints/pruned.pth")
+    out = cfg.path(cfg.out, "logs/sensitivity.csv")
+    config.refuse_replacing(out, file)
+    parent = checkpoint.load(file, cfg.assume_downsample)
     parent.refuse_quantized()
     images = parent.images(cfg.data, cfg.val_size, device)
     split = images.split(cfg.split)
@@ -56,7 +59,6 @@ def main(argv=None):
     fp32 = quantizers.fold(model)
     labels = split.labels.cpu()
     before = evaluate(fp32, split)
-    out = cfg.path(cfg.out, "logs/sensitivity.csv")
 
     counts = {name: (weights, n) for name, weights, n in metrics.layer_counts(fp32)}
     bit_widths = list(dict.fromkeys(cfg.weight_bits))

@@ -90,16 +90,18 @@ def decompress(cfg) -> None:
     source = checkpoint.load(cfg.decompress)
     if source.stage != "compressed":
         raise UserError(f"{cfg.decompress} is not a .nnz file")
-    if cfg.out and not source.ancestors:
+    # The last that was no .nnz file: such a file can be encoded again, as a newer version.
+    stage = next((a["stage"] for a in source.ancestors[::-1] if a["stage"] != "compressed"), None)
+    if cfg.out and not stage:
         raise UserError(f"{cfg.decompress} does not say which stage's file it was made of")
     if cfg.onnx:
         saved = runtime.export(source, Path(cfg.onnx))
         print(f"{cfg.onnx}: {saved.bytes:,} bytes from {source.bytes:,}")
     if cfg.out:
         saved = checkpoint.save(
-            Path(cfg.out), source.ancestors[-1]["stage"], source.build(), cfg, source, metrics={},
+            Path(cfg.out), stage, source.build(), cfg, source, metrics={},
             data=source.data, quantization=source.quantization, state=source.state,
-            seed=source.seed,
+            parents_seed=True,
         )  # fmt: skip
         print(f"{cfg.out}: {saved.bytes:,} bytes from {source.bytes:,}")
 

@@ -101,14 +101,17 @@ def main(argv=None):
     device = devices.choose(cfg.device, share=True)
     processes.start(device, share=True)
     world, rank_of_process = processes.world_and_rank()
-    parent = checkpoint.load(cfg.path(cfg.parent, "checkpoints/pruned.pth"), cfg.assume_downsample)
+    file = cfg.path(cfg.parent, "checkpoints/pruned.pth")
+    folder, out = cfg.in_run("checkpoints/sweep"), cfg.path(cfg.out, "logs/sweep.csv")
+    for written in (out, Path(cfg.results or out)):
+        config.refuse_replacing(written, file, cfg.beside)
+    parent = checkpoint.load(file, cfg.assume_downsample)
     parent.refuse_quantized()
     with processes.main_first():
         images = parent.images(cfg.data, cfg.val_size, device)
     split = images.split(cfg.split)
     others = read_beside(Path(cfg.beside)) if cfg.beside else {}
     console.say_device(device)
-    folder, out = cfg.in_run("checkpoints/sweep"), cfg.path(cfg.out, "logs/sweep.csv")
     known = {}  # by SHA-256: which images the parent gets right, once it is measured
     grid = [
         (weight_bits, act_bits, rd_lambda) for weight_bits in dict.fromkeys(cfg.weight_bits)
@@ -137,6 +140,8 @@ def main(argv=None):
     processes.wait()
     if processes.is_main():
         rows = [finished(folder / name_of(*bits), cfg, parent, images) for bits in grid]
+        if None in rows:
+            raise UserError(f"files in {folder} were replaced: does another sweep run there?")
         charts = []
         if not agent:
             # Once all cells are there: make takes it for done.
@@ -249,6 +254,8 @@ def cell(
     write_bytes(path, raw)
     # As floats: one arithmetic for all cells, of which those over 8 bits have no integers.
     source = checkpoint.load(path)
+    if source.sha256 != hashlib.sha256(raw).hexdigest():
+        raise UserError(f"{path} was replaced: does another sweep run in this folder?")
     figures, _ = measure.figures_of_file(source, split, cfg.split, dict(known), integers=False)
     row = {
         "weight_bits": weight_bits, "act_bits": act_bits, "rd_lambda": rd_lambda,
@@ -258,7 +265,7 @@ def cell(
         **{key: figures[key] for key in COLUMNS if key in figures},
         **{key: figures["change"][key] for key in ("gained", "lost")},
         "hardware": devices.hardware(split.images.device), "date": date.today().isoformat(),
-        "code": checkpoint.code_version(),
+        "code": config.code_version(),
     }  # fmt: skip
     write_bytes(path.with_suffix(".json"), json.dumps(row).encode())
     return row

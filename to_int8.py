@@ -78,7 +78,7 @@ def main(argv=None):
     try:
         saved = checkpoint.save(
             unchecked, "int8", model, cfg, parent, metrics=figures, data=images.provenance(),
-            quantization=scheme, state=state, seed=parent.seed,
+            quantization=scheme, state=state, parents_seed=True,
         )  # fmt: skip
         check(saved, model, images.val, expected)
         exported, text = export(saved, graph_file, images.val, cfg.target)

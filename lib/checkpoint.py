@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from lib import compressed, foreign, quantizers
-from lib.config import UserError, command, reason
+from lib.config import UserError, code_version, command, reason
 from lib.data import SPLIT_SEED, Data, held_out
 from lib.data import load as load_images
 from lib.files import atomic
@@ -49,7 +48,7 @@ class Checkpoint:
     ancestors: list = dataclasses.field(default_factory=list)
     seed: int | None = None
     command: str | None = None  # that made it; files of earlier versions do not hold it
-    code: str | None = None  # see code_version
+    code: str | None = None  # see config.code_version
     environment: dict | None = None  # see the function of this name
     file: Path | None = None  # where it was read from
     sha256: str | None = None  # of that file
@@ -243,7 +242,7 @@ def load(path: Path | str, downsample: int | None = None) -> Checkpoint:
     elif foreign.is_safetensors(raw):
         loaded = _from_dict(foreign.read_safetensors(raw, path), path, downsample)
     else:
-        loaded = _from_dict(read(path), path, downsample)
+        loaded = _from_dict(_read(raw, path), path, downsample)
     check_fields(loaded, path)
     check_finite(loaded.state, path)
     loaded.file, loaded.bytes = path, len(raw)
@@ -323,10 +322,15 @@ def _how_to_make(name: str) -> str:
 
 def read(path: Path):
     """Read tensors and plain types from a torch file. Raises UserError, with why, if that fails."""
+    return _read(path.read_bytes(), path)
+
+
+def _read(raw: bytes, path: Path):
+    """Return what the bytes of a torch file hold, as `read` does. path: names it in errors."""
     try:
-        return foreign.load(path)
+        return foreign.load(raw)
     except Exception as error:  # torch.load's readers raise whatever their parsers do
-        raise UserError(foreign.why_refused(path, error)) from None
+        raise UserError(foreign.why_refused(raw, path, error)) from None
 
 
 def _shortened(text: str) -> str:
@@ -363,14 +367,14 @@ def _from_dict(raw, path: Path, downsample: int | None) -> Checkpoint:
 
 def save(path: Path, stage: str, model: nn.Module, cfg, parent: Checkpoint | None, *,
          metrics: dict, data: dict, quantization: dict | None = None,
-         state: dict | None = None, seed: int | None = None) -> Checkpoint:  # fmt: skip
+         state: dict | None = None, parents_seed: bool = False) -> Checkpoint:  # fmt: skip
     """Write a checkpoint atomically and return it as `load` would.
 
     cfg: the settings of the stage, from which the command line is recorded as well.
     parent: the checkpoint that it was made from; None for the first of a chain.
     data: what Data.provenance() says. quantization: the scheme; None: fp32.
     state: what to store in place of the model's own state dict (integers, for example).
-    seed: of the training; by default the stage's.
+    parents_seed: whether to record the seed of the parent (None: unknown), not that of the stage.
     Raises UserError, and leaves an old file in place, if the state holds NaN or infinite values.
     """
     state = model.state_dict() if state is None else state
@@ -382,8 +386,8 @@ def save(path: Path, stage: str, model: nn.Module, cfg, parent: Checkpoint | Non
         "config": {k: v for k, v in dataclasses.asdict(cfg).items() if v is not None},
         "command": command(cfg),
         "metrics": metrics, "data": data, "ancestors": parent.lineage() if parent else [],
-        "seed": cfg.seed if seed is None else seed, "code": code_version(),
-        "environment": environment(),
+        "seed": parent.seed if parents_seed else cfg.seed, "code": code_version(),
+        "environment": environment(next(model.parameters()).device),
     }  # fmt: skip
     write(path, content)
     return load(path)
@@ -395,24 +399,14 @@ def write(path: Path, content) -> None:
         torch.save(content, file)
 
 
-def code_version() -> str:
-    """Return the git commit, with `+` if files differ from it, or `unknown` outside a checkout."""
-    root = Path(__file__).parent.parent
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-            cwd=root, capture_output=True, text=True, timeout=10,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return run.stdout.strip() or "unknown"
+def environment(device: torch.device) -> dict:
+    """Return the versions and the hardware that a result may depend on.
 
-
-def environment() -> dict:
-    """Return the versions and the hardware that a result may depend on."""
+    device: of the network.
+    """
     return {
         "python": platform.python_version(), "torch": str(torch.__version__),
         "numpy": np.__version__, "platform": platform.machine(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
     }  # fmt: skip

@@ -10,11 +10,14 @@
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import math
 import operator
 import os
 import shlex
+import signal
+import subprocess
 import sys
 import types
 import typing
@@ -169,7 +172,10 @@ def parse(settings, doc: str, argv: list[str] | None = None):
             groups[heading] = parser.add_argument_group(heading)
         _add(groups.get(heading, parser), field)
     values = vars(parser.parse_args(argv))
+    code_version()  # of now: hours later, the checkout may hold another than runs
     for name, value in values.items():  # before hours of work, not after
+        if value == "":  # a variable of the shell that is not set, which must not mean the default
+            parser.error(f"--{name.replace('_', '-')} needs a value")
         if METAVARS.get(name) == "FILE" and value and Path(value).is_dir():
             raise UserError(f"{value} is a folder, not a file")
     for field in dataclasses.fields(settings):
@@ -260,8 +266,8 @@ def refuse_replacing(out: Path, *read: Path | str | None) -> None:
     """Raise UserError if `out` is one of the files that a stage reads: it would be lost."""
     for file in read:
         if file and out.exists() and Path(file).exists() and out.samefile(file):
-            raise UserError(f"{out} is what this stage reads, and would be replaced: give another "
-                            "--out")  # fmt: skip
+            raise UserError(f"{out} is what this stage reads, and would be replaced: name another "
+                            "file")  # fmt: skip
 
 
 def is_default(cfg, name: str) -> bool:
@@ -320,16 +326,37 @@ def command(cfg) -> str:
     return shlex.join(words)
 
 
+@functools.cache
+def code_version() -> str:
+    """Return the git commit, with `+` if files differ from it, or `unknown` outside a checkout.
+
+    It is that of the first call, which `parse` makes.
+    """
+    root = Path(__file__).parent.parent
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            cwd=root, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return run.stdout.strip() or "unknown"
+
+
 def run(main) -> typing.NoReturn:
-    """Call a stage's main and exit: 0 done, 1 failed (one line), 2 wrong usage, 130 interrupted."""
-    name = Path(sys.argv[0]).name
+    """Call a stage's main and exit: 0 done, 1 failed (one line), 2 wrong usage, 130 interrupted,
+    141 if the reader of its output has gone before the end (`train.py | head`)."""
+    name, done = Path(sys.argv[0]).name, False
     try:
         main()
+        done = True
         sys.stdout.flush()
     except UserError as error:
         sys.exit(f"{name}: error: {error}")
-    except BrokenPipeError:  # `eval.py ... | head`: the reader has gone, which is no error
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not done:
+            sys.exit(128 + signal.SIGPIPE)
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         sys.exit(f"{name}: error: {reason(error)}")
     except RuntimeError as error:

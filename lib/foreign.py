@@ -200,32 +200,35 @@ STAND_INS = [
 ]  # fmt: skip
 
 
-def load(path: Path):
-    """Return the tensors and plain types of a torch file.
+def load(raw: bytes):
+    """Return the tensors and plain types in the bytes of a torch file.
 
     Raises what torch.load does, and ValueError for what could ask for any amount of memory, which
     torch.load allows.
     """
-    protocol, names = _pickled(path)
+    protocol, names = _pickled(raw)
     # What cannot be listed here might still be read by torch.
-    if not protocol or _is_compressed(path) or any(n.endswith(".bytearray") for n in names):
+    if not protocol or _is_compressed(raw) or any(n.endswith(".bytearray") for n in names):
         raise ValueError("it could ask for any amount of memory")
     # Warnings are of what is refused in a moment anyway.
     with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(STAND_INS):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
 
 
-def why_refused(path: Path, error: Exception) -> str:
-    """Return why `load` raised this error, in one line with what the file's owner can do."""
+def why_refused(raw: bytes, path: Path, error: Exception) -> str:
+    """Return why `load` raised this error, in one line with what the file's owner can do.
+
+    path: names the file.
+    """
     refused = re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
-    protocol, names = _pickled(path)
+    protocol, names = _pickled(raw)
     names = [refused[1]] if refused else names * (protocol > 0)
     objects = [name for name in names if not re.match(HARMLESS, name)]
     line, what = 'torch.save(model.state_dict(), "plain.pth")', None
-    if _is_torchscript(path):
+    if _is_torchscript(raw):
         what = "is a TorchScript archive, which holds code"
         line = f'torch.save(torch.jit.load("{path.name}").state_dict(), "plain.pth")'
-    elif _is_compressed(path):
+    elif _is_compressed(raw):
         what = "is a compressed archive, which torch.save does not write"
     elif objects and objects[0].startswith("numpy."):
         what = "holds pickled numpy arrays"
@@ -242,38 +245,37 @@ def why_refused(path: Path, error: Exception) -> str:
     return f"{path} {what}: only tensors and plain types are read. Its owner can run: {line}"
 
 
-def _is_archive(path: Path) -> bool:
+def _is_archive(raw: bytes) -> bool:
     """Return whether torch reads a file as a zip archive, which its older files are not."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+    return raw[:4] == b"PK\x03\x04"
 
 
-def _entries(path: Path) -> list[zipfile.ZipInfo]:
+def _entries(raw: bytes) -> list[zipfile.ZipInfo]:
     """Return the entries of a zip archive; [] for another file, or a damaged one."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             return archive.infolist()
     except Exception:  # zipfile raises whatever its parsers do
         return []
 
 
-def _is_compressed(path: Path) -> bool:
+def _is_compressed(raw: bytes) -> bool:
     """Return whether a file is a zip archive with a compressed entry."""
-    return _is_archive(path) and any(
-        entry.compress_type != zipfile.ZIP_STORED for entry in _entries(path)
+    return _is_archive(raw) and any(
+        entry.compress_type != zipfile.ZIP_STORED for entry in _entries(raw)
     )
 
 
-def _pickles(path: Path):
+def _pickles(raw: bytes):
     """Yield the pickles of a torch file, each as a list of (opcode, argument): those named data.pkl
     of an archive; of an older file the five before the tensors' bytes, if there are so many.
 
     Raises what zipfile and pickletools do.
     """
-    if not _is_archive(path):
-        files = [(io.BytesIO(path.read_bytes()), 5)]
+    if not _is_archive(raw):
+        files = [(io.BytesIO(raw), 5)]
     else:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             files = [
                 (io.BytesIO(archive.read(entry)), 1) for entry in archive.infolist()
                 if entry.filename.endswith("data.pkl") and entry.compress_type == zipfile.ZIP_STORED
@@ -287,7 +289,7 @@ def _pickles(path: Path):
 HARMLESS = r"torch\.(_utils\.|storage\.|\w+$)|collections\.OrderedDict$|_codecs\.encode$"
 
 
-def _pickled(path: Path) -> tuple[int, list[str]]:
+def _pickled(raw: bytes) -> tuple[int, list[str]]:
     """Return the lowest protocol of a file's pickles and the names that they ask for; 0 if there is
     no pickle, or one is damaged or does not say its protocol.
 
@@ -295,7 +297,7 @@ def _pickled(path: Path) -> tuple[int, list[str]]:
     """
     protocols, names = [], []
     try:
-        for pickled in _pickles(path):
+        for pickled in _pickles(raw):
             protocols.append(0)
             texts, memo, last = [], [], None  # what STACK_GLOBAL takes its two words from
             for opcode, argument in pickled:
@@ -316,6 +318,6 @@ def _pickled(path: Path) -> tuple[int, list[str]]:
     return min(protocols, default=0), names
 
 
-def _is_torchscript(path: Path) -> bool:
+def _is_torchscript(raw: bytes) -> bool:
     """Return whether a file is an archive with TorchScript's table of constants."""
-    return any(entry.filename.endswith("/constants.pkl") for entry in _entries(path))
+    return any(entry.filename.endswith("/constants.pkl") for entry in _entries(raw))

@@ -28,6 +28,7 @@ from PIL import Image
 
 from lib import pictures
 from lib.config import UserError, reason
+from lib.files import sha256_of
 
 HELP = (
     "give --data (make: DATA=) a cifar10.npz in Keras' layout, torchvision's cifar-10-batches-py, "
@@ -351,13 +352,12 @@ def _parquet(folder: Path) -> Arrays:
         raise UserError(f"{folder} holds parquet files: `pip install pyarrow` first") from None
     if int(pyarrow.__version__.partition(".")[0]) < 15:  # CVE-2023-47248
         raise UserError("this pyarrow can be made to run code by a file: `pip install -U pyarrow`")
+    files = {split: _files_of_split(split, folder) for split in ("train", "test")}
     parts, names, file, source = [], None, folder, None
     try:
         for split in ("train", "test"):
             images, labels, most = [], [], ARRAYS_LIMIT
-            for file in _parquet_files(folder):
-                if not re.match(rf"{split}(?![a-z])", file.name):
-                    continue
+            for file in files[split]:
                 table = parquet.ParquetFile(file)
                 most += PICTURE_RATIO * file.stat().st_size
                 if (len(images) + table.metadata.num_rows) * 3072 > most:
@@ -386,6 +386,24 @@ def _parquet(folder: Path) -> Arrays:
 def _parquet_files(folder: Path) -> list[Path]:
     """Return the parquet files in a folder and in its subfolders (data/, plain_text/), in order."""
     return sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")])
+
+
+def _files_of_split(split: str, folder: Path) -> list[Path]:
+    """Return the parquet files of a split, in order.
+
+    Raises UserError for a download that is not whole, and for files that repeat others: images that
+    are there twice would be trained on and held out for validation.
+    """
+    files = [f for f in _parquet_files(folder) if re.match(rf"{split}(?![a-z])", f.name)]
+    hashes = {}
+    for file in files:
+        said = re.search(r"-of-(\d+)", file.name)
+        if said and int(said[1]) != len(files):
+            raise UserError(f"{file} is one of {int(said[1])} files by its name, but {folder} has "
+                            f"{len(files)} that begin with {split}: {HELP}")  # fmt: skip
+        if (same := hashes.setdefault(sha256_of(file), file)) is not file:
+            raise UserError(f"{file} has the same content as {same}: remove one of them")
+    return files
 
 
 def _bytes(cell) -> bytes:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, devices
-from lib.config import UserError, reason
+from lib import devices
+from lib.config import UserError, code_version, reason
 from lib.files import write_bytes
 
 FORMAT = "mobilenetv2-cifar10/table/1"
@@ -39,7 +39,7 @@ def table(
     return {
         "format": FORMAT, "title": title, "text": text, "columns": columns, "rows": rows,
         "command": command_line(), "data": data, "hardware": devices.hardware(device),
-        "date": date.today().isoformat(), "code": checkpoint.code_version(),
+        "date": date.today().isoformat(), "code": code_version(),
     }  # fmt: skip
 
 

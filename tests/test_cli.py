@@ -1,5 +1,6 @@
 """The command line that all stages share: flags, exit codes, what is written and what is not."""
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -21,7 +22,7 @@ import quantize
 import sparse_compress
 import to_int8
 import train
-from lib import checkpoint, config, data, measure, ptq, runtime, tables
+from lib import checkpoint, compressed, config, data, measure, ptq, runtime, tables
 from lib.evaluation import evaluate, evaluate_function
 from lib.files import sha256_of
 from models.mobilenetv2 import MobileNetV2, standard
@@ -109,6 +110,8 @@ def test_defaults_are_the_chain_and_a_missing_parent_is_one_line(run, tmp_path, 
 
 @pytest.mark.parametrize(("stage", "flags", "what"), [
     ("quantize", ["--weight-bits=33"], "invalid choice: 33"),
+    ("quantize", ["--parent="], "--parent needs a value"),
+    ("train", ["--run-dir", ""], "--run-dir needs a value"),
     ("quantize", ["--seed=20261126093000"], "--seed must be at least 0 and at most 4294967295"),
     ("quantize", ["--act-bits=1"], "invalid choice: 1"),
     ("quantize", ["--weight-bits=8.5"], "invalid int value"),
@@ -222,6 +225,29 @@ def test_exit_codes(monkeypatch, capfd, error, code, text):
     with pytest.raises(SystemExit) as caught:
         config.run(raising(error))
     assert caught.value.code == code and capfd.readouterr().err == text
+
+
+def test_a_reader_that_goes_away_is_an_error_unless_all_is_done(tmp_path):
+    program = tmp_path / "x.py"
+    for printed, code in (("print('x' * 9, flush=True)", 141), ("print('x')", 0)):
+        program.write_text(
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.stdin.read()\n"
+            f"from lib import config\nconfig.run(lambda: {printed})"
+        )
+        process = subprocess.Popen(
+            [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": ""},
+        )  # fmt: skip
+        process.stdout.close()
+        process.stdin.close()  # only now it goes on
+        assert (process.stderr.read(), process.wait()) == (b"", code)
+        process.stderr.close()
+
+
+def test_the_code_is_that_of_the_start(monkeypatch):
+    started = config.code_version()
+    monkeypatch.setattr(subprocess, "run", None)  # a commit later, git is not asked again
+    assert config.code_version() == started
 
 
 def test_a_bug_is_not_hidden():
@@ -419,6 +445,17 @@ def test_decompressing_gives_the_same_tensors(run, chain, tmp_path):
     assert all(torch.equal(a.state[k], b.state[k]) for k in a.state)
 
 
+def test_a_compressed_file_of_a_compressed_one_of_unknown_seed(run, chain, tmp_path):
+    source = checkpoint.load(chain / "checkpoints/compressed.nnz")
+    again = dataclasses.replace(source, seed=None, ancestors=source.lineage())
+    (tmp_path / "again.nnz").write_bytes(compressed.encode(again))
+    code, _, err = run("sparse_compress", f"--decompress={tmp_path}/again.nnz",
+                       f"--out={tmp_path}/back.pth")  # fmt: skip
+    assert (code, err) == (0, "")
+    back = checkpoint.load(tmp_path / "back.pth")
+    assert (back.stage, back.seed) == ("int8", None)
+
+
 def test_a_network_that_cannot_be_built_is_not_compressed(run, chain, tmp_path):
     raw = torch.load(chain / "checkpoints/int8.pth", weights_only=True)
     del raw["state"]["classifier.1.bias"]
@@ -599,6 +636,10 @@ def test_an_interruption_leaves_no_pair_of_two_networks(run, chain, tiny, tmp_pa
     ("quantize", ["--parent={}/quantized.pth"]), ("to_int8", ["--parent={}/int8.pth"]),
     ("sparse_compress", ["--parent={}/compressed.nnz"]),
     ("sparse_compress", ["--decompress={}/compressed.nnz", "--out={}/compressed.nnz"]),
+    ("sweep", ["--parent={}/pruned.pth", "--out={}/pruned.pth"]),
+    ("sweep", ["--parent={}/pruned.pth", "--results={}/int8.pth", "--beside={}/int8.pth"]),
+    ("sensitivity", ["--parent={}/pruned.pth", "--out={}/pruned.pth"]),
+    ("eval", ["{}/pruned.pth", "{}/int8.pth", "--results={}/int8.pth"]),
 ])  # fmt: skip
 def test_no_stage_replaces_what_it_reads(run, chain, tiny, tmp_path, stage, flags):
     """A second pruning, say, whose parent is the first: it would be the only copy."""
@@ -608,7 +649,7 @@ def test_no_stage_replaces_what_it_reads(run, chain, tiny, tmp_path, stage, flag
     code, out, err = run(stage, *(flag.format(folder) for flag in flags), f"--data={tiny}",
                          f"--run-dir={tmp_path}")  # fmt: skip
     assert (code, out) == (1, "") and one_line(stage, err)
-    assert "is what this stage reads, and would be replaced: give another --out" in err
+    assert "is what this stage reads, and would be replaced: name another file" in err
     assert {path.name: sha256_of(path) for path in folder.iterdir()} == before
 
 

@@ -423,6 +423,18 @@ def test_parquet(arrays, tmp_path):
     refused(str(tmp_path), "is not a set of images")
 
 
+def test_parquet_files_that_lack_parts_or_repeat_others(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"images")
+    (tmp_path / "train-00000-of-00001 (1).parquet").write_bytes(b"images")
+    with pytest.raises(UserError, match="one of 1 files by its name, but .* has 2 that begin with"):
+        data.load(str(tmp_path))
+    for i, file in enumerate(tmp_path.iterdir()):
+        file.rename(tmp_path / f"train_{i}.parquet")
+    with pytest.raises(UserError, match="train_1.parquet has the same content as .*train_0.parq"):
+        data.load(str(tmp_path))
+
+
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     (tmp_path / "train.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)

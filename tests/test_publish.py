@@ -243,6 +243,16 @@ def test_publish_refuses_figures_of_other_files(run):
     assert not run.release.exists()
 
 
+def test_a_plain_state_dict_is_not_published(run):
+    dense = run.folder / "checkpoints/baseline.pth"
+    torch.save(checkpoint.load(dense).state, dense)
+    for split in ("val", "test"):
+        run("eval", *run.files, f"--split={split}", "--assume-downsample=8")
+    code, _, err = run("publish")
+    assert code == 1 and "baseline.pth is a plain state dict, which does not say its str" in err
+    assert not run.release.exists()
+
+
 def test_what_a_run_lacks_is_not_left_of_an_earlier_one(published):
     assert (published.release / "mobilenetv2-cifar10.onnx").exists()
     (published.release / "quantize.png").touch()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sweep
-from lib import checkpoint, data, integer, measure, ptq, quantizers, tables
+from lib import checkpoint, config, data, integer, measure, ptq, quantizers, tables
 from lib.compaction import compact
 from lib.config import UserError
 from lib.evaluation import evaluate
@@ -64,6 +64,14 @@ def test_cells_are_measured_from_files_and_only_once(tiny, parent, tmp_path, mon
     for chart in ("heatmap", "parallel"):
         assert (tmp_path / f"plots/sweep_{chart}.png").stat().st_size > 0
 
+    with monkeypatch.context() as patch:  # another sweep replaces a file
+        patch.setattr(sweep, "write_bytes", lambda path, raw: path.write_bytes(raw[:-1] + b"x"))
+        patch.setattr(sweep.checkpoint, "load", lambda path, *a, load=checkpoint.load: (
+            load(path, *a) if path.suffix == ".pth" else checkpoint.Checkpoint("", {}, {})
+        ))  # fmt: skip
+        with pytest.raises(UserError, match="w3a32.nnz was replaced: does another sweep run in"):
+            sweep.main([*flags(tiny, parent, tmp_path), "--weight-bits=3", "--act-bits=32"])
+
     measured = []
     original = sweep.cell
     monkeypatch.setattr(sweep, "cell", lambda *args: measured.append(args[5:7]) or original(*args))
@@ -99,7 +107,7 @@ def test_the_grid_is_a_table_beside_anothers_figures(tiny, parent, tmp_path, mon
     ]  # fmt: skip
     assert table["title"] == "Bits" and "test split, n=100" in table["data"]
     with monkeypatch.context() as patch:  # the cells are of the earlier code, but for a new one
-        patch.setattr(checkpoint, "code_version", lambda: "another")
+        patch.setattr(config, "code_version", lambda: "another")
         sweep.main([*flags(tiny, parent, tmp_path), *grid])
         assert tables.read(tmp_path / "results/sweep.json")["code"] == table["code"] != "another"
         grid[1] = "--act-bits=32,4,5"
@@ -260,9 +268,10 @@ def test_runs_of_one_machine_bear_the_configuration_and_the_charts(
     found = [run_file(f)[1:] for f in (tmp_path / "logs/wandb").glob("offline-run-*")]
     by_bits = {config["weight_bits"]: (config, summary) for config, summary in found}
     (one, first), (other, last) = by_bits[8], by_bits[2]
-    for config, summary, row in zip((one, other), (first, last), rows(tmp_path), strict=True):
-        assert (config["weight_bits"], config["activation_bits"]) == (int(row["weight_bits"]), 32)
-        assert (config["seed"], config["calibration"], config["split"]) == (47, 16, "test")
+    for settings, summary, row in zip((one, other), (first, last), rows(tmp_path), strict=True):
+        bits = settings["weight_bits"], settings["activation_bits"]
+        assert bits == (int(row["weight_bits"]), 32)
+        assert [settings[key] for key in ("seed", "calibration", "split")] == [47, 16, "test"]
         assert summary["accuracy"] == float(row["accuracy"])
         assert summary["bytes"] == int(row["bytes"])
     charts = {key.split(".")[0] for key in last if key.endswith("._type")}
