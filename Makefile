@@ -180,7 +180,7 @@ help:  ## this list
 	@echo '  DATA=DIR (default: download)  WANDB=1  RUN=DIR (default .)  PYTHON=...'
 	@echo '  SPLIT=val|test (default test): of eval and report'
 	@echo '  DEVICE=cuda:1 (default: GPU 0 if it works, else the CPU)'
-	@echo '  PROCESSES=4: four processes train, prune, quantize and sweep, on a GPU each or on the CPU'
+	@echo '  PROCESSES=4: four processes train, prune, sweep (and quantize by qat), on a GPU each or the CPU'
 	@echo "  One file with spaces: IMAGES='a b.png'; several: IMAGES=\"'a b.png' c.png\"; FILES= alike."
 	@echo '  Paths are as seen from where make is called, also with make -f elsewhere/Makefile.'
 	@echo '  e.g.  make all DATA=$$HOME/cifar10 TRAIN_FLAGS="--epochs 300" PRUNE_FLAGS="--target 0.97"'
