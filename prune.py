@@ -116,6 +116,8 @@ class Settings(config.FineTuning):
         other = {"cubic": "prune_fraction", "geometric": "target"}[self.schedule]
         if not config.is_default(self, other):
             raise ValueError(f"--{other.replace('_', '-')} is not for --schedule {self.schedule}")
+        if self.teacher and not self.rounds:
+            raise ValueError("--teacher is for --rounds over 0")
         if self.start_side < 32 and max(self.epochs, self.last_epochs or 1) == 1:
             raise ValueError("--start-side is for rounds of several epochs")
 
@@ -225,12 +227,13 @@ def main(argv=None):
     if parent.quantization:
         model = quantizers.dequantize(model, sample)
     teacher = parent.teacher(cfg.teacher, cfg.assume_downsample, images)
+    teacher_network = teacher.build(device) if cfg.teacher else copy.deepcopy(model)
     identity = config.identity(cfg) | {
         "parent": parent.sha256, "teacher": teacher.sha256, "data": images.provenance()
     }  # fmt: skip
     run = Run(
         cfg, parent, metrics.layer_counts(model), images, sample,
-        teacher.build(device) if cfg.teacher else copy.deepcopy(model), out, identity,
+        compact(teacher_network)[0], out, identity,  # the same answers, faster
         logs.Log(cfg.in_run("logs/prune.jsonl"), identity, cfg.wandb),
     )  # fmt: skip
     if cfg.teacher:

@@ -457,7 +457,7 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
     # Without dead channels, the parent answers the same and is faster.
     teacher_network = job.network
     if cfg.teacher:
-        teacher_network = job.teacher.build(images.device)
+        teacher_network, _ = compact(job.teacher.build(images.device))
         engine.match_logits(teacher_network, job.network, sample)
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_of(out),

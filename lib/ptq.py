@@ -488,13 +488,13 @@ def _some_of(count: int, wanted: int) -> Tensor:
 def _best_scale(pair: Pair, quantizer: Quantizer) -> Tensor:
     """Return the scale, (), at which rounding the quantized activations gives the least mean
     squared error against the fp32 ones in the same units: a search."""
-    target = _in_units(pair.fp32, pair.units)
-    top = target.abs().amax().clamp(min=1e-6)
+    target, inputs = by_channel(pair.fp32), by_channel(pair.quantized)
+    units = 1.0 if pair.units is None else pair.units
+    top = (torch.maximum(target.amax(0), -target.amin(0)) / units).amax().clamp(min=1e-6)
     # Not every k-th position: where k and the width of the map have a common factor, these would be
     # the same few columns of every image, perhaps those at the border.
-    target, inputs = by_channel(target), by_channel(pair.quantized)
     sample = _some_of(len(target), TENSOR_SAMPLE).to(target.device)
-    target, inputs = target[sample], inputs[sample]
+    target, inputs = target[sample] / units, inputs[sample]
 
     def error(clip: Tensor) -> float:
         scale = clip / quantizer.high

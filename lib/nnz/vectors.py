@@ -74,8 +74,9 @@ def _shortest_form(vector):
     if np.isfinite(vector).all() and not (sign & (size == 0)).any() and size.any():
         exponent = np.maximum(size >> 23, 1) - 150
         whole = size & 0x7FFFFF | (size >> 23 > 0).astype(np.int64) << 23
-        exponent = min(int(e) + _trailing_zeros(w, 23)
-                       for e, w in zip(exponent, whole, strict=True) if w)  # fmt: skip
+        live = whole > 0
+        lowest_bit = np.log2(whole[live] & -whole[live]).astype(np.int64)  # exact: powers of two
+        exponent = int((exponent[live] + lowest_bit).min())
         grid = np.ldexp(vector.astype(np.float64), -exponent)
         if np.abs(grid).max() <= coder.LARGEST and _span(grid) <= _span(floats):
             return -150 - exponent, grid.astype(np.int64)
@@ -89,7 +90,7 @@ def _span(numbers):
 
 def _trailing_zeros(numbers, most):
     """Return how many low bits are 0 in all numbers, at most `most`."""
-    union = int(np.bitwise_or.reduce(np.atleast_1d(numbers), initial=0))
+    union = int(np.bitwise_or.reduce(numbers, initial=0))
     return min((union & -union).bit_length() - 1, most) if union else most
 
 
