@@ -51,8 +51,7 @@ def main(argv=None):
         raise UserError(f"no files: none named, and none in {cfg.in_run('checkpoints')}")
     if cfg.labels and len(cfg.labels) != len(files):
         raise UserError(f"{len(cfg.labels)} --labels for {len(files)} files")
-    if cfg.results:
-        config.refuse_replacing(Path(cfg.results), *files)
+    config.refuse_replacing(cfg.results, *files)
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [runtime.load(file, cfg.assume_downsample) for file in files]
     log = logs.Log(cfg.in_run(f"logs/eval-{cfg.split}.jsonl"), config.identity(cfg), cfg.wandb)

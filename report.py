@@ -224,10 +224,10 @@ def freshness(
     if same:
         return up_to_date(same, stale)
     if given and Path(given).is_file():
-        if sha256_of(given) == parent["sha256"]:  # it may have a parent of its own
+        hashes = hashes | {given: sha256_of(given)}
+        if hashes[given] == parent["sha256"]:  # it may have a parent of its own
             note = freshness(checkpoint.load(given, downsample), hashes, stale, downsample)
             return up_to_date(given, set() if note.startswith("up to date") else {given})
-        hashes = hashes | {given: sha256_of(given)}
     of_stage = {Path(name).stem: name for name in checkpoint.CHAIN}
     name = given or of_stage.get(parent["stage"], parent["stage"])
     now = f"changed: {name} is now {hashes[name][:8]}" if name in hashes else f"missing: no {name}"

@@ -85,8 +85,7 @@ def compress(cfg) -> None:
 
 def decompress(cfg) -> None:
     """Write a .nnz file as a checkpoint, as an .onnx file, or as both."""
-    if cfg.out:
-        config.refuse_replacing(Path(cfg.out), cfg.decompress)
+    config.refuse_replacing(cfg.out, cfg.decompress)
     source = checkpoint.load(cfg.decompress)
     if source.stage != "compressed":
         raise UserError(f"{cfg.decompress} is not a .nnz file")

@@ -103,8 +103,8 @@ def main(argv=None):
     world, rank_of_process = processes.world_and_rank()
     file = cfg.path(cfg.parent, "checkpoints/pruned.pth")
     folder, out = cfg.in_run("checkpoints/sweep"), cfg.path(cfg.out, "logs/sweep.csv")
-    for written in (out, Path(cfg.results or out)):
-        config.refuse_replacing(written, file, cfg.beside)
+    config.refuse_replacing(out, file, cfg.beside)
+    config.refuse_replacing(cfg.results, file, cfg.beside)
     parent = checkpoint.load(file, cfg.assume_downsample)
     parent.refuse_quantized()
     with processes.main_first():

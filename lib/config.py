@@ -262,10 +262,10 @@ LOCATIONS = PARENTS | {
 }
 
 
-def refuse_replacing(out: Path, *read: Path | str | None) -> None:
+def refuse_replacing(out: Path | str | None, *read: Path | str | None) -> None:
     """Raise UserError if `out` is one of the files that a stage reads: it would be lost."""
-    for file in read:
-        if file and out.exists() and Path(file).exists() and out.samefile(file):
+    for file in read if out else ():
+        if file and Path(out).exists() and Path(file).exists() and Path(out).samefile(file):
             raise UserError(f"{out} is what this stage reads, and would be replaced: name another "
                             "file")  # fmt: skip
 
