@@ -69,7 +69,7 @@ def compress(cfg) -> None:
     write_bytes(out, raw)
     if out.read_bytes() != raw:
         raise UserError(f"{out} does not hold what was written to it")
-    version, parts = compressed.version(raw), compressed.sections(raw)
+    version, parts = compressed.version(raw), compressed.part_sizes(raw)
     about = {"sha256": sha256_of(out), "bytes": len(raw), "ancestors": [
         {key: a.get(key) for key in ("stage", "sha256", "bytes")} for a in parent.lineage()
     ]}  # fmt: skip

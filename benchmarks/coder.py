@@ -4,7 +4,7 @@
     python benchmarks/coder.py --reference DIR --nncodec [--environment DIR]
     python benchmarks/coder.py --scale 25
 
-The integers are the reference report's int8 weights that are left after exact compaction; the
+The integers are the course report's int8 weights that are left after exact compaction; the
 weights of the same network at 4, 3 and 2 bits with one scale per row; and random matrices, dense
 and sparse. Entropy is the zero-order entropy of each tensor, without the bytes for its symbol
 counts: no coder can reach it for a tensor of many symbols and few cells. lzma is `-9e` over the
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:36s}{len(raw):9,d}{ideal:9,.0f}{by_lzma:9,d}"
               f"{len(raw) / ideal:9.3f}{len(raw) / by_lzma:7.3f}", flush=True)  # fmt: skip
         if layers is levels:
-            parts = coder.account(raw, [x.shape for x in layers], of_kind, of_group)
+            parts = coder.part_sizes(raw, [x.shape for x in layers], of_kind, of_group)
             print("    " + ", ".join(f"{part} {n:,}" for part, n in parts.items()))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(cfg.environment or temporary).resolve()

@@ -139,13 +139,14 @@ def times(path: str, turns: int) -> None:
     sides = {"plain Python": False} | ({"numba": True} if coder.numba else {})
     rows = {name: [] for name in sides}
     if coder.numba:  # compile, or load
-        v3.decode(v3.encode(*made_up(), compiled=True), compiled=True)
+        v3.decode(v3.encode(*made_up()))
     for _ in range(turns):
         for name, compiled in sides.items():
+            coder.COMPILED = compiled
             start = time.process_time()
-            again = v3.encode(meta, tensors, compiled=compiled)
+            again = v3.encode(meta, tensors)
             middle = time.process_time()
-            _, decoded = v3.decode(again, compiled=compiled)
+            _, decoded = v3.decode(again)
             rows[name].append((middle - start, time.process_time() - middle))
             assert again == raw and all(np.array_equal(decoded[k], v) for k, v in tensors.items())
     print(f"{path}: {len(raw):,} bytes; CPU seconds, medians of {turns} alternating turns")

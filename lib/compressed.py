@@ -128,12 +128,12 @@ def version(raw: bytes) -> int:
     return next(v for v, known in frame.VERSIONS.items() if known == tags)
 
 
-def sections(raw: bytes) -> dict[str, int]:
+def part_sizes(raw: bytes) -> dict[str, int]:
     """Return {part: bytes} of a file, which add up to len(raw); the parts depend on its version.
 
-    See v1.sections, v2.sections and v3.sections of lib/nnz/.
+    See v1.part_sizes, v2.part_sizes and v3.part_sizes of lib/nnz/.
     """
-    return QUANTIZED.get(version(raw), v1).sections(raw)
+    return QUANTIZED.get(version(raw), v1).part_sizes(raw)
 
 
 def _with_lists(value):

@@ -126,7 +126,7 @@ def bytes_by_part(source: Checkpoint) -> dict[str, int]:
     """
     if source.stage == "compressed":
         sizes = {}
-        for kind, size in compressed.sections(Path(source.file).read_bytes()).items():
+        for kind, size in compressed.part_sizes(Path(source.file).read_bytes()).items():
             part = SECTIONS.get(kind, f"weights: {kind}")
             sizes[part] = sizes.get(part, 0) + size
         return sizes

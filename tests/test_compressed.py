@@ -80,7 +80,7 @@ def test_only_what_is_not_zero_takes_bytes(tmp_path):
     """Negative zeros, which a mask leaves where a negative weight was, are zeros."""
     parent = source(tmp_path, None)
     assert any((torch.signbit(t) & (t == 0)).any() for t in parent.state.values())
-    values = v1.sections(compressed.encode(parent))["values"]
+    values = v1.part_sizes(compressed.encode(parent))["values"]
     assert values == 4 * sum(z for _, _, z in metrics.layer_counts(parent.build()))
 
 
@@ -138,7 +138,7 @@ def folded(small, pixels, tmp_path_factory):
 def test_a_folded_network_comes_back_from_version_3(tmp_path, folded, bits, act_bits, more):
     parent = folded(bits, act_bits, **more)
     raw = compressed.encode(parent)
-    assert compressed.version(raw) == 3 and sum(compressed.sections(raw).values()) == len(raw)
+    assert compressed.version(raw) == 3 and sum(compressed.part_sizes(raw).values()) == len(raw)
     (tmp_path / "x.nnz").write_bytes(raw)
     found = checkpoint.load(tmp_path / "x.nnz")
     settings, state = compressed.stored(parent)

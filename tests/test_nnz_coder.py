@@ -10,7 +10,7 @@ import pytest
 import reference_decoder
 
 from lib.nnz import coder
-from lib.nnz.coder import CoderError, account, decode, decode_values, encode, encode_values
+from lib.nnz.coder import CoderError, decode, decode_values, encode, encode_values, part_sizes
 
 needs_numba = pytest.mark.skipif(coder.numba is None, reason="numba is not installed")
 FORMAT = " ".join((Path(__file__).parent.parent / "FORMAT.md").read_text().split())
@@ -26,7 +26,7 @@ def check_round_trip(layers, kinds=None, groups=None, compiled=None):
     for a, b, c in zip(layers, found, before, strict=True):
         assert b.dtype == np.int32 and b.flags.writeable
         assert np.array_equal(a, b) and np.array_equal(a, c)
-    parts = account(raw, shapes, kinds, groups, compiled=compiled)
+    parts = part_sizes(raw, shapes, kinds, groups, compiled=compiled)
     assert sum(parts.values()) == len(raw) and min(parts.values()) >= 0
     return raw
 
@@ -105,7 +105,7 @@ def test_numba_writes_the_same_bytes():
         raw = check_round_trip(layers, kinds, groups, compiled=True)
         assert encode(layers, kinds, groups, compiled=False) == raw
         shapes = [layer.shape for layer in layers]
-        assert account(raw, shapes, kinds, groups, compiled=True) == account(
+        assert part_sizes(raw, shapes, kinds, groups, compiled=True) == part_sizes(
             raw, shapes, kinds, groups, compiled=False
         )
         for cut in range(0, len(raw), 6):  # errors, too

@@ -101,7 +101,7 @@ def test_a_file_is_smaller_by_what_its_order_carries():
     payloads = frame.unpack(v3.encode(meta, tensors))
     network = v2.layers(wide)
     matrices = [tensors[f"{x.name}.weight"].reshape(v2.matrix_shape(x)) for x in network]
-    side = v2.pack_side(meta, matrices, tensors, None)
+    side = v2.pack_side(meta, matrices, tensors)
     assert len(side) - len(payloads["REST"]) >= math.lgamma(401) / math.log(2) / 8 - 3
     for value in tensors.values():  # next to nothing to say of the floats
         if value.dtype == np.float32:

@@ -23,7 +23,7 @@ from lib.nnz.frame import (
     pack,
     unpack,
 )
-from lib.nnz.v1 import META_LIMIT, decode, encode, sections
+from lib.nnz.v1 import META_LIMIT, decode, encode, part_sizes
 
 SHAPES = [(), (1,), (7,), (0,), (3, 0, 2), (1, 1, 1), (16, 8, 1, 1), (9, 1, 3, 3), (2,) * 8]
 SHAPES += [(256, 3), (257, 3), (3, 65536), (3, 65537), (65537, 1)]
@@ -64,7 +64,7 @@ def check_round_trip(meta, sparse, dense, bits):
     check_same(sparse2, sparse)
     check_same(dense2, dense)
     assert encode(meta2, sparse2, dense2, bits2) == data
-    sizes = sections(data)
+    sizes = part_sizes(data)
     assert list(sizes) == ["values", "indices", "dense", "metadata", "frame"]
     assert sum(sizes.values()) == len(data)
     assert sizes["dense"] == sum(array.nbytes for array in dense.values())

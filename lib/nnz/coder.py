@@ -13,7 +13,7 @@ decodes the same.
 Encoding and decoding share one function, `_cells`: plain Python that numba compiles if it is
 installed. The bytes are the same, 20 to 50 times faster.
 
-Measured (benchmarks/coder.py): bytes of the reference's int8 weights after compaction, 498,710
+Measured (benchmarks/coder.py): bytes of the course report's int8 weights after compaction, 498,710
 cells with 96,502 non-zeros; and of the same network at 4 and 2 bits with one scale per row. Each
 line is one change to the first; + is worse.
 
@@ -46,6 +46,7 @@ try:  # optional: the same function, compiled, writes the same bytes
     import numba.extending
 except ImportError:
     numba = None
+COMPILED = numba is not None  # what `compiled` is by default
 
 PARTS = ("liveness", "significance", "signs", "magnitudes")  # what bytes are spent on
 LARGEST = 32767  # magnitude of a level
@@ -66,6 +67,9 @@ LOW_BYTES, TOP_BYTE = (1 << 32) - 1, 1 << 32  # of an end: its lower four bytes;
 S1, S2, M1, M2, L, G1, G2, CONTEXTS = 0, 32768, 49152, 53248, 118784, 119040, 120064, 132736
 # Where the weight pairs begin, two numbers each; 0 stands for no pair.
 WEIGHTS_M, WEIGHTS_G, WEIGHTS = 2, 66, 82
+# Hints of the header's and the flags' numbers: over the density hints of columns, which are 4 to
+# 35, and apart, since what is known of a channel (0 to 2) is added.
+HINT_RANGES, HINT_BITS, HINT_SMALLEST, HINT_LIVE_ROWS, HINT_LIVE_COLUMNS = 40, 44, 48, 52, 56
 MAX_USES = 255  # of a context, that are told apart
 MAX_LOG_ODDS = 3071  # in 1/256 nat
 
@@ -80,7 +84,7 @@ def encode(layers, kinds, groups=None, *, compiled: bool | None = None) -> bytes
     layers: levels of -32767 to 32767. kinds: one of STEM to VALUES for each layer; layers of a kind
     share statistics. groups: for each layer the channel groups of its rows and of its columns, any
     hashable or None for no group. Layers that name the same group have the same channels there, in
-    the same order, and help predict one another. compiled: by numba; None: if it is installed.
+    the same order, and help predict one another. compiled: by numba; None: COMPILED.
 
     Raises ValueError for what the coder cannot hold.
     """
@@ -105,7 +109,7 @@ def decode(raw: bytes, shapes, kinds, groups=None, *, compiled: bool | None = No
     return _decode(raw, shapes, kinds, groups, compiled)[0]
 
 
-def account(raw: bytes, shapes, kinds, groups=None, *, compiled: bool | None = None):
+def part_sizes(raw: bytes, shapes, kinds, groups=None, *, compiled: bool | None = None):
     """Return {part: bytes} for each of PARTS; they add up to len(raw).
 
     Each decision costs -log2 of its probability; the sums are rounded by largest remainder. The
@@ -120,15 +124,15 @@ def account(raw: bytes, shapes, kinds, groups=None, *, compiled: bool | None = N
     return dict(zip(PARTS, parts, strict=True))
 
 
-def encode_values(arrays, *, compiled: bool | None = None) -> bytes:
+def encode_values(arrays) -> bytes:
     """Return the bytes of 1-D integer arrays of -32767 to 32767, such as quantized biases."""
     columns = [np.asarray(array).reshape(-1, 1) for array in arrays]
-    return encode(columns, [VALUES] * len(columns), compiled=compiled)
+    return encode(columns, [VALUES] * len(columns))
 
 
-def decode_values(raw: bytes, sizes, *, compiled: bool | None = None) -> list[np.ndarray]:
+def decode_values(raw: bytes, sizes) -> list[np.ndarray]:
     """Return the int32 arrays of these sizes that `encode_values` wrote. Raises CoderError."""
-    columns = decode(raw, [(n, 1) for n in sizes], [VALUES] * len(sizes), compiled=compiled)
+    columns = decode(raw, [(n, 1) for n in sizes], [VALUES] * len(sizes))
     return [column[:, 0] for column in columns]
 
 
@@ -158,9 +162,9 @@ def _code(stream, layers, shapes, kinds, groups):
     if not layers:
         return
     range_codes, smallest_codes = zip(*map(_magnitude_codes, layers), strict=True)
-    range_codes = stream.numbers(range_codes, 4, 40)
-    (bits,) = stream.numbers([_bits_for(smallest_codes)], 4, 44)
-    smallest_codes = stream.numbers(smallest_codes, int(bits), 48)
+    range_codes = stream.numbers(range_codes, 4, HINT_RANGES)
+    (bits,) = stream.numbers([_bits_for(smallest_codes)], 4, HINT_BITS)
+    smallest_codes = stream.numbers(smallest_codes, int(bits), HINT_SMALLEST)
 
     for i, layer in enumerate(layers):
         row_and_column = [
@@ -172,9 +176,9 @@ def _code(stream, layers, shapes, kinds, groups):
         if range_codes[i]:
             live = [
                 np.flatnonzero(stream.numbers(
-                    alive.any(1 - axis), 0, 52 + 4 * axis, row_and_column[axis].seen()
+                    alive.any(1 - axis), 0, hint, row_and_column[axis].seen()
                 ))
-                for axis in range(2)
+                for axis, hint in enumerate((HINT_LIVE_ROWS, HINT_LIVE_COLUMNS))
             ]  # fmt: skip
             if min(map(len, live)) == 0:
                 raise CoderError("a layer that lives without a live row or column")
@@ -240,7 +244,7 @@ class _Stream:
     """A coder stream, in either direction: the coder's state, and everything around `_cells`."""
 
     def __init__(self, raw, compiled):
-        compiled = numba is not None if compiled is None else compiled
+        compiled = COMPILED if compiled is None else compiled
         self.code_cells = _compiled() if compiled else _cells
         self.sequence = np.asarray if compiled else np.ndarray.tolist  # lists: faster in Python
         self.decoding, self.written = raw is not None, bytearray()
@@ -323,7 +327,7 @@ def _tables():
     """Return the tables squash, stretch, adaptation (FORMAT.md, section 5.2) and cost, int64.
 
     They are computed in integers throughout, so that they are the same everywhere. cost is that of
-    an outcome of log odds x, in 2^-16 bits, at x + MAX_LOG_ODDS; it only serves `account`.
+    an outcome of log odds x, in 2^-16 bits, at x + MAX_LOG_ODDS; it only serves `part_sizes`.
     """
     one = 1 << 64
     factor = 18518942588666869715  # round(2^64 e^(1/256))

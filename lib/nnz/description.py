@@ -41,10 +41,11 @@ KEYS = set(json.loads(DICTIONARY))
 
 
 def pack(meta: dict) -> tuple[bytes, bytes, dict]:
-    """Return (hashed bytes, the section without the content's hash, settings) of a network.
+    """Return (beginning, section, settings) of a network.
 
-    meta: as lib/nnz/v2.py has it. The hashed bytes are those that the content's SHA-256 begins
-    with. Raises Malformed or LimitExceeded for a network that has no description.
+    meta: as lib/nnz/v2.py has it. beginning: the bytes that the content begins with, of which the
+    section ends with the SHA-256. section: without that. Raises Malformed or LimitExceeded for a
+    network that has no description.
     """
     settings, widths = _split(meta["settings"])
     hashes = [row["sha256"] for row in meta["ancestors"]]
@@ -57,11 +58,11 @@ def pack(meta: dict) -> tuple[bytes, bytes, dict]:
     rest = b"".join(map(varint, widths)) + bytes.fromhex(parent)
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=DICTIONARY)
     section = deflate.compress(text) + deflate.flush() + rest
-    again, hashed, _ = parse(section + bytes(SHA_BYTES), LIMIT)
+    again, beginning, _ = parse(section + bytes(SHA_BYTES), LIMIT)
     names = "settings", "quantization", "seed", "mean", "std", "data"
     if any(again[name] != meta[name] for name in names):
         raise Malformed("the metadata do not survive: not of a network of this version")
-    return hashed, section, again["settings"]
+    return beginning, section, again["settings"]
 
 
 def _split(settings):
@@ -84,7 +85,7 @@ def _split(settings):
 
 
 def parse(payload: bytes, limit: int) -> tuple[dict, bytes, bytes]:
-    """Return (meta, hashed bytes, the content's SHA-256) of the section; see `pack`.
+    """Return (meta, beginning, the content's SHA-256) of the section; see `pack`.
 
     limit: of the inflated JSON, in bytes. Raises a FormatError for a section that is not legal.
     """
@@ -100,8 +101,8 @@ def parse(payload: bytes, limit: int) -> tuple[dict, bytes, bytes]:
         block["out"] = channels = channels if block["residual"] else _width(reader)
     settings["head"] = _width(reader)
     parent_sha = bytes(reader.bytes(SHA_BYTES)).hex()
-    hashed = text + bytes(rest[: reader.position])
-    digest = bytes(reader.bytes(SHA_BYTES))
+    beginning = text + bytes(rest[: reader.position])
+    sha = bytes(reader.bytes(SHA_BYTES))
     reader.end()
     parent = described["parent"]
     if parent is None and parent_sha != "00" * SHA_BYTES:
@@ -112,7 +113,7 @@ def parse(payload: bytes, limit: int) -> tuple[dict, bytes, bytes]:
          "weights": None if i else described["weights"], "metrics": {}}
         for i, stage in enumerate(described["ancestors"])
     ]  # fmt: skip
-    return meta, hashed, digest
+    return meta, beginning, sha
 
 
 def _width(reader):

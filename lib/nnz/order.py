@@ -7,10 +7,10 @@ the order of their keys; in the file they lie in another one, which stands for a
 bytes of something else (after Kunze et al. 2024, "Entropy Coding of Unordered Data Structures":
 they, too, let what is free to choose carry other bits).
 
-Measured, bytes of the same networks in version 2 and in version 3: the report's at W8A8 128,591 and
-125,723, at W4A8 80,178 and 77,357, at a lambda of 0.44 57,503 and 55,587; our own 60,746 and
-57,308. (Published files leave out the channels that no layer reads, too.) A part of the gain, 1% of
-our own file, is that the order of the keys sorts scales roughly by size.
+Measured, bytes of the same networks in version 2 and in version 3: the course report's at W8A8
+128,591 and 125,723, at W4A8 80,178 and 77,357, at a lambda of 0.44 57,503 and 55,587; our own
+60,746 and 57,308. (Published files leave out the channels that no layer reads, too.) A part of the
+gain, 1% of our own file, is that the order of the keys sorts scales roughly by size.
 """
 
 from bisect import bisect_left
@@ -55,17 +55,18 @@ def carry(
     the bytes that are left over.
 
     matrices: with their channels in the order of their keys. If the order could carry more than
-    there is, it carries zeros at the end.
+    there is, it carries zeros at the end. The bytes are a number, of which each digit chooses one
+    of the channels that are left (a Lehmer code, in the factorial number system).
     """
     single, twins = {}, {}
     for group, keys in _keys(matrices, groups):
         single[group], twins[group] = _single_and_twins(keys, range(len(keys)))
-    digits, carried = _digits(data, [n for found in single.values() for n in _radices(found)])
+    digits, carried = _digits(data, [n for channels in single.values() for n in _radices(channels)])
     orders, start = {}, 0
     for group, channels in single.items():
         left = list(channels)
-        own = digits[start : start + len(channels)]
-        orders[group] = np.array([left.pop(digit) for digit in own] + twins[group])
+        chosen = [left.pop(digit) for digit in digits[start : start + len(channels)]]
+        orders[group] = np.array(chosen + twins[group])
         start += len(channels)
     return permute(matrices, groups, orders), data[carried:]
 

@@ -1,4 +1,4 @@
-"""A `.nnz` file of version 1: the reference report's sparse encoding (FORMAT.md, section 3).
+"""A `.nnz` file of version 1: the course report's sparse encoding (FORMAT.md, section 3).
 
 It holds, for each weight tensor, its non-zero values, bit-packed, and one index per dimension for
 each of them; every other tensor as it is; and a JSON directory. `decode(encode(...))` gives back
@@ -166,14 +166,14 @@ def decode(
     return meta, sparse, dense, {entry.name: entry.bits for entry in sparse_entries}
 
 
-def sections(data: bytes) -> dict[str, int]:
+def part_sizes(data: bytes) -> dict[str, int]:
     """Return {part: bytes} of a file; they add up to len(data).
 
     The parts are values, indices, dense, metadata and frame (header, section table and SHA-256).
     """
-    kinds = {"values": "SVAL", "indices": "SIDX", "dense": "DENS", "metadata": "META"}
+    tags = {"values": "SVAL", "indices": "SIDX", "dense": "DENS", "metadata": "META"}
     payloads = unpack(data, version=1)
-    sizes = {kind: len(payloads[tag]) for kind, tag in kinds.items()}
+    sizes = {part: len(payloads[tag]) for part, tag in tags.items()}
     return {**sizes, "frame": len(data) - sum(sizes.values())}
 
 

@@ -90,33 +90,31 @@ def tensors_of(settings: dict, scheme: dict) -> dict[str, tuple]:
     return tensors | dict.fromkeys(scale_names(settings, scheme["act_bits"]), ("float32", ()))
 
 
-def decode(
-    data: bytes, limit: int = LIMIT, *, compiled: bool | None = None
-) -> tuple[dict, dict[str, np.ndarray]]:
+def decode(data: bytes, limit: int = LIMIT) -> tuple[dict, dict[str, np.ndarray]]:
     """Return (meta, tensors) of a file, in new, writable arrays.
 
     meta: settings, quantization, seed, mean, std, data and ancestors as lib/compressed.py has them;
     of the ancestors only their stages, the SHA-256 of one of them, and the number of weights of the
     first. tensors: weights as levels, int8 up to 8 bits, else int16; all others float32.
-    compiled: as in coder.decode.
 
     Raises a FormatError for any file that is damaged or illegal, or whose tensors would take more
     than `limit` bytes; their size is checked before any of them is allocated.
     """
     payloads = unpack(data, limit, version=2)
-    meta, hashes, matrices = read_levels(payloads, limit, compiled)
-    return meta, read_tensors(meta, hashes, matrices, payloads["SIDE"], compiled)
+    meta, content, matrices = read_levels(payloads, limit)
+    return meta, read_tensors(meta, content, matrices, payloads["SIDE"])
 
 
 def read_levels(
-    payloads: dict, limit: int, compiled: bool | None
+    payloads: dict, limit: int
 ) -> tuple[dict, tuple[bytes, bytes], list[np.ndarray]]:
-    """Return (meta, (hashed, SHA-256), matrices) of the sections NETW and CODE.
+    """Return (meta, content, matrices) of the sections NETW and CODE.
 
-    hashed: the first part of the content that the SHA-256 covers. matrices: the levels of
-    each layer, int32, of the shape that `matrix_shape` says. Raises as `decode` does.
+    content: (the bytes that the content begins with, the SHA-256 of all of it), as
+    description.parse returns them. matrices: the levels of each layer, int32, of the shape that
+    `matrix_shape` says. Raises as `decode` does.
     """
-    meta, *hashes = description.parse(payloads["NETW"], limit)
+    meta, *content = description.parse(payloads["NETW"], limit)
     network, scheme = layers(meta["settings"]), meta["quantization"]
     check_weights(network, len(payloads["CODE"]))
     expected = tensors_of(meta["settings"], scheme)
@@ -125,21 +123,21 @@ def read_levels(
     try:
         matrices = coder.decode(
             payloads["CODE"], [matrix_shape(layer) for layer in network],
-            *kinds_and_groups(network), compiled=compiled,
+            *kinds_and_groups(network),
         )  # fmt: skip
     except coder.CoderError as error:
         raise Malformed(f"section CODE: {error}") from None
     check_levels(network, matrices, scheme)
-    return meta, tuple(hashes), matrices
+    return meta, tuple(content), matrices
 
 
 def read_tensors(
-    meta: dict, hashes: tuple[bytes, bytes], matrices: list[np.ndarray], side: bytes,
-    compiled: bool | None, *, padded: bool = False,
+    meta: dict, content: tuple[bytes, bytes], matrices: list[np.ndarray], side: bytes, *,
+    padded: bool = False,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Return the tensors of a file: the levels in `matrices`, the floats in `side`.
 
-    hashes: as `read_levels` returns them. padded: zeros may follow in `side`. Raises Malformed or
+    content: as `read_levels` returns it. padded: zeros may follow in `side`. Raises Malformed or
     ChecksumMismatch.
     """
     network, scheme = layers(meta["settings"]), meta["quantization"]
@@ -148,7 +146,8 @@ def read_tensors(
     names = scale_names(meta["settings"], scheme["act_bits"])
     sizes = [int(live.sum()) for live in alive], [len(live) for live in alive], [len(names)]
     scales, biases, (act_scales,) = (
-        vectors.unpack(*group, size, compiled) for group, size in zip(packed, sizes, strict=True)
+        vectors.unpack(*vector_set, size)
+        for vector_set, size in zip(packed, sizes, strict=True)
     )
     tensors, expected = {}, tensors_of(meta["settings"], scheme)
     for i, layer in enumerate(network):
@@ -158,46 +157,44 @@ def read_tensors(
         scale[alive[i]] = scales[i]
         tensors[f"{layer.name}.weight_scale"], tensors[f"{layer.name}.bias"] = scale, biases[i]
     tensors |= {name: np.array(scale) for name, scale in zip(names, act_scales, strict=True)}
-    hashed, digest = hashes
-    if digest_of(hashed, tensors) != digest:
+    beginning, expected_sha = content
+    if sha_of(beginning, tensors) != expected_sha:
         raise ChecksumMismatch("the decoded content is not what was encoded (SHA-256)")
     return tensors
 
 
-def sections(data: bytes, *, compiled: bool | None = None) -> dict[str, int]:
+def part_sizes(data: bytes) -> dict[str, int]:
     """Return {part: bytes} of a file; they add up to len(data).
 
     The parts are those of coder.PARTS, scales, biases, activation_scales, metadata and frame
     (header, section table and SHA-256).
     """
     payloads = unpack(data, version=2)
-    sizes = sizes_of(payloads, side_sizes(payloads["SIDE"]), compiled)
+    sizes = section_part_sizes(payloads, side_part_sizes(payloads["SIDE"]))
     return sizes | {"frame": len(data) - sum(sizes.values())}
 
 
-def sizes_of(payloads: dict, side: dict[str, int], compiled: bool | None) -> dict[str, int]:
+def section_part_sizes(payloads: dict, side: dict[str, int]) -> dict[str, int]:
     """Return {part: bytes} of what the sections hold, the parts of `side` in its place."""
     meta, _, _ = description.parse(payloads["NETW"], LIMIT)
     network, code = layers(meta["settings"]), payloads["CODE"]
     check_weights(network, len(code))
     shapes = [matrix_shape(layer) for layer in network]
-    sizes = coder.account(code, shapes, *kinds_and_groups(network), compiled=compiled)
+    sizes = coder.part_sizes(code, shapes, *kinds_and_groups(network))
     return sizes | side | {"metadata": len(payloads["NETW"]) - description.SHA_BYTES}
 
 
-def side_sizes(side: bytes, padded: bool = False) -> dict[str, int]:
+def side_part_sizes(side: bytes, padded: bool = False) -> dict[str, int]:
     """Return {part: bytes} of the vectors of floats; padded: as in `read_tensors`."""
     _, packed = parse_side(side, padded)
     parts = "scales", "biases", "activation_scales"
     return {
-        part: len(coded) + len(low_bits)
-        for part, (coded, low_bits) in zip(parts, packed, strict=True)
+        part: len(stream) + len(low_bits)
+        for part, (stream, low_bits) in zip(parts, packed, strict=True)
     }
 
 
-def pack_side(
-    meta: dict, matrices: list[np.ndarray], tensors: dict[str, np.ndarray], compiled: bool | None
-) -> bytes:
+def pack_side(meta: dict, matrices: list[np.ndarray], tensors: dict[str, np.ndarray]) -> bytes:
     """Return the bytes of all floats; matrices: the levels of each layer."""
     network = layers(meta["settings"])
     scales, biases = (
@@ -212,13 +209,16 @@ def pack_side(
         scales = [scale[live] for scale, live in zip(scales, alive, strict=True)]
     names = scale_names(meta["settings"], meta["quantization"]["act_bits"])
     act_scales = np.array([tensors[name] for name in names], np.float32)
-    groups = [vectors.pack(group, compiled) for group in (scales, biases, [act_scales])]
-    return bytes([DEAD if leave_out else 0]) + b"".join(groups)
+    packed = [vectors.pack(vector_set) for vector_set in (scales, biases, [act_scales])]
+    return bytes([DEAD if leave_out else 0]) + b"".join(packed)
 
 
-def digest_of(hashed: bytes, tensors: dict[str, np.ndarray]) -> bytes:
-    """Return the SHA-256 of the content (FORMAT.md, section 4.5); tensors: in the file's order."""
-    sha = hashlib.sha256(hashed)
+def sha_of(beginning: bytes, tensors: dict[str, np.ndarray]) -> bytes:
+    """Return the SHA-256 of the content (FORMAT.md, section 4.5).
+
+    beginning: as description.pack returns it. tensors: in the file's order.
+    """
+    sha = hashlib.sha256(beginning)
     for tensor in tensors.values():
         kind = "<f4" if tensor.dtype == np.float32 else "<i2"
         sha.update(np.ascontiguousarray(tensor, kind).reshape(-1).view(np.uint8))
@@ -242,7 +242,7 @@ def check_weights(network: list[Layer], code_bytes: int) -> None:
 
 
 def parse_side(side: bytes, padded: bool = False) -> tuple[int, list[tuple[bytes, bytes]]]:
-    """Return (flags, [(coder stream, low bits)]) of weight scales, biases, activation scales.
+    """Return (flags, [(stream, low bits)]) of weight scales, biases, activation scales.
 
     padded: zeros may follow. Raises Malformed.
     """
@@ -250,10 +250,7 @@ def parse_side(side: bytes, padded: bool = False) -> tuple[int, list[tuple[bytes
     flags = reader.bytes(1)[0]
     if flags & ~DEAD:
         raise Malformed("section SIDE: a reserved flag is set")
-    groups = []
-    for _ in range(3):
-        lengths = reader.varint(), reader.varint()
-        groups.append(tuple(bytes(reader.bytes(length)) for length in lengths))
+    packed = [vectors.split(reader) for _ in range(3)]
     if not padded or any(side[reader.position :]):
         reader.end()
-    return flags, groups
+    return flags, packed

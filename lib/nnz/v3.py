@@ -8,6 +8,7 @@ import numpy as np
 
 from lib.nnz import coder, description, order, v2
 from lib.nnz.frame import LIMIT, Malformed, pack, unpack
+from models.layers import Layer
 
 
 def check(meta: dict, tensors: dict[str, np.ndarray]) -> None:
@@ -42,60 +43,63 @@ def in_order(meta: dict, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray
     return sorted_tensors
 
 
-def encode(meta: dict, tensors: dict[str, np.ndarray], *, compiled: bool | None = None) -> bytes:
+def encode(meta: dict, tensors: dict[str, np.ndarray]) -> bytes:
     """Return the bytes of a file.
 
     meta: settings, quantization, seed, mean, std, data and ancestors as lib/compressed.py has them.
     tensors: the network's state, its weights as levels, int8 up to 8 bits, else int16.
-    compiled: as in coder.encode.
 
     Raises Malformed or LimitExceeded for what a file of this version cannot hold.
     """
     tensors = in_order(meta, tensors)
-    hashed, head, settings = description.pack(meta)
+    beginning, section, settings = description.pack(meta)
     network = v2.layers(settings)
     kinds, groups = v2.kinds_and_groups(network)
     matrices = _matrices(network, tensors)
-    side = v2.pack_side(meta, matrices, tensors, compiled)
+    side = v2.pack_side(meta, matrices, tensors)
     matrices, rest = order.carry(side, matrices, groups)
-    code = coder.encode(matrices, kinds, groups, compiled=compiled)
+    code = coder.encode(matrices, kinds, groups)
     v2.check_weights(network, len(code))
-    return pack({"NETW": head + v2.digest_of(hashed, tensors), "CODE": code, "REST": rest})
+    return pack({"NETW": section + v2.sha_of(beginning, tensors), "CODE": code, "REST": rest})
 
 
-def decode(
-    data: bytes, limit: int = LIMIT, *, compiled: bool | None = None
-) -> tuple[dict, dict[str, np.ndarray]]:
+def decode(data: bytes, limit: int = LIMIT) -> tuple[dict, dict[str, np.ndarray]]:
     """Return (meta, tensors) of a file, in new, writable arrays: see v2.decode."""
     payloads = unpack(data, limit, version=3)
-    meta, hashes, matrices, side = _read(payloads, limit, compiled)
-    padded = not payloads["REST"]
-    return meta, v2.read_tensors(meta, hashes, matrices, side, compiled, padded=padded)
+    meta, content, matrices, side, padded = _read(payloads, limit)
+    return meta, v2.read_tensors(meta, content, matrices, side, padded=padded)
 
 
-def sections(data: bytes, *, compiled: bool | None = None) -> dict[str, int]:
-    """Return {part: bytes} of a file; they add up to len(data). The parts are those of v2.sections.
+def part_sizes(data: bytes) -> dict[str, int]:
+    """Return {part: bytes} of a file; they add up to len(data), with the parts of v2.part_sizes.
 
     What the order of the channels carries takes no bytes: it is the first of the scales.
     """
     payloads = unpack(data, version=3)
+    *_, side, padded = _read(payloads, LIMIT)
+    sizes = v2.side_part_sizes(side, padded)
     left = len(payloads["REST"])  # it holds whatever is last in the side
-    side = v2.side_sizes(_read(payloads, LIMIT, compiled)[-1], padded=not left)
-    for part in reversed(side):
-        side[part] = min(side[part], left)
-        left -= side[part]
-    sizes = v2.sizes_of(payloads, side, compiled)
+    for part in reversed(sizes):
+        sizes[part] = min(sizes[part], left)
+        left -= sizes[part]
+    sizes = v2.section_part_sizes(payloads, sizes)
     return sizes | {"frame": len(data) - sum(sizes.values())}
 
 
-def _read(payloads: dict, limit: int, compiled: bool | None) -> tuple:
-    """Return (meta, hashes, matrices, side) of a file: see v2.read_levels, but the channels are in
-    the order of their keys. side: what their order carried, and the section REST after it."""
-    meta, hashes, matrices = v2.read_levels(payloads, limit, compiled)
+def _read(payloads: dict, limit: int) -> tuple:
+    """Return (meta, content, matrices, side, padded) of a file: see v2.read_levels, but the
+    channels are in the order of their keys.
+
+    side: what their order carried, and the section REST after it. padded: the order may carry more
+    than there is; then zeros follow, and REST is empty.
+    """
+    meta, content, matrices = v2.read_levels(payloads, limit)
     groups = v2.kinds_and_groups(v2.layers(meta["settings"]))[1]
     matrices, carried = order.collect(matrices, groups)
-    return meta, hashes, matrices, carried + bytes(payloads["REST"])
+    rest = bytes(payloads["REST"])
+    return meta, content, matrices, carried + rest, not rest
 
 
-def _matrices(network, tensors) -> list[np.ndarray]:
+def _matrices(network: list[Layer], tensors: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Return the levels of each layer, of the shape that v2.matrix_shape says."""
     return [tensors[f"{layer.name}.weight"].reshape(v2.matrix_shape(layer)) for layer in network]

@@ -9,18 +9,15 @@ or to a grid, take few bits, and all others come back just as exactly.
 import numpy as np
 
 from lib.nnz import coder
-from lib.nnz.frame import Malformed, varint
+from lib.nnz.frame import Malformed, Reader, varint
 
 # The form of a vector is 1 + its mantissa bits (1 to 24), or -150 - e for multiples of 2^e (-1 to
 # -277).
 MAX_CUT = 17  # low bits that bypass the coder: it can hold the 32 - 17 others
 
 
-def pack(vectors: list[np.ndarray], compiled: bool | None = None) -> bytes:
-    """Return the bytes of float32 vectors, of any values: two lengths, a coder stream, low bits.
-
-    compiled: as in coder.encode.
-    """
+def pack(vectors: list[np.ndarray]) -> bytes:
+    """Return the bytes of float32 vectors, of any values: two lengths, a coder stream, low bits."""
     forms, cuts, high, low = [], [], [], [np.zeros(0, np.uint8)]
     for vector in vectors:
         form, numbers = _shortest_form(np.asarray(vector, "<f4"))
@@ -30,29 +27,32 @@ def pack(vectors: list[np.ndarray], compiled: bool | None = None) -> bytes:
         high.append(numbers >> cut)
         low.append(_low_bits(numbers, cut))
     heads = np.array([forms, cuts], np.int64)
-    stream = coder.encode_values([*heads, *high], compiled=compiled)
-    tail = np.packbits(np.concatenate(low), bitorder="little").tobytes()
-    return varint(len(stream)) + varint(len(tail)) + stream + tail
+    stream = coder.encode_values([*heads, *high])
+    low_bits = np.packbits(np.concatenate(low), bitorder="little").tobytes()
+    return varint(len(stream)) + varint(len(low_bits)) + stream + low_bits
 
 
-def unpack(
-    stream: bytes, tail: bytes, sizes: list[int], compiled: bool | None = None
-) -> list[np.ndarray]:
-    """Return the float32 vectors, of these sizes, from the coder stream and the low bits.
+def split(reader: Reader) -> tuple[bytes, bytes]:
+    """Return (coder stream, low bits) of the next vectors that `pack` wrote; Malformed if the bytes
+    end before."""
+    stream_length, low_length = reader.varint(), reader.varint()
+    return bytes(reader.bytes(stream_length)), bytes(reader.bytes(low_length))
 
-    compiled: as in coder.decode. Raises Malformed unless the bytes are legal for these sizes.
+
+def unpack(stream: bytes, low_bits: bytes, sizes: list[int]) -> list[np.ndarray]:
+    """Return the float32 vectors, of these sizes, from what `split` returns.
+
+    Raises Malformed unless the bytes are legal for these sizes.
     """
     try:
-        forms, cuts, *high = coder.decode_values(
-            stream, [len(sizes)] * 2 + sizes, compiled=compiled
-        )
+        forms, cuts, *high = coder.decode_values(stream, [len(sizes)] * 2 + sizes)
     except coder.CoderError as error:
         raise Malformed(f"section SIDE: {error}") from None
     if ((cuts < 0) | (cuts > MAX_CUT)).any():
         raise Malformed("section SIDE: an illegal number of low bits")
-    bits = np.unpackbits(np.frombuffer(tail, np.uint8), bitorder="little")
+    bits = np.unpackbits(np.frombuffer(low_bits, np.uint8), bitorder="little")
     needed = int(cuts @ np.array(sizes, np.int64)) if sizes else 0
-    if len(tail) != (needed + 7) // 8 or bits[needed:].any():
+    if len(low_bits) != (needed + 7) // 8 or bits[needed:].any():
         raise Malformed("section SIDE: not as many low bits as the vectors need")
     vectors, start = [], 0
     for form, cut, numbers in zip(forms.tolist(), cuts.tolist(), high, strict=True):
