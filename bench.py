@@ -42,7 +42,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from lib import config, console, data, devices, graph, logs, memory, plots, ptq, runtime, tables
+from lib import config, console, data, devices, graph, logs, memory, plots, runtime, tables
 from lib.compaction import compact
 from lib.config import UserError, flag
 from lib.evaluation import Evaluation, evaluate_function
@@ -102,7 +102,7 @@ def main(argv=None):
         raise UserError(f"--batches {max(cfg.batches)}: there are {len(split):,} images")
 
     console.say_device(device)
-    sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
+    sample = data.sample(images.train, cfg.calibration, cfg.seed)
     small = compact(pruned.build())[0]
     field = contestants(dense.build(), small, ours, sample, device)
     field += peers(small, ours) if cfg.peers else []

@@ -3,7 +3,7 @@
     python prune.py --target 0.95
     python prune.py --score magnitude --schedule geometric --prune-fraction 0.2 --rounds 30 \\
         --epochs 10 --lr 0.001 --lr-schedule constant --distill 0 --augment auto
-                                             the reference report's way
+                                             the course report's way
     python prune.py --rounds 0 --parent release/mobilenetv2-cifar10.nnz --dequantize
                                              an fp32 network again, to be pruned or quantized anew
 
@@ -34,13 +34,12 @@ from lib import (
     data,
     devices,
     engine,
+    folding,
     logs,
     metrics,
     plots,
     processes,
     pruning,
-    ptq,
-    quantizers,
 )
 from lib.compaction import compact, take
 from lib.config import UserError, flag
@@ -49,9 +48,9 @@ from lib.files import state_of
 from models.layers import roles
 from models.mobilenetv2 import MobileNetV2
 
-# Of the weights that a round should keep, this share may be missing; and how often it is tried.
+# A round may keep up to this share fewer weights than it should; how many are zeroed is adjusted so
+# many times.
 TOLERANCE, ATTEMPTS = 0.01, 6
-LOGIT_IMAGES = 512  # training images that the score obd and the size of logits are computed on
 
 
 @dataclasses.dataclass
@@ -124,7 +123,7 @@ class Settings(config.FineTuning):
 
 @dataclasses.dataclass
 class State:
-    """What a run that is interrupted needs to go on."""
+    """Everything that an interrupted run needs to continue."""
 
     rounds: list[dict]  # a line of the log for each finished round; 0: the parent
     last_good: MobileNetV2  # of the last round that was not under the floor
@@ -193,10 +192,10 @@ class Run:
         """Where the finished epochs of the present round are kept."""
         return state_of(self.out, "round")
 
-    def floor(self, rounds: list[dict]) -> float:
+    def floor(self, parent: dict) -> float:
         """Return the accuracy that a round must not fall below, for texts and charts: what decides
-        is the number of answers, since accuracies are rounded."""
-        return rounds[0]["val_accuracy"] - self.cfg.max_drop / 100
+        is the number of answers, since accuracies are rounded. parent: its line of the log."""
+        return parent["val_accuracy"] - self.cfg.max_drop / 100
 
     def recipe(self, number: int) -> engine.Recipe:
         """Return how to fine-tune in a round."""
@@ -222,10 +221,10 @@ def main(argv=None):
     images.split("val")  # it decides where pruning stops
     if cfg.rounds:
         engine.refuse_unfit_batches(cfg.batch_size, images.train)
-    sample = ptq.calibration_images(images.train, LOGIT_IMAGES, cfg.seed)
+    sample = data.sample(images.train, engine.LOGIT_IMAGES, cfg.seed)
     model = parent.build(device)
     if parent.quantization:
-        model = quantizers.dequantize(model, sample)
+        model = folding.dequantize(model, sample)
     teacher = parent.teacher(cfg.teacher, cfg.assume_downsample, images)
     teacher_network = teacher.build(device) if cfg.teacher else copy.deepcopy(model)
     identity = config.identity(cfg) | {
@@ -261,7 +260,7 @@ def main(argv=None):
             run.state_file.unlink()
         raise UserError(
             f"round 1 fell to {rounds[1]['val_accuracy']:.2%} at sparsity "
-            f"{rounds[1]['sparsity']:.2%}, under the floor of {run.floor(rounds):.2%}: "
+            f"{rounds[1]['sparsity']:.2%}, under the floor of {run.floor(rounds[0]):.2%}: "
             "nothing to keep; give it more --epochs, more --rounds or a larger --max-drop"
         )
     if processes.is_main():
@@ -283,7 +282,7 @@ def _run_rounds(run: Run, state: State) -> State:
         if state.pruned is None:
             if processes.is_main():  # others may round scores otherwise
                 with processes.all_threads():
-                    _prune(run, state, number)
+                    state.pruned, state.velocity = _prune(run, state, number)
             state.save(run.state_file, run.identity)
             if not processes.is_main():
                 state = State.load(run.state_file, run.identity, device)
@@ -292,7 +291,7 @@ def _run_rounds(run: Run, state: State) -> State:
         try:
             history, _ = engine.fit(
                 model, images, recipe, augmentation(cfg.augment), cfg.seed + number, run.round_file,
-                config=run.identity | {"round": number}, teacher=run.teacher,
+                identity=run.identity | {"round": number}, teacher=run.teacher,
                 after_step=pruning.Mask(model).apply, velocity=state.velocity,
                 note=f"round {number}/{cfg.rounds} ",
             )  # fmt: skip
@@ -316,14 +315,16 @@ def _run_rounds(run: Run, state: State) -> State:
         state.save(run.state_file, run.identity)
         processes.discard(run.round_file)
         run.log(line)
-        under = f"under the floor of {run.floor(state.rounds):.2%}: the last good one stays"
+        under = f"under the floor of {run.floor(first):.2%}: the last good one stays"
         console.say(f"round {number}: {_describe(line)}, {'kept' if good else under}")
     return state
 
 
-def _prune(run: Run, state: State, number: int) -> None:
-    """Put into `state` the network of a round that begins: the last good one with further weights
-    zeroed, without the channels that die with them; and its momentum, whose buffers shrink alike.
+def _prune(
+    run: Run, state: State, number: int
+) -> tuple[MobileNetV2, dict[str, Tensor] | None]:
+    """Return the network of a round that begins: the last good one with further weights zeroed,
+    without the channels that die with them; and its momentum, whose buffers shrink alike.
 
     With a channel that dies, all its weights go. Where they are many, fewer single ones are zeroed,
     so that as many are left in all as the round should keep.
@@ -336,7 +337,8 @@ def _prune(run: Run, state: State, number: int) -> None:
     present = _nonzeros(state.last_good)
     wanted = keep = min(present, round((1 - sparsity) * run.total))
     errors = pruning.weight_errors(state.last_good, run.sample) if cfg.score == "obd" else None
-    most = -1  # weights that a network has which is sparse enough
+    pruned, indices = None, None  # of the channels that are left: see lib.compaction
+    most = -1  # weights of `pruned`. The first attempt has at most `wanted`, so there is one
     for _ in range(ATTEMPTS if cfg.compact else 1):
         model, live = copy.deepcopy(state.last_good), None
         pruning.keep_best(model, keep, cfg.score, errors)
@@ -344,15 +346,18 @@ def _prune(run: Run, state: State, number: int) -> None:
             model, live = compact(model)
         left = _nonzeros(model)
         if most < left <= wanted:
-            most, state.pruned, kept = left, model, live
+            most, pruned, indices = left, model, live
         if (1 - TOLERANCE) * wanted <= left <= wanted:
             break
         keep = min(present, round(keep * (1 - TOLERANCE / 2) * wanted / max(1, left)))
-    if kept and state.velocity:
-        state.velocity = {n: take(v, kept[n]) for n, v in state.velocity.items()}
+    velocity = state.velocity
+    if indices and velocity:
+        velocity = {name: take(buffer, indices[name]) for name, buffer in velocity.items()}
+    return pruned, velocity
 
 
 def _nonzeros(model: nn.Module) -> int:
+    """Return the number of non-zero weights."""
     return sum(nonzeros for _, _, nonzeros in metrics.layer_counts(model))
 
 
@@ -415,7 +420,7 @@ def _finish(run: Run, state: State, figures: dict) -> None:
     )
     charts = [cfg.in_run(f"plots/{name}.png") for name in ("prune", "sparsity")]
     plots.accuracy_sparsity(
-        rounds, last_kept, run.floor(rounds), charts[0],
+        rounds, last_kept, run.floor(rounds[0]), charts[0],
         f"Accuracy against sparsity (validation: n={len(run.images.val)})",
     )  # fmt: skip
     role = roles(model.settings)

@@ -6,7 +6,7 @@
     python quantize.py --weight-bits 4 --layer-bits first=8,last=8,features.3.conv.0.0=6
     python quantize.py --max-drop 0.5                          the smallest file that loses no more
     python quantize.py --max-bytes 64000                       the best network that fits
-    python quantize.py --method reference                      the reference report's quantizer
+    python quantize.py --method reference                      the course report's quantizer
 
 in:  checkpoints/pruned.pth, or any fp32 network (ptq, qat: its dead channels are removed first,
      exactly)
@@ -65,12 +65,13 @@ from lib.compaction import compact
 from lib.config import UserError, flag
 from lib.evaluation import Evaluation, evaluate
 from lib.files import state_of
+from lib.folding import fold
+from lib.importance import row_importance
 from lib.rate import BITS_PER_KILOBYTE
 from models.mobilenetv2 import MobileNetV2
 
 LARGEST_IN_CHAIN = 8  # weight bits: to_int8.py takes no more
 LAMBDA_FLAGS = "--rd-lambda, --max-bytes and --max-drop"  # with which bits count: see has_lambda
-LOGIT_IMAGES = 512  # training images that the size of logits, and the cost of a bit, come from
 # Settings that training alone depends on, not ptq.
 OF_TRAINING = (
     "epochs", "lr", "batch_size", "distill", "teacher", "temperature", "views", "ema", "augment",
@@ -195,21 +196,28 @@ class Job:
         """What its stored result belongs to: the identity without what training alone needs."""
         return {k: v for k, v in self.identity.items() if k not in OF_TRAINING}
 
-    def measure(self, network, rd_lambda: float, latent: dict | None = None) -> budget.Attempt:
+    def scheme_by(self, method: str) -> dict:
+        """Return the scheme of a network that this method made."""
+        return self.scheme | {"method": method}
+
+    def measure(
+        self, method: str, network: MobileNetV2, rd_lambda: float, latent: dict | None = None
+    ) -> budget.Attempt:
         """Return a quantized network with its accuracy and, if there is a lambda, its bytes."""
         result = evaluate(network, self.images.val) if self.before else None
         size = 0
         if self.cfg.has_lambda:
-            source = self.images.provenance()
-            size = len(self.parent.encode_child(network, self.scheme, source, self.cfg.seed))
-        return budget.Attempt(rd_lambda, network, latent, size, result)
+            source, scheme = self.images.provenance(), self.scheme_by(method)
+            size = len(self.parent.encode_child(network, scheme, source, self.cfg.seed))
+        return budget.Attempt(method, rd_lambda, network, latent, size, result)
 
     def goal(self, times: float = 1.0) -> budget.Budget:
         """Return what is asked for, or a Budget of nothing; times: multiplies --max-drop."""
         if self.cfg.max_drop is None:
             return budget.Budget(max_bytes=self.cfg.max_bytes)
         before, max_drop = self.before, times * self.cfg.max_drop
-        return budget.Budget(floor=budget.fewest_correct(before.correct, before.total, max_drop))
+        fewest = budget.fewest_correct(before.correct, before.total, max_drop)
+        return budget.Budget(min_correct=fewest)
 
 
 def main(argv=None):
@@ -238,7 +246,7 @@ def main(argv=None):
     if cfg.method == "reference":
         scheme = quantizers.quantize_reference(model, cfg.weight_bits, cfg.act_bits)
         job = Job(cfg, parent, teacher, model, scheme, images, before)
-        made = job.measure(model, 0.0)
+        made = job.measure("reference", model, 0.0)
     else:
         job = Job(cfg, parent, teacher, compact(model)[0], scheme, images, before)
         if cfg.method == "ptq":
@@ -247,32 +255,30 @@ def main(argv=None):
             engine.refuse_unfit_batches(cfg.batch_size, images.train)
             start, fallback, attempts = stored_post_training(job, out)
             made = train(job, start, fallback, out)
-            if made is fallback:  # the file says that it is ptq's, and becomes a little smaller
-                job = dataclasses.replace(job, scheme=job.scheme | {"method": "ptq"})
-                made = job.measure(fallback.network, fallback.rd_lambda)
             if cfg.has_budget and before:
-                trained = made if job.scheme["method"] == "qat" else None
-                draw_budget(job, attempts, None if trained else fallback, trained)
+                kept = (fallback, None) if made is fallback else (None, made)
+                draw_budget(job, attempts, *kept)
 
     if processes.is_main():
-        figures, text = {}, f"{job.scheme['method']} W{cfg.weight_bits}A{cfg.act_bits}"
+        scheme = job.scheme_by(made.method)
+        figures, text = {}, f"{made.method} W{cfg.weight_bits}A{cfg.act_bits}"
         if before:
             figures, words = accuracy_figures(before, made.result, images.val.labels.cpu())
             text += words
         if cfg.has_lambda:
             sizes, words = size_figures(cfg, made, attempts)
             figures, text = figures | sizes, text + words
-        if cfg.teacher and job.scheme["method"] == "qat":
+        if cfg.teacher and made.method == "qat":
             figures["teacher_sha256"] = teacher.sha256
         saved = checkpoint.save(
             out, "quantized", made.network, cfg, parent, metrics=figures, data=images.provenance(),
-            quantization=job.scheme,
+            quantization=scheme,
         )  # fmt: skip
         if cfg.method == "qat":  # last of all: until here, the run could be continued
             for file in (state_of(out), state_of(out, "ptq")):
                 file.unlink()
         else:
-            logs.log_stage(cfg, "quantize", {"bytes": saved.bytes, **job.scheme, **figures})
+            logs.log_stage(cfg, "quantize", {"bytes": saved.bytes, **scheme, **figures})
         print(f"{out}: {saved.bytes:,} bytes, {text}")
     processes.stop()
 
@@ -292,7 +298,7 @@ def accuracy_figures(before, after, labels) -> tuple[dict, str]:
 def size_figures(cfg, made: budget.Attempt, attempts: list) -> tuple[dict, str]:
     """Return the figures of a network that was quantized at a lambda, and in words.
 
-    attempts: all that were made.
+    attempts: those of the search, for the log.
     """
     used = quantizers.bits_used(made.network)
     figures = {"rd_lambda": made.rd_lambda, "nnz_bytes": made.bytes, "bits_used": used}
@@ -330,10 +336,10 @@ class PostTraining(NamedTuple):
 def post_training(job: Job) -> PostTraining:
     """Quantize without training; search for the lambda if there is a budget."""
     cfg = job.cfg
-    sample = ptq.calibration_images(job.images.train, cfg.calibration, cfg.seed)
+    sample = data.sample(job.images.train, cfg.calibration, cfg.seed)
     importance = None
     if cfg.has_lambda:
-        importance = ptq.row_importance(quantizers.fold(job.network), sample)
+        importance = row_importance(fold(job.network), sample)
 
     @functools.cache
     def attempt(rd_lambda: float) -> budget.Attempt:
@@ -341,7 +347,7 @@ def post_training(job: Job) -> PostTraining:
             job.network, sample, job.scheme, console.progress("calibrate"),
             importance=importance, lambda_per_bit=rd_lambda / BITS_PER_KILOBYTE,
         )  # fmt: skip
-        made = job.measure(network, rd_lambda, latent)
+        made = job.measure("ptq", network, rd_lambda, latent)
         if cfg.has_lambda:
             val = f", val {made.result}" if made.result else ""
             console.say(f"lambda {rd_lambda:.4g}: {made.bytes:,} bytes{val}")
@@ -432,18 +438,18 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
         latent = {name: latent[name].where(layers[name].weight != 0, 0) for name in latent}
     qat.begin(model, job.scheme, latent)
     mask, goal = pruning.Mask(model), job.goal()
-    sample = ptq.calibration_images(images.train, LOGIT_IMAGES, cfg.seed)
-    loss_per_bit, errors_per_bit = 0.0, 0.0
+    sample = data.sample(images.train, engine.LOGIT_IMAGES, cfg.seed)
+    loss_per_bit, wrong_per_bit = 0.0, 0.0
     if cfg.has_lambda:
-        loss_per_bit, errors_per_bit = qat.cost_of_a_bit(
+        loss_per_bit, wrong_per_bit = qat.cost_of_a_bit(
             start.network, sample, start.rd_lambda / BITS_PER_KILOBYTE, start.result,
             cfg.distill, cfg.temperature,
         )  # fmt: skip
 
     def judge(network, epoch: int) -> tuple[Evaluation, dict, float]:
         """Judge a network in training as a file; see engine.fit."""
-        made = job.measure(qat.finished(network), start.rd_lambda)
-        score = goal.score(made, errors_per_bit)
+        made = job.measure("qat", qat.finished(network), start.rd_lambda)
+        score = goal.score(made, wrong_per_bit)
         if cfg.keep == "last":
             score = float(epoch)
         return made.result, {"bytes": made.bytes} if cfg.has_lambda else {}, score
@@ -461,29 +467,30 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
         engine.match_logits(teacher_network, job.network, sample)
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_of(out),
-        config=job.identity, after_step=mask.apply, log=log,
+        identity=job.identity, after_step=mask.apply, log=log,
         teacher=teacher_network,
-        penalty=(lambda: loss_per_bit * qat.coded_bits(model)) if loss_per_bit else None,
+        penalty=(lambda: loss_per_bit * qat.network_bits(model)) if loss_per_bit else None,
         judge=judge if job.before else None,
     )  # fmt: skip
     qat.finish(model)
     if processes.is_main():
         plots.curves(history, cfg.in_run("plots/quantize.png"), "Quantization-aware training")
         log.close({"best_epoch": best + 1}, [cfg.in_run("plots/quantize.png")])
-    if fallback and goal.score(fallback, errors_per_bit) >= history[best]["score"]:
+    if fallback and goal.score(fallback, wrong_per_bit) >= history[best]["score"]:
         console.say(f"no epoch is better than ptq's network of {fallback.bytes:,} bytes, val "
                    f"{fallback.result}: that is kept")  # fmt: skip
         return fallback
     if cfg.has_budget and history[best]["score"] < 0:
         raise UserError(f"no epoch has {cfg.budget_in_words}: the best one, {best + 1}, has "
                         f"{history[best]['val_accuracy']:.2%} and {history[best]['bytes']:,} bytes")
-    return job.measure(model, start.rd_lambda)
+    return job.measure("qat", model, start.rd_lambda)
 
 
 def stored_post_training(job: Job, out: Path) -> PostTraining:
     """Return `post_training(job)` for qat. It is run once, in the main process, and kept beside
     `out` until qat is done, so that training begins with the same network in all processes, and
-    again where it is continued on a processor that rounds otherwise."""
+    again where it is continued on a processor that rounds otherwise. Without --resume, the state of
+    the training goes; what ptq made stays if it is of the same job."""
     file, training, wanted = state_of(out, "ptq"), state_of(out), job.identity_of_ptq
     if not job.cfg.resume:
         processes.discard(training)
@@ -505,7 +512,7 @@ def stored_post_training(job: Job, out: Path) -> PostTraining:
             network, latent = qat.unpack(packed, job.scheme, job.images.device)
         if row["result"]:
             row["result"] = Evaluation(**row["result"])
-        attempts.append(budget.Attempt(**row, network=network, latent=latent))
+        attempts.append(budget.Attempt("ptq", **row, network=network, latent=latent))
     fallback = None if saved["fallback"] is None else attempts[saved["fallback"]]
     return PostTraining(attempts[saved["start"]], fallback, attempts)
 
@@ -518,19 +525,21 @@ def _is_ptq_of(file: Path, identity: dict) -> bool:
         return False
 
 
-def save_ptq(made: PostTraining, file: Path, identity: dict) -> None:
+def save_ptq(result: PostTraining, file: Path, identity: dict) -> None:
     """Write what ptq made for qat: all attempts, with the networks of those that it needs."""
-    needed = made.start, made.fallback
+    start, fallback, attempts = result
     checkpoint.write(file, {
-        "config": identity, "start": made.attempts.index(made.start),
-        "fallback": made.attempts.index(made.fallback) if made.fallback else None,
+        "config": identity, "start": attempts.index(start),
+        "fallback": attempts.index(fallback) if fallback else None,
         "attempts": [
             {
                 "rd_lambda": tried.rd_lambda, "bytes": tried.bytes,
                 "result": vars(tried.result) if tried.result else None,
-                "packed": qat.pack(tried.network, tried.latent) if tried in needed else None,
+                "packed": (
+                    qat.pack(tried.network, tried.latent) if tried in (start, fallback) else None
+                ),
             }
-            for tried in made.attempts
+            for tried in attempts
         ],
     })  # fmt: skip
 

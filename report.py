@@ -1,6 +1,6 @@
 """Compare the files of the chain: size, accuracy, compression ratios, and what the bytes store.
 
-    python report.py --data DIR      figures 9 and 10 of the reference report, for these files
+    python report.py --data DIR      figures 9 and 10 of the course report, for these files
     python report.py --status        which file of the chain is missing or stale, and why
 
 in:  the files of the chain that are in checkpoints/; ratios are against the first of them

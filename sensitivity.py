@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, config, console, devices, logs, measure, metrics, plots, ptq, quantizers
+from lib import checkpoint, config, console, data, devices, logs, measure, metrics, plots, ptq
 from lib.compaction import compact
 from lib.config import flag
 from lib.evaluation import evaluate
 from lib.files import write_csv
+from lib.folding import fold
 from models.layers import roles
 
 COLUMNS = ("layer", "weight_bits", "weights", "nonzeros", "split", "correct", "total", "accuracy",
@@ -56,7 +57,7 @@ def main(argv=None):
     split = images.split(cfg.split)
     console.say_device(device)
     model, _ = compact(parent.build(device))
-    fp32 = quantizers.fold(model)
+    fp32 = fold(model)
     labels = split.labels.cpu()
     before = evaluate(fp32, split)
 
@@ -69,7 +70,7 @@ def main(argv=None):
     planned = {row["weight_bits"] for row in measured} | set(bit_widths)
     log.begin([identity | {"rows": len(counts) * len(planned)}, *measured])
     done = {(row["layer"], row["weight_bits"]) for row in measured}
-    sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
+    sample = data.sample(images.train, cfg.calibration, cfg.seed)
     for bits in bit_widths:
         todo = [name for name in counts if (name, bits) not in done]
         if not todo:

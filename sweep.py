@@ -34,6 +34,7 @@ from lib import (
     compressed,
     config,
     console,
+    data,
     devices,
     logs,
     measure,
@@ -246,7 +247,7 @@ def cell(
         scheme = quantizers.quantize_reference(model, weight_bits, act_bits)
     else:
         scheme = ptq.make_scheme(weight_bits, act_bits)
-        sample = ptq.calibration_images(images.train, cfg.calibration, cfg.seed)
+        sample = data.sample(images.train, cfg.calibration, cfg.seed)
         small, _ = compact(model)
         model, _ = ptq.quantize(small, sample, scheme, lambda_per_bit=rd_lambda / BITS_PER_KILOBYTE)
     child = parent.child(model, scheme, images.provenance(), cfg.seed)

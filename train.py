@@ -113,7 +113,7 @@ def main(argv=None):
     recipe = engine.Recipe.of(cfg, warmup_epochs=cfg.warmup)
     history, best = engine.fit(
         model, images, recipe, augmentation(cfg.augment), cfg.seed, state_file,
-        config=identity, log=log,
+        identity=identity, log=log,
     )  # fmt: skip
     if processes.is_main():
         final = evaluate(model, images.val) if len(images.val) else None

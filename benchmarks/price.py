@@ -19,7 +19,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from lib import checkpoint, config, console, devices, ptq, quantizers, reconstruct, tables, thinning
+from lib import (
+    checkpoint,
+    config,
+    console,
+    data,
+    devices,
+    ptq,
+    quantizers,
+    reconstruct,
+    tables,
+    thinning,
+)
 from lib.compaction import compact
 from lib.config import flag
 from lib.evaluation import evaluate
@@ -63,7 +74,8 @@ def variants() -> dict[str, tuple[list, dict]]:
             [replace(Fit, "scales_for_lambda", least_error_first)], {}
         ),
         "one start, the scale that theory gives": (
-            [replace(reconstruct, "COARSENESS", (1.0,)), replace(reconstruct, "MIDDLE", 0)], {}
+            [replace(reconstruct, "COARSENESS", (1.0,)), replace(reconstruct, "FIRST_CHOICE", 0)],
+            {},
         ),
         "no thinning": ([replace(thinning, "CAUTION", 0.0)], {}),
         "scales of 3 bits, biases of 2": ([], {"scale_bits": 3, "bias_bits": 2}),
@@ -82,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def row(name: str, replaced: list, options: dict, seed: int) -> list:
         scheme = ptq.make_scheme(options.pop("weight_bits", 8), 8)
-        sample = ptq.calibration_images(images.train, cfg.calibration, seed)
+        sample = data.sample(images.train, cfg.calibration, seed)
         with contextlib.ExitStack() as stack:
             for replacement in replaced:
                 stack.enter_context(replacement)

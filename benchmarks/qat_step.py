@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     split = images(cfg, device)
     teacher, _ = compact(checkpoint.load(cfg.parent).build(device))
     scheme = ptq.make_scheme(cfg.weight_bits, cfg.act_bits, method="qat")
-    sample = ptq.calibration_images(split, 128, 47)  # few: quality does not matter here
+    sample = data.sample(split, 128, 47)  # few: quality does not matter here
 
     def sides(teacher_of):
         plain, _ = compact(teacher)

@@ -86,7 +86,7 @@ def run(source: str, epochs: int, seed: int, settings: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         history, _ = engine.fit(
             model, images, engine.Recipe(epochs, **recipe), Small(settings["augment"]), seed,
-            Path(folder) / "state", config={},
+            Path(folder) / "state", identity={},
         )  # fmt: skip
     result = evaluate(model, images.val)
     return {

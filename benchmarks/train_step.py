@@ -1,4 +1,4 @@
-"""Compare a training step of this project with one written as in the reference report, in one run.
+"""Compare a training step of this project with one written as in the course report, in one run.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/train_step.py [--data PATH] [--steps 5]
 
@@ -122,7 +122,7 @@ class Ours:
 
 
 class Theirs:
-    """The reference report's side."""
+    """The course report's side."""
 
     def __init__(self, cfg: Settings):
         auto = "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,7 +133,7 @@ class Theirs:
         self.batches = iter(self.loader)
         self.model = network().to(self.device).train()
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=RECIPE.lr, momentum=RECIPE.momentum, nesterov=True,
+            self.model.parameters(), lr=RECIPE.lr, momentum=engine.MOMENTUM, nesterov=True,
             weight_decay=RECIPE.weight_decay,
         )  # fmt: skip
         watch_optimizer(self.optimizer, self.clock)

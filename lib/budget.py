@@ -27,21 +27,21 @@ class Budget:
     """What is asked of a file: a size in bytes, or a number of correct answers; or neither."""
 
     max_bytes: int | None = None
-    floor: int | None = None  # correct answers on the validation split, at least
+    min_correct: int | None = None  # correct answers on the validation split
 
     def met(self, tried: "Attempt") -> bool:
         """Return whether an attempt is within the budget."""
         if self.max_bytes is not None:
             return tried.bytes <= self.max_bytes
-        return self.floor is None or tried.result.correct >= self.floor
+        return self.min_correct is None or tried.result.correct >= self.min_correct
 
-    def score(self, tried: "Attempt", errors_per_bit: float) -> float:
+    def score(self, tried: "Attempt", wrong_per_bit: float) -> float:
         """Return how good an attempt is, for comparison with others: the higher, the better.
 
             budget      within it       not within it
             max_bytes   1 + accuracy    -bytes
-            floor       1 / bytes       correct answers - floor
-            none        -(share of wrong answers + errors_per_bit * bits)
+            min_correct 1 / bytes       correct answers - min_correct
+            none        -(share of wrong answers + wrong_per_bit * bits)
 
         So an attempt within a budget scores over 0, others under 0. (Without a budget, wrong
         answers count and not the loss: soft labels make a network surer of itself, so that its loss
@@ -49,13 +49,13 @@ class Budget:
         """
         if self.max_bytes is not None:
             return 1 + tried.result.accuracy if self.met(tried) else -tried.bytes
-        if self.floor is not None:
-            return 1 / tried.bytes if self.met(tried) else tried.result.correct - self.floor
-        return -(1 - tried.result.accuracy + errors_per_bit * 8 * tried.bytes)
+        if self.min_correct is not None:
+            return 1 / tried.bytes if self.met(tried) else tried.result.correct - self.min_correct
+        return -(1 - tried.result.accuracy + wrong_per_bit * 8 * tried.bytes)
 
 
 def fewest_correct(correct: int, total: int, max_drop: float) -> int:
-    """Return with how many correct answers a network still loses no more than max_drop.
+    """Return the fewest correct answers with which a network loses no more than max_drop.
 
     correct: answers of the network that it is compared with, of a total. max_drop: percentage
     points, in which a whole number of answers may come out a little too small: 0.06% of 5,000 are
@@ -68,9 +68,10 @@ def fewest_correct(correct: int, total: int, max_drop: float) -> int:
 class Attempt:
     """A quantized network, and what came of it."""
 
+    method: str  # that made it, as in the scheme of lib.quantizers
     rd_lambda: float
     network: MobileNetV2 | None  # None: in qat, where training does not need it: see quantize.py
-    latent: dict | None  # its weights before rounding, of ptq: see lib.ptq.quantize
+    latent: dict | None  # weights before rounding, if ptq made it: see lib.ptq.quantize
     bytes: int  # of the .nnz that it becomes; 0 if that was not asked for
     result: Evaluation | None  # on the validation split, if there is one
 
@@ -98,12 +99,11 @@ def search(
             failed = tried
         if _uses_up(met, budget):
             break
-        if met and for_bytes and len(attempts) == 1:
-            at_zero = try_lambda(0.0)
-            if budget.met(at_zero):  # no byte need be saved
-                break
-        # A lower lambda, if bytes are left or too much accuracy is lost.
-        rd_lambda *= 1 / FACTOR if bool(met) == for_bytes else FACTOR
+        # At 0, which is no end of the bracket: that goes on by the ratio of its ends.
+        if met and for_bytes and len(attempts) == 1 and budget.met(try_lambda(0.0)):
+            break  # no byte need be saved
+        lower = bool(met) if for_bytes else not met  # bytes are left, or too much accuracy is lost
+        rd_lambda *= 1 / FACTOR if lower else FACTOR
     if not met and not for_bytes:
         try_lambda(0.0)
     while met and failed and not _are_close(met, failed, budget):
@@ -120,18 +120,18 @@ def best(attempts: list[Attempt], budget: Budget) -> Attempt | None:
     """Return the attempt that serves a budget best, or None if none meets it.
 
     For bytes it is the most accurate, and of those the smallest; without validation, the one of the
-    lowest lambda. For a floor it is the smallest, and of those the most accurate. What is left
+    lowest lambda. For min_correct it is the smallest, and of those the most accurate. What is left
     equal is decided by the lambda that is nearer to the edge of the budget.
     """
     def by_bytes(tried: Attempt) -> tuple:
         accuracy = (tried.result.correct, -tried.bytes) if tried.result else ()
         return *accuracy, -tried.rd_lambda
 
-    def by_floor(tried: Attempt) -> tuple:
+    def by_correct(tried: Attempt) -> tuple:
         return -tried.bytes, tried.result.correct, tried.rd_lambda
 
     meeting = [tried for tried in attempts if budget.met(tried)]
-    return max(meeting, key=by_floor if budget.max_bytes is None else by_bytes, default=None)
+    return max(meeting, key=by_correct if budget.max_bytes is None else by_bytes, default=None)
 
 
 def _uses_up(met: Attempt | None, budget: Budget) -> bool:

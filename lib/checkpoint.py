@@ -26,7 +26,7 @@ from lib.metrics import is_weight
 from models.mobilenetv2 import MobileNetV2, settings_of
 
 FORMAT = "mobilenetv2-cifar10/1"
-REPORTS_DOWNSAMPLE = 4  # the strides that the reference report trained with
+REPORTS_DOWNSAMPLE = 4  # the strides that the course report trained with
 CHAIN = ("baseline.pth", "pruned.pth", "quantized.pth", "int8.pth", "compressed.nnz")
 DTYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"

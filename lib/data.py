@@ -211,6 +211,13 @@ def _stratified(labels: Tensor, classes: int, size: int | None) -> Tensor:
     return held
 
 
+def sample(split: Split, count: int, seed: int) -> Tensor:
+    """Return `count` normalized images of a split, (count, 3, H, W); which ones depends on the seed
+    alone. Fewer if the split has fewer."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    return normalize(split.images[order[:count].to(split.images.device)])
+
+
 def normalize(images: Tensor) -> Tensor:
     """Convert uint8 (n, 3, h, w) to float32 with about zero mean and unit standard deviation per
     channel, in channels-last memory format."""

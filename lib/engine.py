@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lib import checkpoint, console, data, devices, logs, processes, quantizers, replay
+from lib import checkpoint, console, data, devices, logs, processes, replay
 from lib.augment import SIDE
 from lib.config import UserError, refuse_other_run
 from lib.evaluation import Evaluation, evaluate
+from lib.folding import fold
 
+LOGIT_IMAGES = 512  # training images that say how large logits are: see `match_logits`
+MOMENTUM = 0.9  # of SGD, Nesterov's
 GROWTH = 0.7  # share of the epochs during which images grow, if they start small
 
 
@@ -33,7 +36,6 @@ class Recipe:
     batch_size: int = 128  # images per step, over all processes
     optimizer: str = "sgd"  # with Nesterov momentum; or adam (AdamW)
     lr: float = 0.07  # peak
-    momentum: float = 0.9
     weight_decay: float = 5e-4
     decay_norm: bool = True  # decay batch norm and biases as well, as the report does
     lr_schedule: str = "cosine"  # or linear, constant; the first two end at zero
@@ -90,7 +92,7 @@ def fit(
     seed: int,
     state_file: Path,
     *,
-    config: dict,
+    identity: dict,
     teacher: nn.Module | None = None,
     after_step: Callable[[], None] | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
@@ -108,9 +110,9 @@ def fit(
         apply(images, params) -> images: uint8 (m, 3, 32, 32) on the device to the same, with the
             m matching rows of each of these tensors. (m, 3, s, s) is possible too.
     state_file: rewritten after every epoch and left behind at the end (the caller deletes it once
-        its own output is safe). A state made with the same `config` is continued; another run's
-        is refused. An epoch depends on (seed, epoch) and on that state alone, so
-        the result equals an uninterrupted run's to the bit, on the CPU.
+        its own output is safe). A state of the same `identity` is continued; another run's is
+        refused (config.refuse_other_run). An epoch depends on (seed, epoch) and on that state
+        alone, so the result equals an uninterrupted run's to the bit, on the CPU.
     teacher: an fp32 network; with recipe.distill, its soft labels are mixed in (Hinton, Vinyals
         and Dean 2015). It answers batches that repeat (recipe.views) once.
     after_step: called after each optimizer step; to hold masks, for example.
@@ -119,8 +121,10 @@ def fit(
         their kernels run in every step, their Python code only in the first few of an epoch.
     velocity: momentum buffers for SGD to begin with, by parameter name: see `velocity_of`.
     judge: what decides which epoch is best; by default its validation accuracy. A function of the
-        network in training and the number of the epoch, from 1, to (its Evaluation on images.val,
-        further figures for the log, a score); the epoch of the highest score is kept.
+        network in training and the number of the epoch, from 1. It returns three things:
+        the network's Evaluation on images.val;
+        a dict of further figures for the log;
+        a score: the epoch of the highest one is kept.
     log: gets a line per epoch.
     note: a prefix of what is shown for each epoch.
 
@@ -138,9 +142,9 @@ def fit(
         processes.synchronize_batchnorm(model)
     state = TrainingState.start(model, recipe, velocity)
     # Without batch norm, the teacher is a third less to compute.
-    teacher = quantizers.fold(teacher) if teacher and recipe.distill else None
+    teacher = fold(teacher) if teacher and recipe.distill else None
     if state_file.is_file():
-        state.restore(state_file, config)
+        state.restore(state_file, identity)
         console.say(f"continuing {state_file} after epoch {len(state.history)}")
     match_layouts(state.optimizer)
     if log:
@@ -172,19 +176,10 @@ def fit(
             }  # fmt: skip
             if device.type == "cuda":
                 line["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-            if len(images.val):
-                if judge:
-                    result, figures, score = judge(state.final, epoch + 1)
-                    line |= figures | {"score": processes.from_main_process(score, device)}
-                else:
-                    result = evaluate(state.final, images.val, recipe.amp)
-                accuracy = processes.from_main_process(result.accuracy, device)
-                line |= {
-                    "val_loss": result.loss, "val_accuracy": accuracy, "val_total": result.total,
-                }  # fmt: skip
+            line |= _validated(state.final, images, recipe, judge, epoch + 1)
             line["seconds"] = round(time.monotonic() - start, 1)
             state.add(line)
-            state.save(state_file, config)
+            state.save(state_file, identity)
             saved_epochs = epoch + 1
             if log:
                 log(line)
@@ -196,6 +191,25 @@ def fit(
         raise KeyboardInterrupt(f"{held}; the same command continues") from None
     model.load_state_dict(state.best_weights)
     return state.history, state.best
+
+
+def _validated(model: nn.Module, images: data.Data, recipe: Recipe, judge, number: int) -> dict:
+    """Return what the log says of a network on the validation split, {} if there is none.
+
+    judge: see `fit`. number: of the epoch, from 1.
+    """
+    if not len(images.val):
+        return {}
+    line = {}
+    if judge:
+        result, line, score = judge(model, number)
+        line |= {"score": processes.from_main_process(score, images.device)}
+    else:
+        result = evaluate(model, images.val, recipe.amp)
+    accuracy = processes.from_main_process(result.accuracy, images.device)
+    return line | {
+        "val_loss": result.loss, "val_accuracy": accuracy, "val_total": result.total,
+    }  # fmt: skip
 
 
 def refuse_unfit_batches(size: int, split: data.Split) -> None:
@@ -248,27 +262,32 @@ class TrainingState:
             weights = self.final.state_dict()
             self.best_weights = {name: t.cpu().clone() for name, t in weights.items()}
 
-    def save(self, path: Path, config: dict) -> None:
-        """Write the state, with the settings that it belongs to, in the main process; all processes
-        call this, since the file holds the teacher's answers to the batches of all of them."""
+    def save(self, path: Path, identity: dict) -> None:
+        """Write the state, with the identity of its run, in the main process; all processes call
+        this, since the file holds the teacher's answers to the batches of all of them."""
         answers = {
             view: processes.concatenate(torch.stack(logits), 1)
             for view, logits in self.answers.items()
         }
         if processes.is_main():
             checkpoint.write(path, {
-                "config": config, "model": self.model.state_dict(),
+                "config": identity, "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "average": self.average.state_dict() if self.average else None,
                 "history": self.history, "best": self.best, "best_state": self.best_weights,
                 "answers": answers,  # by view: (steps, images per batch, classes)
             })  # fmt: skip
 
-    def restore(self, path: Path, config: dict) -> None:
-        """Read back what `save` wrote. Raises UserError if it belongs to other settings."""
+    def restore(self, path: Path, identity: dict) -> None:
+        """Read back what `save` wrote. Raises UserError if it belongs to another run, or another
+        version of this program wrote it."""
         saved = checkpoint.read(path)
-        refuse_other_run(path, saved["config"], config)
-        self.model.load_state_dict(saved["model"])
+        refuse_other_run(path, saved["config"], identity)
+        try:
+            self.model.load_state_dict(saved["model"])
+        except RuntimeError:
+            text = f"{path} is of another version of this program: --no-resume discards it"
+            raise UserError(text) from None
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:  # empty from a run that needed none: on a CPU, or on a GPU with bf16
             self.scaler.load_state_dict(saved["scaler"])
@@ -300,7 +319,7 @@ def build_optimizer(
     if recipe.optimizer == "adam":
         return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
     optimizer = torch.optim.SGD(
-        groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True, fused=True
+        groups, lr=recipe.lr, momentum=MOMENTUM, nesterov=True, fused=True
     )
     for name, parameter in model.named_parameters():
         # Zeros, as a first step has them: where loss scaling skips that step (fp16), torch's own
@@ -465,7 +484,8 @@ def match_logits(teacher: nn.Module, student: nn.Module, images: Tensor) -> None
     training makes it large. As they are, large logits would give soft labels that are nearly hard
     at the usual temperature, and the student would learn their size first of all (Sun et al. 2024,
     "Logit Standardization in Knowledge Distillation", algorithm 1; here one factor per network).
-    images: (n, 3, H, W), normalized.
+    images: (n, 3, H, W), normalized. Both networks are left in eval mode. A teacher whose logits
+    are all alike stays as it is.
     """
     wanted, width = (net.eval()(images).var(1).mean().sqrt() for net in (student, teacher))
     if width > 0:

@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 
-from lib import quantizers
 from lib.fixedpoint import Grid, Sum
+from lib.folding import fold
 from lib.integer import IntegerLayer, IntegerNetwork
 from models import layers
 from models.mobilenetv2 import MobileNetV2
@@ -98,7 +98,7 @@ def fp32(model: MobileNetV2, meta: dict) -> onnx.ModelProto:
 
     meta: stored with the graph, JSON's types.
     """
-    model = quantizers.fold(model).cpu()
+    model = fold(model).cpu()
     g = _Graph()
 
     def conv(layer: layers.Layer, x: str) -> str:

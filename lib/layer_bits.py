@@ -18,7 +18,7 @@ def by_layer(text: str | None, layers: list[str], act_bits: int) -> tuple[dict[s
     Raises UserError for a file that cannot be read, for names that are not in `layers`, and for a
     `last_act` that would stand alone.
     """
-    found, last_act, of_last = {}, None, None
+    bits_by_layer, last_act, last_bits = {}, None, None
     for item in parse(text or ""):
         named = _read(item) if isinstance(item, Path) else dict([item])
         for name, bits in named.items():
@@ -26,29 +26,33 @@ def by_layer(text: str | None, layers: list[str], act_bits: int) -> tuple[dict[s
                 last_act = bits
                 continue
             if name == "last":
-                of_last = bits
+                last_bits = bits
             layer = {"first": layers[0], "last": layers[-1]}.get(name, name)
             if layer not in layers:
                 where = item if isinstance(item, Path) else f"{name}={bits}"
                 raise UserError(
                     f"--layer-bits {where}: no layer {name!r}; the first is {layers[0]}"
                 )
-            found[layer] = bits
+            bits_by_layer[layer] = bits
     if act_bits == 32 and last_act not in (None, 32):
         raise UserError(f"--layer-bits last_act={last_act}: with --act-bits 32 no activations are "
                         "quantized")  # fmt: skip
     if last_act is None and act_bits < 32:
-        last_act = of_last
-    return found, {} if last_act is None else {"last_act_bits": last_act}
+        last_act = last_bits
+    return bits_by_layer, {} if last_act is None else {"last_act_bits": last_act}
 
 
 def parse(text: str) -> list[tuple[str, int] | Path]:
-    """Split --layer-bits into (name, bits) and files; ValueError for bits that cannot be."""
+    """Split --layer-bits into (name, bits) and files; ValueError for bits that cannot be, and for
+    an item without text."""
     if not text:
         return []
     items = []
     # os.path: a text that is too long for a path is no file, and no error.
     for item in [text] if os.path.isfile(text) else text.split(","):  # noqa: PTH113
+        item = item.strip()
+        if not item:
+            raise ValueError(f"--layer-bits {text}: an item between commas is empty")
         name, equals, bits = item.rpartition("=")
         if not equals or os.path.isfile(item):  # noqa: PTH113
             items.append(Path(item))

@@ -1,10 +1,15 @@
 """Unstructured pruning: choose the weights to remove, and hold them at zero."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
-from lib import ptq, quantizers, rate
+from lib import rate
+from lib.folding import fold
+from lib.importance import removal_errors, row_importance
 from lib.metrics import weight_layers
+from lib.quantizers import by_channel
 
 STEPS = 6  # obd removes weights in this many steps, and estimates their bits anew before each
 # Estimated bits for the magnitude of a 4-bit weight; its non-zero flag and its sign come on top.
@@ -24,8 +29,9 @@ def keep_best(
             cannot vanish, since the largest weight of each layer scores 1;
         obd: the squared error of an image's logits without the weight, by a diagonal curvature
             (LeCun, Denker and Solla 1990, "Optimal Brain Damage"; see `weight_errors`), per bit
-            that the weight takes in the file (see `_coded_bits`). A weight is cheap among others in
-            its row and column, so rows and columns of few weights empty, and whole channels die.
+            that the weight takes in the file (see `_bits_over_zero`). A weight is cheap among
+            others in its row and column, so rows and columns of few weights empty, and whole
+            channels die.
     errors: for obd alone: the `weight_errors` of this model.
     Of equal scores, those of the first layers are removed. What is zero already is removed first,
     so that pruning again only ever removes more.
@@ -39,15 +45,17 @@ def keep_best(
     present = sum(int(weight.count_nonzero()) for weight in weights)
     for step in range(1, STEPS + 1):
         scores = [
-            error / _coded_bits(weight).flatten()
+            error / _bits_over_zero(weight).flatten()
             for error, weight in zip(flat, weights, strict=True)
         ]
         _keep(weights, scores, round(present * (keep / present) ** (step / STEPS)))
 
 
 def _keep(weights: list[Tensor], scores: list[Tensor], keep: int) -> None:
-    """Zero all weights but the `keep` with the highest scores; a flat tensor of scores each, of at
-    least 0."""
+    """Zero all weights but the `keep` with the highest scores.
+
+    scores: for each of the weight tensors a flat tensor; each score is at least 0.
+    """
     # A weight without which nothing changes has the score 0 as well, under obd.
     scores = torch.cat([
         score.masked_fill(weight.flatten() == 0, -1)
@@ -60,7 +68,7 @@ def _keep(weights: list[Tensor], scores: list[Tensor], keep: int) -> None:
         weight.masked_fill_(part.view_as(weight), 0.0)
 
 
-def _coded_bits(weight: Tensor) -> Tensor:
+def _bits_over_zero(weight: Tensor) -> Tensor:
     """Return how many more bits a weight takes than a zero, at each place of a layer, at least 1.
 
     They depend on which other weights there are.
@@ -75,30 +83,24 @@ def weight_errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
     images: (n, 3, 32, 32), normalized; their labels are not needed.
 
-    It is w^2 * the variance of the weight's input * the importance of its row
-    (lib.ptq.row_importance), of the folded network. The variance and not the mean square: a
-    constant error goes into the batch norm.
+    They are those of the folded network, see lib.importance.removal_errors: batch norm takes up a
+    constant error.
     """
-    folded = quantizers.fold(model)
-    importance, variances, hooks = ptq.row_importance(folded, images), {}, []
-    for name, layer in weight_layers(folded).items():
+    folded = fold(model)
+    importance, errors = row_importance(folded, images), {}
+    with contextlib.ExitStack() as hooks:
+        for name, layer in weight_layers(folded).items():
 
-        def keep_variance(_, inputs, name=name):
-            variances[name] = quantizers.by_channel(inputs[0]).var(0, correction=0)
+            def keep_errors(layer, inputs, name=name):
+                variance = by_channel(inputs[0]).var(0, correction=0)
+                errors[name] = removal_errors(
+                    layer.weight, variance, importance[name],
+                    depthwise=getattr(layer, "groups", 1) > 1,
+                )  # fmt: skip
 
-        hooks.append(layer.register_forward_pre_hook(keep_variance))
-    folded(images)
-    for hook in hooks:
-        hook.remove()
-
-    def errors(name: str, layer: nn.Module) -> Tensor:
-        others = [1] * (layer.weight.ndim - 1)
-        depthwise = getattr(layer, "groups", 1) > 1
-        by_input = (-1, *others) if depthwise else (1, -1, *others[1:])
-        variance, of_row = variances[name].view(by_input), importance[name].view(-1, *others)
-        return layer.weight.square() * variance * of_row
-
-    return {name: errors(name, layer) for name, layer in weight_layers(folded).items()}
+            hooks.enter_context(layer.register_forward_pre_hook(keep_errors))
+        folded(images)
+    return errors
 
 
 def _lamp(weight: Tensor) -> Tensor:
@@ -122,6 +124,7 @@ class Mask:
 
     @torch.no_grad()
     def apply(self) -> None:
+        """Zero these weights again."""
         torch._foreach_mul_(self.weights, self.masks)
         torch._foreach_add_(self.weights, 0.0)  # -0.0 becomes 0.0, whose bits are all zero
 

@@ -10,11 +10,11 @@ one, whose activations carry the errors of all layers before. Each layer is fitt
   activations.
 - **Equalization** (Nagel et al. 2019, section 4.1). An activation tensor has one scale, which must
   suit its widest channel, so a channel of a small range uses few of the levels. Dividing each
-  channel by its range, its unit from then on, makes all ranges alike. The layer that gives the
-  channel divides its row and bias by the unit, the layer that reads it multiplies its column by it,
-  and the network computes what it did. (ReLU6 would stand in the way, as 6 is not divided; but the
-  quantizer that replaces it clips at its own largest level.) Before a depthwise layer this loses
-  nothing: there a column is a whole row, whose own scale takes up the factor.
+  channel by its range, its equalization factor, makes all ranges alike. The layer that gives the
+  channel divides its row and bias by the factor, the layer that reads it multiplies its column by
+  it, and the network computes what it did. (ReLU6 would stand in the way, as 6 is not divided; but
+  the quantizer that replaces it clips at its own largest level.) Before a depthwise layer this
+  loses nothing: there a column is a whole row, whose own scale takes up the factor.
 
 A row of a layer is one output channel. Three more things make the file small:
 
@@ -24,11 +24,11 @@ A row of a layer is one output channel. Three more things make the file small:
 - **Rate-distortion optimized quantization** (as in DeepCABAC, Wiedemann et al. 2020, section 3.2).
   The levels minimize a cost, error + lambda * bits, with the bits of the file's coder (estimated:
   lib/rate.py). So that a bit is worth the same in every layer, the error is that of the logits: a
-  row's error is multiplied by its importance, the mean squared gradient of the logits (the
-  approximation of KFC, Grosse and Martens 2016).
+  row's error is multiplied by its importance (lib/importance.py).
 - **Thinning**: before all else, channels that are not worth their bytes go (lib/thinning.py).
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -38,25 +38,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lib import data, quantizers
+from lib import quantizers
+from lib.folding import fold, norm_after, norm_factor
+from lib.importance import bias_importance, row_importance
 from lib.metrics import weight_layers
 from lib.quantizers import Quantizer, by_channel, per_row
 from lib.rate import ideal_squared_scale
-from lib.reconstruct import reconstruct
+from lib.reconstruct import reconstruct, refit_floats
 from lib.thinning import thin
 from models.mobilenetv2 import ConvBNReLU6, InvertedResidual, MobileNetV2
 
-# How many images statistics are taken from. Their time grows with the images, and what they give
-# is a mean over images, or over millions of activations, which a few hundred settle.
-EQUALIZATION_IMAGES, GRADIENT_IMAGES, DISTURBED_IMAGES = 256, 256, 64
-BATCH = 64  # images per backward pass: bounds the memory of its activations
-DISTURBANCE = 0.02  # share of a layer's sum of squares left out to see what that does to the logits
+# How many images the ranges of channels are taken from: millions of activations.
+EQUALIZATION_IMAGES = 256
 # Positions (pixels of a map of an image, chosen at random) that a scale is searched on: of each
 # channel, and of a whole tensor.
 CHANNEL_SAMPLE, TENSOR_SAMPLE = 8192, 4096
-# The smallest unit of a channel, as a share of the layer's median: a row that is hardly ever
+# The smallest equalization factor, as a share of the layer's median: a row that is hardly ever
 # positive would otherwise be divided by next to nothing.
-SMALLEST_UNIT = 0.02
+SMALLEST_FACTOR = 0.02
 
 
 @torch.no_grad()
@@ -67,7 +66,7 @@ def quantize(
 ) -> tuple[MobileNetV2, dict[str, Tensor]]:  # fmt: skip
     """Return the network quantized by a scheme, in eval mode; the model itself is not changed.
 
-    images: (n, 3, H, W), normalized: see `calibration_images`.
+    images: (n, 3, H, W), normalized; their labels are not needed.
     scheme: see lib.quantizers. Its "weight_scale" is a granularity: `channel`, or `tensor`: one
         scale per tensor, for the weights as they are before folding, rounded to nearest. Batch
         norm's factors then multiply that scale, and there is neither equalization nor
@@ -79,27 +78,23 @@ def quantize(
         lambda_per_bit the grid of least cost, per layer (see `_Walk.bias_exponent`).
     lambda_per_bit: the squared error of an image's logits that saving one bit may add; 0: bits are
         not counted. Not for `tensor`. The network returned may have fewer channels.
-    importance: what `row_importance` returns for the folded model and these images, if it is there
-        already; else it is computed where lambda_per_bit needs it.
+    importance: what `row_importance` of lib.importance returns for the folded model and these
+        images, if it is there already; else it is computed where lambda_per_bit needs it.
     Returns (network, latent); latent: the weights before rounding, by layer, for lib.qat.
     """
     if lambda_per_bit:
-        importance = importance or row_importance(quantizers.fold(model), images)
+        importance = importance or row_importance(fold(model), images)
         model, importance = thin(model, images, importance, lambda_per_bit)
-    fp32 = quantizers.fold(model)
+    fp32 = fold(model)
     quantized = copy.deepcopy(fp32)
     quantizers.attach(quantized, scheme)
     per_channel = scheme["weight_scale"] == "channel"
     if scale_bits is None:
         scale_bits = (2 if lambda_per_bit else 3) if per_channel else 5
-    bias_importance = {}
-    if bias_bits is None and lambda_per_bit:
-        bias_importance = _mean_squared_gradients(
-            fp32, weight_layers(fp32), images[:GRADIENT_IMAGES], of_biases=True
-        )
+    of_biases = bias_importance(fp32, images) if bias_bits is None and lambda_per_bit else {}
     walk = _Walk(fp32, quantized, scheme, model, _Options(
         scale_bits, 2 if bias_bits is None else bias_bits, lambda_per_bit,
-        importance if lambda_per_bit else {}, bias_importance,
+        importance if lambda_per_bit else {}, of_biases,
     ))  # fmt: skip
     if scheme["act_bits"] < 32 and per_channel:
         walk.equalize(images[:EQUALIZATION_IMAGES])
@@ -116,7 +111,7 @@ def layers_alone(
     {layer: {"weight", "bias"}}, of the folded network; all other layers are fp32. The scales of the
     rows and the biases are float32, not shortened as `quantize` does by default.
     """
-    fp32 = quantizers.fold(model)
+    fp32 = fold(model)
     quantized = copy.deepcopy(fp32)
     scheme = make_scheme(weight_bits, 32)
     quantizers.attach(quantized, scheme)
@@ -137,101 +132,6 @@ def make_scheme(weight_bits: int, act_bits: int, **others) -> dict:
     }  # fmt: skip
 
 
-def calibration_images(split: data.Split, count: int, seed: int) -> Tensor:
-    """Return `count` normalized images of a split, (count, 3, H, W); which ones depends on the seed
-    alone. Fewer if the split has fewer."""
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    return data.normalize(split.images[order[:count].to(split.images.device)])
-
-
-# ---- what an error does to the logits ------------------------------------------------------------
-
-
-@torch.no_grad()
-def row_importance(model: MobileNetV2, images: Tensor) -> dict[str, Tensor]:
-    """Return {layer: (rows,)}: the squared error of an image's logits, without the offset that all
-    logits share, per unit of error variance in each row's outputs.
-
-    model: folded. images: (n, 3, H, W), normalized.
-
-    Between the rows of a layer it is the mean squared gradient of a random direction of the logits,
-    which treats errors at different positions as independent (KFC). They are not: the errors of one
-    row of the head are correlated over positions, and the average over the map keeps them. So all
-    rows of a layer are multiplied by one factor, such that the sum is what is observed when the
-    layer's smallest weights are left out.
-    """
-    layers = weight_layers(model)
-    importance = _mean_squared_gradients(model, layers, images[:GRADIENT_IMAGES])
-    images = images[:DISTURBED_IMAGES]
-    expected = model(images)
-    for name, layer in layers.items():
-        if not layer.weight.any():
-            continue
-        variance, logits = _without_smallest_weights(model, layer, images)
-        error = logits - expected
-        observed = (error - error.mean(1, keepdim=True)).square().sum(1).mean()
-        importance[name] *= observed / (importance[name] * variance).sum().clamp(min=1e-20)
-    return importance
-
-
-def _without_smallest_weights(model, layer: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Leave out a layer's smallest weights, which hold DISTURBANCE of its sum of squares.
-
-    Errors have no mean, as after bias correction. Returns (variance of the error in each row's
-    outputs (rows,), the logits (n, classes)).
-    """
-    reduced = copy.deepcopy(layer)
-    sizes = layer.weight[layer.weight != 0].abs().sort().values
-    left_out = (sizes.square().cumsum(0) < DISTURBANCE * sizes.square().sum()).sum()
-    reduced.weight[layer.weight.abs() <= sizes[left_out]] = 0
-    variances = []
-
-    def disturb(_, inputs, outputs):
-        error = reduced(inputs[0]) - outputs
-        error = error - by_channel(error).mean(0).view(-1, *[1] * (error.ndim - 2))
-        variances.append(by_channel(error).square().mean(0))
-        return outputs + error
-
-    hook = layer.register_forward_hook(disturb)
-    logits = model(images)
-    hook.remove()
-    return variances[0], logits
-
-
-@torch.enable_grad()
-def _mean_squared_gradients(
-    model, layers: dict, images: Tensor, of_biases: bool = False
-) -> dict[str, Tensor]:
-    """Return, by layer, the squared gradient of a random combination of the logits with respect to
-    each output channel, (rows,): summed over positions, averaged over images.
-
-    of_biases: with respect to the channel's bias, which shifts all positions alike: the gradients
-        are summed before they are squared.
-    """
-    totals, hooks = dict.fromkeys(layers, 0.0), []
-
-    def add(grad: Tensor, name: str) -> None:
-        grad = grad.reshape(*grad.shape[:2], -1)  # (images, rows, positions)
-        grad = grad.sum(2, keepdim=True) if of_biases else grad
-        totals[name] += grad.square().sum((0, 2))
-
-    for name, layer in layers.items():
-
-        def watch(_, __, y, name=name):
-            y.register_hook(lambda grad: add(grad, name))
-
-        hooks.append(layer.register_forward_hook(watch))
-    generator = torch.Generator().manual_seed(0)
-    for batch in images.split(BATCH):
-        x = batch.clone().requires_grad_()
-        logits = model(x)
-        direction = torch.randn(logits.shape, generator=generator).to(logits.device)
-        torch.autograd.grad(logits, x, direction - direction.mean(1, keepdim=True))
-    for hook in hooks:
-        hook.remove()
-    return {name: total / len(images) for name, total in totals.items()}
-
-
 # ---- the walk ------------------------------------------------------------------------------------
 
 
@@ -239,8 +139,8 @@ class Pair(NamedTuple):
     """The same activations in the two networks, (n, C, H, W), or (n, C) after the average."""
 
     fp32: Tensor
-    quantized: Tensor  # near fp32 / units
-    units: Tensor | None = None  # of the channels, (C,), after an equalized ReLU6; None: all are 1
+    quantized: Tensor  # near fp32 / factors
+    factors: Tensor | None = None  # per channel, (C,), after an equalized ReLU6; None: all are 1
 
 
 @dataclass(frozen=True)
@@ -250,7 +150,7 @@ class _Options:
     scale_bits: int  # as for `quantize`, as is bias_bits
     bias_bits: int
     lambda_per_bit: float = 0.0
-    # What `row_importance` returns; empty without lambda.
+    # What lib.importance.row_importance returns; empty without lambda.
     importance: dict[str, Tensor] = field(default_factory=dict)
     # {layer: (rows,)}: squared error of an image's logits per squared error of a bias; empty where
     # bias_bits decides.
@@ -261,10 +161,10 @@ class _Options:
 class _Walk:
     """Walks the fp32 network and the quantized one side by side.
 
-    Where a ReLU6 was equalized, each channel of the quantized network has a unit of its own: it is
-    the fp32 channel divided by that unit. Its layer's row, scale and bias are in that unit too, and
-    the next layer's column is multiplied by it. All other tensors, the residual streams among them,
-    are as in the fp32 network.
+    Where a ReLU6 was equalized, each channel of the quantized network is the fp32 channel divided
+    by a factor of its own. Its layer's row, scale and bias are divided too, and the next layer's
+    column is multiplied. All other tensors, the residual streams among them, are as in the fp32
+    network.
     """
 
     def __init__(
@@ -277,20 +177,20 @@ class _Walk:
         """
         self.fp32, self.quantized, self.unfolded = fp32, quantized, unfolded
         self.scheme, self.options = scheme, options
-        # Mean over a layer's rows: squared logit error per squared error of a bias, in the units of
-        # the quantized layer's outputs.
+        # Mean over a layer's rows: squared logit error per squared error of a bias, after the
+        # division by the factors of the layer's outputs.
         self.mean_bias_importance: dict[nn.Module, float] = {}
         self.per_tensor = scheme["weight_scale"] == "tensor"
-        self.names = {layer: name for name, layer in weight_layers(fp32).items()}
-        self.layers = weight_layers(quantized)
+        self.names = {layer: name for name, layer in weight_layers(quantized).items()}
         self.latent: dict[str, Tensor] = {}  # weights before rounding, by layer
-        self.units: dict[ConvBNReLU6, Tensor] = {}  # of output channels, by module of `fp32`
+        # Equalization factors of output channels, (C,), by module of `fp32`.
+        self.factors: dict[ConvBNReLU6, Tensor] = {}
 
     def equalize(self, images: Tensor) -> None:
-        """Choose the unit of each channel after a ReLU6: the clip that loses least at act_bits.
+        """Choose the factor of each channel after a ReLU6: the clip that loses least at act_bits.
 
-        Residual streams are left out: their units would have to suit all blocks of a stage, and
-        that did not pay.
+        Residual streams are left out: their factors would have to suit all blocks of a stage, and
+        that did not pay. So is the head, whose maps are only averaged.
         """
         outputs = {}
 
@@ -298,49 +198,53 @@ class _Walk:
             outputs[module] = y
 
         depthwise = [block.depthwise for block in self.fp32.blocks]
-        hooks = [
-            module.register_forward_hook(keep_output)
-            for module in self.fp32.features[:-1].modules()
-            if isinstance(module, ConvBNReLU6)
-        ]
-        self.fp32(images)
-        for hook in hooks:
-            hook.remove()
+        with contextlib.ExitStack() as hooks:
+            for module in self.fp32.features[:-1].modules():
+                if isinstance(module, ConvBNReLU6):
+                    hooks.enter_context(module.register_forward_hook(keep_output))
+            self.fp32(images)
         for module, output in outputs.items():
             clips = _channel_clips(output, self.scheme["act_bits"])
-            # The next layer's columns are multiplied by the units. A depthwise row is one column,
-            # so its scale absorbs the unit. A projection has one scale over all its columns, which
-            # would have to cover the widest: there the unit is only the square root of the clip.
-            self.units[module] = clips.sqrt() if module in depthwise else clips
+            # The next layer's columns are multiplied by the factors. A depthwise row is one column,
+            # so its scale absorbs the factor. A projection has one scale over all its columns,
+            # which would have to cover the widest: there it is only the square root of the clip.
+            self.factors[module] = clips.sqrt() if module in depthwise else clips
         if self.fp32.blocks[0].residual:  # the stem's outputs are part of a residual stream
-            del self.units[self.fp32.stem]
+            del self.factors[self.fp32.stem]
 
     def run(self, images: Tensor, progress: Callable) -> None:
         """Quantize all layers, in the order in which they run."""
         pair = Pair(images, self.quantized.image(images))
         modules = list(zip(self.fp32.features, self.quantized.features, strict=True))
         for fp32_module, module in progress(modules):
-            quantize = self.block if isinstance(module, InvertedResidual) else self.activated
-            pair = quantize(fp32_module, module, pair)
+            is_block = isinstance(module, InvertedResidual)
+            step = self.quantize_block if is_block else self.quantize_conv_and_relu6
+            pair = step(fp32_module, module, pair)
         pair = Pair(pair.fp32.mean((2, 3)), pair.quantized.mean((2, 3)))
-        self.layer(self.fp32.linear, self.calibrate(self.quantized.pooled, pair))
+        pair = self.calibrate(self.quantized.pooled, pair)
+        self.quantize_layer(self.fp32.linear, self.quantized.linear, pair)
 
-    def block(self, fp32_block: InvertedResidual, block: InvertedResidual, pair: Pair) -> Pair:
+    def quantize_block(
+        self, fp32_block: InvertedResidual, block: InvertedResidual, pair: Pair
+    ) -> Pair:
         """Quantize a block; return its outputs."""
         inputs, pair = pair, self.calibrate(block.input, pair)
         if block.expand is not None:
-            pair = self.activated(fp32_block.expand, block.expand, pair)
-        pair = self.activated(fp32_block.depthwise, block.depthwise, pair)
-        pair = self.layer(fp32_block.project, pair)
+            pair = self.quantize_conv_and_relu6(fp32_block.expand, block.expand, pair)
+        pair = self.quantize_conv_and_relu6(fp32_block.depthwise, block.depthwise, pair)
+        pair = self.quantize_layer(fp32_block.project, block.project, pair)
         if not block.residual:
             return self.calibrate(block.stream, pair, block.project)
         pair = self.calibrate(block.addend, pair, block.project)
         pair = Pair(inputs.fp32 + pair.fp32, inputs.quantized + pair.quantized)
         return self.calibrate(block.stream, pair)
 
-    def activated(self, fp32_module: ConvBNReLU6, module: ConvBNReLU6, pair: Pair) -> Pair:
+    def quantize_conv_and_relu6(
+        self, fp32_module: ConvBNReLU6, module: ConvBNReLU6, pair: Pair
+    ) -> Pair:
         """Quantize a convolution and the quantizer that replaces its ReLU6; return its outputs."""
-        pair = self.layer(fp32_module.conv, pair, self.units.get(fp32_module))
+        factors = self.factors.get(fp32_module)
+        pair = self.quantize_layer(fp32_module.conv, module.conv, pair, factors)
         pair = pair._replace(fp32=fp32_module.activation(pair.fp32))
         return self.calibrate(module.activation, pair, module.conv)
 
@@ -382,36 +286,41 @@ class _Walk:
         squared = ideal_squared_scale(self.options.lambda_per_bit, importance)
         return round(math.log2(squared) / 2)
 
-    def layer(self, fp32_layer: nn.Module, pair: Pair, output_units: Tensor | None = None) -> Pair:
-        """Quantize the layer that corresponds to `fp32_layer`; return the outputs of the two.
+    def quantize_layer(
+        self, fp32_layer: nn.Module, layer: nn.Module, pair: Pair,
+        output_factors: Tensor | None = None,
+    ) -> Pair:  # fmt: skip
+        """Quantize a layer of the quantized network; return its outputs and those of `fp32_layer`.
 
-        pair: their inputs. output_units: (rows,), what the quantized outputs are divided by; None:
-        they are not.
+        pair: their inputs. output_factors: (rows,), what the quantized outputs are divided by;
+        None: they are not.
         """
-        name = self.names[fp32_layer]
-        layer, bits = self.layers[name], quantizers.bits_of(name, self.scheme)
-        _change_units(layer, pair.units, output_units)
-        squared_units = 1.0 if output_units is None else output_units**2
+        name = self.names[layer]
+        bits = quantizers.bits_of(name, self.scheme)
+        _equalize_layer(layer, pair.factors, output_factors)
+        squared_factors = 1.0 if output_factors is None else output_factors**2
         if name in self.options.bias_importance:
-            mean = (self.options.bias_importance[name] * squared_units).mean()
+            mean = (self.options.bias_importance[name] * squared_factors).mean()
             self.mean_bias_importance[layer] = max(float(mean), 1e-12)
         self.latent[name] = layer.weight.clone()
         fp32_y = fp32_layer(pair.fp32)
-        target = _in_units(fp32_y, output_units)
+        target = _divide(fp32_y, output_factors)
         if self.per_tensor:
             self.put_on_tensor_grid(name, layer, bits)
-        elif bits < 32 or self.scheme["act_bits"] < 32:
-            # At 32 bits too: floats that are fitted to inputs that were rounded.
+        elif bits == 32:
+            if self.scheme["act_bits"] < 32:  # its inputs were rounded
+                refit_floats(layer, pair.quantized, target)
+        else:
             importance = self.options.importance.get(name)
             reconstruct(
                 layer, pair.quantized, target, bits, scale_bits=self.options.scale_bits,
-                row_importance=None if importance is None else importance * squared_units,
+                row_importance=None if importance is None else importance * squared_factors,
                 lambda_per_bit=self.options.lambda_per_bit,
             )  # fmt: skip
         layer.scale_bits = self.options.scale_bits
         y = layer(pair.quantized)
         y = _add_to_bias(layer, by_channel(target - y).mean(0), y)
-        return Pair(fp32_y, fp32_y if self.options.alone else y, output_units)
+        return Pair(fp32_y, fp32_y if self.options.alone else y, output_factors)
 
     def put_on_tensor_grid(self, name: str, layer: nn.Module, bits: int) -> None:
         """Round a folded layer's weights to the grid that its weight tensor lies on before folding:
@@ -420,10 +329,10 @@ class _Walk:
             return
         weight = self.unfolded.get_submodule(name).weight
         scale = quantizers.grid_scale(weight, bits)
-        norm = quantizers.norm_after(self.unfolded, name)
+        norm = norm_after(self.unfolded, name)
         factor = torch.ones(len(weight), device=weight.device)
         if norm is not None:
-            factor = quantizers.norm_factor(norm).to(weight.dtype)
+            factor = norm_factor(norm).to(weight.dtype)
         levels = quantizers.to_levels(weight, scale, bits)
         levels[factor == 0] = 0  # such a row has no effect, and a scale may not be zero
         row_scale = quantizers.round_mantissa(scale * factor, self.options.scale_bits)
@@ -431,22 +340,24 @@ class _Walk:
         layer.weight.copy_(levels * per_row(layer.weight_scale, levels) + 0.0)
 
 
-def _change_units(
-    layer: nn.Module, input_units: Tensor | None, output_units: Tensor | None
+def _equalize_layer(
+    layer: nn.Module, input_factors: Tensor | None, output_factors: Tensor | None
 ) -> None:
-    """Change a layer so that it takes inputs, and gives outputs, in these units (C,)."""
+    """Change a layer so that it takes inputs, and gives outputs, that are divided by factors (C,),
+    in place. None: they are not divided."""
     weight = layer.weight
-    if input_units is not None:
+    if input_factors is not None:
         depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1
-        weight.mul_(input_units.view(-1, 1, 1, 1) if depthwise else input_units.view(1, -1, 1, 1))
-    if output_units is not None:
-        weight.div_(per_row(output_units, weight))
-        layer.bias.div_(output_units)
+        shape = (-1, 1, 1, 1) if depthwise else (1, -1, 1, 1)
+        weight.mul_(input_factors.view(shape))
+    if output_factors is not None:
+        weight.div_(per_row(output_factors, weight))
+        layer.bias.div_(output_factors)
 
 
-def _in_units(fp32: Tensor, units: Tensor | None) -> Tensor:
-    """Return activations of the fp32 network, (n, C, H, W), in units (C,); None: all are 1."""
-    return fp32 if units is None else fp32 / units.view(-1, 1, 1)
+def _divide(fp32: Tensor, factors: Tensor | None) -> Tensor:
+    """Return activations (n, C, H, W) divided by factors (C,); None: all are 1."""
+    return fp32 if factors is None else fp32 / factors.view(-1, 1, 1)
 
 
 def _add_to_bias(layer: nn.Module, change: Tensor, outputs: Tensor) -> Tensor:
@@ -477,7 +388,7 @@ def _channel_clips(outputs: Tensor, bits: int) -> Tensor:
         clips = torch.where(error < least, top * share, clips)
         least = torch.minimum(least, error)
     median = clips[clips > 0].median() if (clips > 0).any() else clips.new_tensor(1.0)
-    return torch.where(clips > 0, clips / median, 1.0).clamp(min=SMALLEST_UNIT)
+    return torch.where(clips > 0, clips / median, 1.0).clamp(min=SMALLEST_FACTOR)
 
 
 def _some_of(count: int, wanted: int) -> Tensor:
@@ -487,14 +398,14 @@ def _some_of(count: int, wanted: int) -> Tensor:
 
 def _best_scale(pair: Pair, quantizer: Quantizer) -> Tensor:
     """Return the scale, (), at which rounding the quantized activations gives the least mean
-    squared error against the fp32 ones in the same units: a search."""
+    squared error against the fp32 ones, divided by the same factors: a search."""
     target, inputs = by_channel(pair.fp32), by_channel(pair.quantized)
-    units = 1.0 if pair.units is None else pair.units
-    top = (torch.maximum(target.amax(0), -target.amin(0)) / units).amax().clamp(min=1e-6)
+    factors = 1.0 if pair.factors is None else pair.factors
+    top = (torch.maximum(target.amax(0), -target.amin(0)) / factors).amax().clamp(min=1e-6)
     # Not every k-th position: where k and the width of the map have a common factor, these would be
     # the same few columns of every image, perhaps those at the border.
     sample = _some_of(len(target), TENSOR_SAMPLE).to(target.device)
-    target, inputs = target[sample] / units, inputs[sample]
+    target, inputs = target[sample] / factors, inputs[sample]
 
     def error(clip: Tensor) -> float:
         scale = clip / quantizer.high

@@ -11,8 +11,9 @@ together with the weights (LSQ, Esser et al. 2020). The optimizer sees their log
 large scales and none becomes negative.
 
 Activations of UNROUNDED bits and more are not rounded during training, and their scales stay as
-they are: these errors are small beside those of the weights, and a step takes little more than half
-the time. `finish` brings the rounding back, and `finished` shows the network with it meanwhile.
+they are: these errors are small beside those of the weights, and a training step takes little more
+than half the time. `finish` brings the rounding back, and `finished` shows the network with it
+meanwhile.
 """
 
 import copy
@@ -29,6 +30,8 @@ from models.mobilenetv2 import MobileNetV2
 
 
 class _TrainedConv2d(nn.Conv2d):
+    """A convolution whose weights and bias go through their grids, and whose scales are learned."""
+
     weight_scale = property(lambda self: _row_scale(self))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,6 +39,8 @@ class _TrainedConv2d(nn.Conv2d):
 
 
 class _TrainedLinear(nn.Linear):
+    """A linear layer in the same way."""
+
     weight_scale = property(lambda self: _row_scale(self))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,8 +48,9 @@ class _TrainedLinear(nn.Linear):
 
 
 class _TrainedQuantizer(Quantizer):
-    # `log_step`: the logarithm of a scale. States of interrupted runs have it under this name.
-    step = property(lambda self: self.log_step.exp())
+    """A quantizer whose scale is learned."""
+
+    step = property(lambda self: self.log_scale.exp())
 
 
 class _Unrounded(Quantizer):
@@ -79,7 +85,7 @@ def _on_grid(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _row_scale(layer: nn.Module) -> Tensor:
     """Return the scales of a layer's rows (rows,), rounded to their mantissa bits."""
-    scale = layer.log_step.exp()
+    scale = layer.log_scale.exp()
     return _straight_through(scale, quantizers.round_mantissa(scale, layer.scale_bits))
 
 
@@ -89,7 +95,7 @@ def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def begin(model: nn.Module, scheme: dict, latent: dict[str, Tensor]) -> None:
+def begin(model: MobileNetV2, scheme: dict, latent: dict[str, Tensor]) -> None:
     """Make a network that lib.ptq quantized trainable, in place.
 
     latent: the weights before they were rounded, by layer. Each weight starts as near to its latent
@@ -178,19 +184,19 @@ def unpack(
 
 def _learn(module: nn.Module, buffer: str) -> None:
     """Replace a buffer of scales by a parameter, and the module's class by its trained one."""
-    module.log_step = nn.Parameter(getattr(module, buffer).log())
-    module.log_step.lr_factor = SCALE_LR_FACTOR  # see lib.engine.parameter_groups
+    module.log_scale = nn.Parameter(getattr(module, buffer).log())
+    module.log_scale.lr_factor = SCALE_LR_FACTOR  # see lib.engine.parameter_groups
     delattr(module, buffer)
     module.plain, module.__class__ = type(module), TRAINED[type(module)]
 
 
-def coded_bits(model: nn.Module) -> Tensor:
+def network_bits(model: nn.Module) -> Tensor:
     """Estimate the bits of the non-zero weights in the file, (), with gradients."""
     return sum(
         rate.coded_bits(
             layer.weight.flatten(1), _row_scale(layer)[:, None], max_level(layer.weight_bits)
         )
-        for layer in weight_layers(model).values() if hasattr(layer, "log_step")
+        for layer in weight_layers(model).values() if hasattr(layer, "log_scale")
     )  # fmt: skip
 
 
@@ -207,10 +213,10 @@ def finish(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _Unrounded):
             module.__class__ = module.plain
-        if hasattr(module, "log_step"):
+        if hasattr(module, "log_scale"):
             is_layer = not isinstance(module, Quantizer)
             scale = _row_scale(module) if is_layer else module.step
-            del module.log_step
+            del module.log_scale
             module.__class__ = module.plain
             module.register_buffer("weight_scale" if is_layer else "step", scale)
             if is_layer:

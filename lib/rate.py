@@ -16,8 +16,9 @@ from torch import Tensor
 
 LN2 = math.log(2)
 BITS_PER_KILOBYTE = 8000  # --rd-lambda is per 1,000 bytes, lambda_per_bit per bit
-EACH = 16  # magnitudes below this are counted one by one, larger ones in two classes per octave
-CLASSES = EACH + 2 * 11  # of magnitudes up to 32767
+# Magnitudes below this are counted one by one, larger ones in two classes per octave.
+COUNTED_ALONE = 16
+CLASSES = COUNTED_ALONE + 2 * 11  # there are 11 octaves from 16 to 32767
 
 
 class CodeLengths(NamedTuple):
@@ -34,26 +35,35 @@ def code_lengths(levels: Tensor, max_level: int) -> CodeLengths:
 
     levels: (rows, columns), the present ones, magnitudes up to `max_level`.
     """
-    flags = (levels != 0).float()
+    is_nonzero = (levels != 0).float()
 
-    def log_odds(count: Tensor) -> Tensor:
-        cells = flags.numel() / count.numel()
-        return torch.log((count + 0.5) / (cells - count + 0.5))
+    def log_odds(nonzeros: Tensor) -> Tensor:
+        """Return the log odds of a non-zero, from the non-zeros of each row, column or layer."""
+        places = is_nonzero.numel() / nonzeros.numel()
+        # + 0.5, as if half of one more had been seen of both: so no code length is infinite.
+        return torch.log((nonzeros + 0.5) / (places - nonzeros + 0.5))
 
-    x = log_odds(flags.sum(1, keepdim=True)) + log_odds(flags.sum(0)) - log_odds(flags.sum())
+    by_row, by_column = is_nonzero.sum(1, keepdim=True), is_nonzero.sum(0)
+    of_nonzero = log_odds(by_row) + log_odds(by_column) - log_odds(is_nonzero.sum())
+
     class_of = _classes(max_level, levels.device)
     count = torch.zeros(CLASSES, device=levels.device)
-    count.index_add_(0, class_of[levels.abs().long()].flatten(), flags.flatten())
+    count.index_add_(0, class_of[levels.abs().long()].flatten(), is_nonzero.flatten())
     # Not bincount, which would wait for the device: in QAT this is part of every step.
     classes = torch.arange(CLASSES, device=levels.device)
-    members = (class_of[1:, None] == classes).sum(0)
-    share = torch.where(members > 0, count + 0.5, 0)
-    share = share / share.sum() / members.clamp(min=1)
-    magnitude = -torch.log2(share.clamp(min=1e-9))[class_of]
-    return CodeLengths(F.softplus(x) / LN2, F.softplus(-x) / LN2 + 1, magnitude)
+    magnitudes_in_class = (class_of[1:, None] == classes).sum(0)
+    probability = torch.where(magnitudes_in_class > 0, count + 0.5, 0)
+    # Of one magnitude: its class's, divided evenly.
+    probability = probability / probability.sum() / magnitudes_in_class.clamp(min=1)
+    magnitude = -torch.log2(probability.clamp(min=1e-9))[class_of]
+    # -log2 of a probability whose log odds are x is softplus(-x) / ln 2; 1 more bit for the sign.
+    zero, nonzero = F.softplus(of_nonzero) / LN2, F.softplus(-of_nonzero) / LN2 + 1
+    return CodeLengths(zero, nonzero, magnitude)
 
 
-def ideal_squared_scale(lambda_per_bit, curvature):
+def ideal_squared_scale(
+    lambda_per_bit: float | Tensor, curvature: float | Tensor
+) -> float | Tensor:
     """Return the square of the scale at which the cost of a value, error + lambda * bits, is least.
 
     On a grid of scale s, a value has an expected error of curvature * s^2 / 12, and doubling s
@@ -71,8 +81,8 @@ def _classes(max_level: int, device: torch.device) -> Tensor:
     """
     magnitudes = torch.arange(max_level + 1, device=device)
     fraction, exponent = torch.frexp(magnitudes.float())  # 0.5 <= fraction < 1
-    shared = EACH + 2 * (exponent - EACH.bit_length()) + (fraction >= 0.75)
-    return torch.where(magnitudes < EACH, magnitudes, shared).long()
+    shared = COUNTED_ALONE + 2 * (exponent - COUNTED_ALONE.bit_length()) + (fraction >= 0.75)
+    return torch.where(magnitudes < COUNTED_ALONE, magnitudes, shared).long()
 
 
 def coded_bits(weight: Tensor, scale: Tensor, max_level: int) -> Tensor:
@@ -83,7 +93,7 @@ def coded_bits(weight: Tensor, scale: Tensor, max_level: int) -> Tensor:
     """
     x = (weight.abs() / scale).clamp(max=max_level)
     with torch.no_grad():
-        zero, nonzero, magnitude = code_lengths(x.round() * weight.sign(), max_level)
+        zero, nonzero, magnitude = code_lengths(x.round(), max_level)
         below = x.floor().clamp(max=max_level - 1)
         level = below.long()
         low = torch.where(level == 0, zero, nonzero + magnitude[level])

@@ -1,6 +1,7 @@
 """Layer reconstruction: integer weights for one layer, from its inputs and wanted outputs.
 
     reconstruct(layer, inputs, outputs, bits, scale_bits=3)  # changes its weight and weight_scale
+    refit_floats(layer, inputs, outputs)                     # changes its weight, without levels
 
 A layer is linear in its inputs, so the mean squared error of its output is a quadratic form with
 the Gram matrix of the inputs (Nagel et al. 2020, "Up or Down?", equation 20; Frantar et al. 2022,
@@ -42,7 +43,7 @@ POSITIONS = 65536  # a layer is fitted on so many pixels of its input maps, at m
 SWEEPS = 3  # over the coordinates, between two fits of the scales
 ROUNDS = 4  # fits of the scales
 SCALES, SCALES_WITH_LAMBDA = 29, 48  # that a search tries
-FLOAT_SWEEPS = 4  # over the coordinates at 32 bits, where there is nothing to round
+FLOAT_SWEEPS = 4  # over the coordinates where there is nothing to round
 DEPTHWISE_POSITIONS = POSITIONS // 4  # with nine columns per row, fewer are enough
 # A refit that would shrink a scale below this share of itself is left out: the levels of such a row
 # explain nothing of its outputs, and its scale could end at 0 or below.
@@ -51,8 +52,8 @@ SMALLEST_REFIT = 0.1
 # of fine grids; on coarse ones, where most levels are 0, larger multiples serve many rows better.
 COARSENESS = (0.5, 1.0, 2.0, 4.0)
 # Each choice between the multiples estimates bits from the rows that the one before chose; the
-# first one from those of the multiple with the index MIDDLE.
-CHOICES, MIDDLE = 3, 2
+# first one from those of the multiple with the index FIRST_CHOICE.
+CHOICES, FIRST_CHOICE = 3, 2
 RIDGE = 1e-2  # share of the mean eigenvalue: how much a weight is held where the images say nothing
 
 
@@ -63,22 +64,15 @@ def reconstruct(
 ) -> None:  # fmt: skip
     """Fit a layer's weights, and their scales, to given outputs on given inputs, in place.
 
-    layer: a Conv2d or Linear with a buffer `weight_scale` (rows,) unless bits is 32.
+    layer: a Conv2d or Linear with a buffer `weight_scale` (rows,).
     inputs, outputs: (images, channels, height, width), or (images, features) for Linear. Their
         means are taken out first: the caller corrects the bias for them.
-    bits: of the weights; 32 leaves them floats, which are still fitted.
+    bits: of the weights, 2 to 16.
     scale_bits: mantissa bits that the scales are rounded to. A row of zeros gets the scale 1.
     lambda_per_bit: if over 0, the sum over rows of row_importance * squared error, plus
-        lambda_per_bit * bits, is minimized. row_importance: (rows,), see lib.ptq.row_importance.
+        lambda_per_bit * bits, is minimized. row_importance: (rows,), see lib.importance.
     """
-    images = slice(0, max(1, POSITIONS * inputs.shape[1] // inputs[0].numel()))
-    inputs, outputs = as_matrix_product(layer, inputs[images], outputs[images])
     weight, gram, cross = _normal_equations(layer, inputs, outputs)
-    if bits == 32:
-        fit = IntegerLeastSquares(weight, gram, cross, bits)
-        fit.descend(FLOAT_SWEEPS)
-        layer.weight.copy_(fit.weight.reshape(layer.weight.shape))
-        return
     if lambda_per_bit:
         row_lambda = lambda_per_bit / row_importance.reshape(*weight.shape[:2], 1).clamp(min=1e-12)
         fit = _cheapest_of_several(weight, gram, cross, bits, row_lambda)
@@ -94,10 +88,20 @@ def reconstruct(
     put_on_grid(layer, bits)
 
 
+@torch.no_grad()
+def refit_floats(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+    """Fit a layer's weights to given outputs on given inputs, in place, as floats: see
+    `reconstruct`."""
+    fit = IntegerLeastSquares(*_normal_equations(layer, inputs, outputs), 32)
+    fit.descend(FLOAT_SWEEPS)
+    layer.weight.copy_(fit.weight.reshape(layer.weight.shape))
+
+
 def as_matrix_product(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     """Return a layer's inputs and outputs as those of one matrix product per group.
 
-    Shapes: (groups, positions, columns) and (groups, positions, rows).
+    inputs, outputs: as for `reconstruct`. Returns (groups, positions, columns) and (groups,
+    positions, rows).
     """
     if isinstance(layer, nn.Linear):
         return inputs[None], outputs[None]
@@ -117,8 +121,15 @@ def as_matrix_product(layer: nn.Module, inputs: Tensor, outputs: Tensor) -> tupl
     return patches, outputs.transpose(0, 1)
 
 
-def _normal_equations(layer: nn.Module, inputs: Tensor, outputs: Tensor):
-    """Return (weight, gram, cross) of the legend, with a ridge that holds the weights."""
+def _normal_equations(
+    layer: nn.Module, inputs: Tensor, outputs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (weight, gram, cross) of the legend, with a ridge that holds the weights.
+
+    inputs, outputs: as for `reconstruct`; the first images are used, with POSITIONS in all.
+    """
+    images = slice(0, max(1, POSITIONS * inputs.shape[1] // inputs[0].numel()))
+    inputs, outputs = as_matrix_product(layer, inputs[images], outputs[images])
     groups, positions, columns = inputs.shape
     inputs = inputs - inputs.mean(1, keepdim=True)
     outputs = outputs - outputs.mean(1, keepdim=True)
@@ -143,26 +154,29 @@ def _cheapest_of_several(
     starts, rows = len(COARSENESS), weight.shape[1]
     all_starts = IntegerLeastSquares(
         weight.repeat(1, starts, 1), gram, cross.repeat(1, starts, 1), bits,
-        row_lambda.repeat(1, starts, 1), starts,
+        row_lambda.repeat(1, starts, 1), copies=starts,
     )  # fmt: skip
     coarseness = torch.tensor(COARSENESS).repeat_interleave(rows)[:, None].to(weight.device)
     all_starts.scales_for_lambda(coarseness)
     all_starts.settle()
-    layer = IntegerLeastSquares(weight, gram, cross, bits, row_lambda)
-    choice = torch.full(weight.shape[:2], MIDDLE, device=weight.device)  # of a start, per row
-    for number in range(CHOICES + 1):
-        layer.weight, layer.scale = all_starts.rows_of_starts(choice)
-        layer.estimate_lengths()
-        if number < CHOICES:
-            all_starts.copy_lengths(layer)
-            costs = all_starts.cost(all_starts.weight, all_starts.scale)
-            choice = costs.unflatten(1, (starts, rows)).argmin(1)[:, :, 0]
-    layer.descend(SWEEPS)
-    return layer
+    chosen = IntegerLeastSquares(weight, gram, cross, bits, row_lambda)
+
+    def take(choice: Tensor) -> None:
+        """Take each row from the start of that number, (groups, rows)."""
+        chosen.weight, chosen.scale = all_starts.rows_of_copies(choice)
+        chosen.estimate_lengths()
+
+    take(torch.full(weight.shape[:2], FIRST_CHOICE, device=weight.device))
+    for _ in range(CHOICES):
+        all_starts.copy_lengths(chosen)
+        costs = all_starts.cost(all_starts.weight, all_starts.scale)
+        take(costs.unflatten(1, (starts, rows)).argmin(1)[:, :, 0])
+    chosen.descend(SWEEPS)
+    return chosen
 
 
 class IntegerLeastSquares:
-    """Minimize per row w gram w - 2 cross w over w = level * scale, zeros of the start held.
+    """Minimize per row w gram w - 2 cross w over w = level * scale, zeros held.
 
     There are three modes: levels, at 2 to 16 bits; floats, at 32 (max_level is None); and levels
     whose bits count, once `estimate_lengths` has been called: row_lambda * bits is added.
@@ -172,16 +186,16 @@ class IntegerLeastSquares:
 
     def __init__(
         self, weight: Tensor, gram: Tensor, cross: Tensor, bits: int,
-        row_lambda: Tensor | None = None, starts: int = 1,
+        row_lambda: Tensor | None = None, copies: int = 1,
     ):  # fmt: skip
         """row_lambda: needed where bits are to count.
-        starts: how many times the rows of the layer are there, each time with other scales."""
-        self.starts, self.row_lambda = starts, row_lambda
-        self.start, self.weight = weight, weight.clone()
+        copies: how many times the rows of the layer are there, each time with other scales."""
+        self.copies, self.row_lambda = copies, row_lambda
+        self.original, self.weight = weight, weight.clone()
         self.mask, self.gram, self.cross = weight != 0, gram, cross
         self.max_level = max_level(bits) if bits < 32 else None
         self.scale: Tensor | None = None
-        # Of all rows: magnitude is (starts, levels). None: bits do not count.
+        # Of all rows: magnitude is (copies, levels). None: bits do not count.
         self.lengths: CodeLengths | None = None
 
     def error(self, weight: Tensor) -> Tensor:
@@ -195,8 +209,8 @@ class IntegerLeastSquares:
         """
         cost = self.error(weight)
         if self.lengths:
-            priced = self.priced_lengths((weight / scale).round_())
-            cost += (priced * self.mask).sum(2, keepdim=True)
+            cost_of_bits = self.cost_of_bits((weight / scale).round_())
+            cost += (cost_of_bits * self.mask).sum(2, keepdim=True)
         return cost
 
     def on_grid(self, weight: Tensor, scale: Tensor) -> Tensor:
@@ -205,9 +219,9 @@ class IntegerLeastSquares:
 
     def estimate_lengths(self) -> None:
         """Estimate the code lengths from the present levels; from now on, bits count."""
-        levels = (self.weight / self.scale).round_().unflatten(1, (self.starts, -1))
-        of_starts = [code_lengths(x.flatten(0, 1), self.max_level) for x in levels.unbind(1)]
-        zero, nonzero, magnitude = zip(*of_starts, strict=True)
+        levels = (self.weight / self.scale).round_().unflatten(1, (self.copies, -1))
+        of_copies = [code_lengths(x.flatten(0, 1), self.max_level) for x in levels.unbind(1)]
+        zero, nonzero, magnitude = zip(*of_copies, strict=True)
         self.lengths = CodeLengths(
             torch.stack([x.view_as(levels[:, 0]) for x in zero], 1).flatten(1, 2),
             torch.stack([x.view_as(levels[:, 0]) for x in nonzero], 1).flatten(1, 2),
@@ -215,31 +229,31 @@ class IntegerLeastSquares:
         )
 
     def copy_lengths(self, other: "IntegerLeastSquares") -> None:
-        """Take the code lengths of a fit that has one start, for all starts alike."""
+        """Take the code lengths of a fit that has the rows once, for all copies alike."""
         zero, nonzero, magnitude = other.lengths
         self.lengths = CodeLengths(
-            zero.repeat(1, self.starts, 1), nonzero.repeat(1, self.starts, 1),
-            magnitude.repeat(self.starts, 1),
+            zero.repeat(1, self.copies, 1), nonzero.repeat(1, self.copies, 1),
+            magnitude.repeat(self.copies, 1),
         )  # fmt: skip
 
-    def rows_of_starts(self, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (weight, scale) of each row from that start (groups, rows)."""
+    def rows_of_copies(self, choice: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (weight, scale) of the rows, each from the copy of that number, (groups, rows)."""
 
         def pick(x: Tensor) -> Tensor:
-            x = x.unflatten(1, (self.starts, -1))
-            return x.gather(1, start[:, None, :, None].expand(-1, 1, -1, x.shape[-1]))[:, 0]
+            x = x.unflatten(1, (self.copies, -1))
+            return x.gather(1, choice[:, None, :, None].expand(-1, 1, -1, x.shape[-1]))[:, 0]
 
         return pick(self.weight), pick(self.scale)
 
-    def priced_lengths(self, levels: Tensor, columns=slice(None)) -> Tensor:
+    def cost_of_bits(self, levels: Tensor, columns=slice(None)) -> Tensor:
         """Return row_lambda * code length of levels, in units of their rows' squared error.
 
         levels: (groups, rows, n), one for each of those n columns, or n to choose from for one.
         """
         zero, nonzero, magnitude = self.lengths
-        starts = torch.arange(self.starts, device=levels.device)[:, None, None]
+        copies = torch.arange(self.copies, device=levels.device)[:, None, None]
         magnitudes = magnitude[
-            starts, levels.abs().long().unflatten(1, (self.starts, -1))
+            copies, levels.abs().long().unflatten(1, (self.copies, -1))
         ].flatten(1, 2)
         nonzero = nonzero[:, :, columns] + magnitudes
         return self.row_lambda * torch.where(levels == 0, zero[:, :, columns], nonzero)
@@ -261,11 +275,11 @@ class IntegerLeastSquares:
         self.scale = top / self.max_level
         for share in shares.tolist():
             scale = top * share / self.max_level
-            weight = self.on_grid(self.start, scale)
+            weight = self.on_grid(self.original, scale)
             cost = self.cost(weight, scale)
             self.scale = torch.where(cost < least, scale, self.scale)
             least = torch.minimum(cost, least)
-        self.weight = self.on_grid(self.start, self.scale)
+        self.weight = self.on_grid(self.original, self.scale)
 
     def scales_for_lambda(self, coarseness: Tensor) -> None:
         """Estimate the code lengths on the grid that lambda asks for; with them, search each row's
@@ -282,13 +296,13 @@ class IntegerLeastSquares:
         scale = (coarseness * squared).sqrt()
         top = self._top()
         self.scale = scale.clamp(min=top / self.max_level, max=top)
-        self.weight = self.on_grid(self.start, self.scale)
+        self.weight = self.on_grid(self.original, self.scale)
         self.estimate_lengths()
         self.choose_scales()
 
     def _top(self) -> Tensor:
-        """Return the largest magnitude of each row at the start; of rows of zeros, max_level."""
-        top = self.start.abs().amax(2, keepdim=True)
+        """Return the largest original magnitude of each row; of rows of zeros, max_level."""
+        top = self.original.abs().amax(2, keepdim=True)
         return torch.where(top > 0, top, self.max_level)
 
     def settle(self) -> None:
@@ -331,8 +345,8 @@ class IntegerLeastSquares:
         zero = torch.zeros_like(nearest)
         levels = torch.stack([nearest, nearest - nearest.sign(), zero, present], 2)
         error = (levels - exact[:, :, None]).square_() * curvature[:, :, None]
-        priced = self.priced_lengths(levels, slice(column, column + 1))
-        return levels.gather(2, (error + priced).argmin(2, keepdim=True))[:, :, 0]
+        cost = error + self.cost_of_bits(levels, slice(column, column + 1))
+        return levels.gather(2, cost.argmin(2, keepdim=True))[:, :, 0]
 
     def refit_scales(self) -> None:
         """Set each row's scale to the best one for its present levels."""

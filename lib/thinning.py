@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from lib.compaction import compact, take
-from lib.quantizers import by_channel, norm_factor, per_row
-from lib.reconstruct import reconstruct
+from lib.folding import norm_factor
+from lib.importance import removal_errors
+from lib.quantizers import by_channel, per_row
+from lib.reconstruct import refit_floats
 from models.layers import CLASSIFIER, PROJECT, layers
 from models.mobilenetv2 import MobileNetV2
 
 THINNING_IMAGES = 512  # that statistics are taken from
 # Bits in a file of a non-zero weight, position and sign included, and of the scale and bias of a
-# row: as measured on the reference report's network at W4A8.
+# row: as measured on the course report's network at W4A8.
 WEIGHT_BITS, ROW_BITS = 5.5, 11.5
 # A channel goes if its error is less than this share of lambda * its bits: errors of many channels
 # that go together add up to more than their sum, and some of the bits would go without it as well.
@@ -41,7 +43,7 @@ def thin(
 
     model: with batch norms, in eval mode; it is not changed.
     images: (n, 3, H, W), normalized; the first THINNING_IMAGES are used.
-    importance: of the model's rows, {layer: (rows,)}, see lib.ptq.row_importance.
+    importance: of the model's rows, {layer: (rows,)}, see lib.importance.
     lambda_per_bit: see lib.ptq.quantize.
     """
     thinned, described = copy.deepcopy(model), layers(model.settings)
@@ -61,7 +63,7 @@ def thin(
         norm = thinned.get_submodule(described_reader.norm) if described_reader.norm else None
         made_by = [thinned.get_submodule(name) for name in makers[described_reader.input_group]]
         error = _channel_errors(reader, norm, after, importance[described_reader.name])
-        worthless = error < CAUTION * lambda_per_bit * _coded_bits(reader, made_by)
+        worthless = error < CAUTION * lambda_per_bit * _bits_of_channels(reader, made_by)
         if worthless.any():
             target = model.get_submodule(described_reader.name)(before)
             reader.weight[:, worthless] = 0
@@ -70,6 +72,7 @@ def thin(
     images = images[:THINNING_IMAGES]
     before, after = model.stem(images), thinned.stem(images)
     for number, blocks in enumerate(zip(model.blocks, thinned.blocks, strict=True), start=1):
+        # All but the projection and its batch norm.
         hidden = [block.conv[:-2](x) for block, x in zip(blocks, (before, after), strict=True)]
         if blocks[0].expand is not None:  # else its hidden channels are the stem's
             thin_inputs(number, *hidden)
@@ -88,16 +91,15 @@ def _channel_errors(
 ) -> Tensor:
     """Return the squared error of the logits without each input channel of a layer, (C,).
 
-    It is variance of the input * sum over the rows of importance * w^2. The mean of the input goes
-    into the bias. norm: the batch norm after the layer, if there is one. importance: (rows,).
+    norm: the batch norm after the layer, if there is one. importance: (rows,).
     """
     weight = layer.weight.flatten(1)
     folded = weight if norm is None else per_row(norm_factor(norm), weight).to(weight) * weight
     variance = by_channel(inputs).var(0, correction=0)
-    return variance * (importance[:, None] * folded.square()).sum(0)
+    return removal_errors(folded, variance, importance, depthwise=False).sum(0)
 
 
-def _coded_bits(reader: nn.Module, makers: list[nn.Module]) -> Tensor:
+def _bits_of_channels(reader: nn.Module, makers: list[nn.Module]) -> Tensor:
     """Return the bits that a file spends on each input channel of `reader`, (C,); makers: the
     layers with a row for each of these channels."""
     spent = WEIGHT_BITS * (reader.weight.flatten(1) != 0).sum(0)
@@ -111,7 +113,7 @@ def _refit(layer: nn.Module, norm: nn.Module | None, inputs: Tensor, target: Ten
 
     inputs: of the layer. target: (n, C, H, W) or (n, C). norm: the batch norm after the layer.
     """
-    reconstruct(layer, inputs, target, 32, scale_bits=23)
+    refit_floats(layer, inputs, target)
     shift = by_channel(layer(inputs) - target).mean(0)
     if norm is None:
         layer.bias.sub_(shift)

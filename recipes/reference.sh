@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The reference report's pruned network through our stages, without training, and with 14 to 27 epochs
+# The course report's pruned network through our stages, without training, and with 14 to 27 epochs
 # of QAT: results/reference.json (test split) and results/curve.json (validation); its 36 pairs of
 # bit-widths: results/reference_sweep.json; the parts of rate-distortion quantization:
 # results/price.json. It replaces these files of this folder. Five to nine hours on 2 CPU cores, most

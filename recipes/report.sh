@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The reference report's own recipe, by our stages: 300 epochs, pruning until validation accuracy has
+# The course report's own recipe, by our stages: 300 epochs, pruning until validation accuracy has
 # fallen by half a point (14 rounds in the report, 30 at most), its quantizer.
 #
 #     recipes/report.sh DATA [RUN]      for a GPU; DATA as for train.py, RUN a folder (runs/report)

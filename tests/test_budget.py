@@ -11,7 +11,7 @@ import torch
 import quantize
 import sparse_compress
 import to_int8
-from lib import budget, checkpoint, data, ptq, qat, synthetic
+from lib import budget, checkpoint, data, qat, synthetic
 from lib.evaluation import Evaluation, evaluate
 
 
@@ -20,13 +20,13 @@ def attempts_at(edge: float):
 
     def attempt(rd_lambda: float) -> budget.Attempt:
         size, correct = (10, 8) if rd_lambda <= edge else (5, 4)
-        return budget.Attempt(rd_lambda, None, {}, size, Evaluation(correct, 10, 1.0, None))
+        return budget.Attempt("ptq", rd_lambda, None, {}, size, Evaluation(correct, 10, 1.0, None))
 
     return attempt
 
 
 @pytest.mark.parametrize("edge", [0.002, 0.03, 0.5, 0.6, 7.0, 900.0])
-@pytest.mark.parametrize("asked", [budget.Budget(max_bytes=7), budget.Budget(floor=6)])
+@pytest.mark.parametrize("asked", [budget.Budget(max_bytes=7), budget.Budget(min_correct=6)])
 def test_the_search_ends_just_on_the_right_side(edge, asked):
     found, tried = budget.search(attempts_at(edge), asked)
     ratio = found.rd_lambda / edge if asked.max_bytes else edge / found.rd_lambda
@@ -38,7 +38,7 @@ def test_the_search_ends_just_on_the_right_side(edge, asked):
 def test_a_budget_of_bytes_is_used_up_in_few_attempts(limit):
     def attempt(rd_lambda):
         size = round(48_000 * max(rd_lambda, 1e-6) ** -0.27) + 3000
-        return budget.Attempt(rd_lambda, None, {}, size, None)
+        return budget.Attempt("ptq", rd_lambda, None, {}, size, None)
 
     found, tried = budget.search(attempt, budget.Budget(max_bytes=limit))
     assert 0.99 * limit < found.bytes <= limit and len(tried) <= 8
@@ -46,7 +46,7 @@ def test_a_budget_of_bytes_is_used_up_in_few_attempts(limit):
 
 
 def test_a_budget_that_all_rd_lambdas_meet_takes_the_last_one_tried():
-    found, _ = budget.search(attempts_at(1.0), budget.Budget(floor=4))
+    found, _ = budget.search(attempts_at(1.0), budget.Budget(min_correct=4))
     assert budget.HIGHEST / budget.FACTOR < found.rd_lambda <= budget.HIGHEST
 
 
@@ -59,19 +59,19 @@ def test_without_need_nothing_is_saved():
     # A lower lambda may lose more, and the search still ends at the edge.
     def uneven(rd_lambda):
         correct = {0.0: 5, 0.5: 4, 0.125: 5}.get(rd_lambda, 7)
-        return budget.Attempt(rd_lambda, None, {}, 10, Evaluation(correct, 10, 1.0, None))
+        return budget.Attempt("ptq", rd_lambda, None, {}, 10, Evaluation(correct, 10, 1.0, None))
 
-    found, _ = budget.search(uneven, budget.Budget(floor=6))
+    found, _ = budget.search(uneven, budget.Budget(min_correct=6))
     assert 0.125 / budget.CLOSE < found.rd_lambda < 0.125
 
     def better(rd_lambda):
         result = Evaluation(7 if rd_lambda == 0.5 else 5, 10, 1.0, None)
-        return budget.Attempt(rd_lambda, None, {}, 10, result)
+        return budget.Attempt("ptq", rd_lambda, None, {}, 10, result)
 
     found, tried = budget.search(better, budget.Budget(max_bytes=1000))
     assert found.rd_lambda == 0.5 and [a.rd_lambda for a in tried] == [0.5, 0.0]
     # No lambda is small enough, and 0 is.
-    found, tried = budget.search(attempts_at(budget.LOWEST / 2), budget.Budget(floor=6))
+    found, tried = budget.search(attempts_at(budget.LOWEST / 2), budget.Budget(min_correct=6))
     assert found.rd_lambda == 0 and len({a.rd_lambda for a in tried}) == len(tried)
 
 
@@ -84,13 +84,13 @@ def test_of_all_that_meet_a_budget_the_best_is_taken():
         def attempt(rd_lambda):
             size, correct = next(v for edge, v in by_lambda.items() if rd_lambda <= edge)
             result = None if correct is None else Evaluation(correct, 10, 1.0, None)
-            return budget.Attempt(rd_lambda, None, {}, size, result)
+            return budget.Attempt("ptq", rd_lambda, None, {}, size, result)
 
         found, tried = budget.search(attempt, asked)
         assert found in tried
         return found.bytes, found.result and found.result.correct
 
-    fits, drops = budget.Budget(max_bytes=100), budget.Budget(floor=6)
+    fits, drops = budget.Budget(max_bytes=100), budget.Budget(min_correct=6)
     # From 0.5 down: 0.125 fits, 0.03 does not; the edge is at 0.1.
     assert search(fits, {0.1: (200, 9), 0.2: (90, 5), 8: (60, 7)}) == (60, 7)
     assert search(fits, {0.1: (200, 9), 0.2: (90, 7), 8: (60, 7)}) == (60, 7)
@@ -110,11 +110,11 @@ def test_a_loss_of_exactly_the_largest_drop_is_within_it(correct, total, max_dro
     assert budget.fewest_correct(correct, total, max_drop) == fewest
 
 
-@pytest.mark.parametrize("asked", [budget.Budget(max_bytes=4), budget.Budget(floor=9)])
+@pytest.mark.parametrize("asked", [budget.Budget(max_bytes=4), budget.Budget(min_correct=9)])
 def test_a_budget_that_no_rd_lambda_meets_finds_nothing(asked):
     found, tried = budget.search(attempts_at(1.0), asked)
     assert found is None and len(tried) == 7
-    assert (0.0 in [a.rd_lambda for a in tried]) == (asked.floor is not None)
+    assert (0.0 in [a.rd_lambda for a in tried]) == (asked.min_correct is not None)
 
 
 def test_files_are_compared_by_what_is_asked_for():
@@ -122,7 +122,7 @@ def test_files_are_compared_by_what_is_asked_for():
         """The index of the best of (bytes, correct of 10, loss)."""
         scores = [
             asked.score(
-                budget.Attempt(1.0, None, None, size, Evaluation(correct, 10, loss, None)),
+                budget.Attempt("ptq", 1.0, None, None, size, Evaluation(correct, 10, loss, None)),
                 0.01 / 8,
             )
             for size, correct, loss in files
@@ -135,9 +135,9 @@ def test_files_are_compared_by_what_is_asked_for():
     assert best(budget.Budget(max_bytes=60), small, large, lossy) == 1
     assert best(budget.Budget(max_bytes=55), small, large, lossy) == 0
     assert best(budget.Budget(max_bytes=30), small, large, lossy) == 2  # the nearest to it
-    assert best(budget.Budget(floor=3), small, large, lossy) == 2
-    assert best(budget.Budget(floor=7), small, large, lossy) == 0
-    assert best(budget.Budget(floor=10), small, large, lossy) == 1  # the nearest to it
+    assert best(budget.Budget(min_correct=3), small, large, lossy) == 2
+    assert best(budget.Budget(min_correct=7), small, large, lossy) == 0
+    assert best(budget.Budget(min_correct=10), small, large, lossy) == 1  # the nearest to it
     assert best(budget.Budget(), small, large, lossy) == 1  # 0.8, 0.7, 1.1
 
 
@@ -224,7 +224,7 @@ def test_a_byte_has_a_price_where_nothing_is_wrong_yet(answered, parent):
     network, images = file.build(), file.images(answered, 100, torch.device("cpu"))
     result = evaluate(network, images.val)
     assert result.correct == result.total
-    sample = ptq.calibration_images(images.train, 100, 0)
+    sample = data.sample(images.train, 100, 0)
     for loss in (result.loss, 0.0):
         nothing_wrong = dataclasses.replace(result, loss=loss)
         prices = qat.cost_of_a_bit(network, sample, 1e-4, nothing_wrong, 0.5, 2.0)

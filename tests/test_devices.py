@@ -15,6 +15,7 @@ from torch import nn
 
 import train
 from lib import config, console, devices, engine, processes, ptq, quantizers
+from lib.folding import fold
 from models.mobilenetv2 import MobileNetV2, standard
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update"
@@ -181,7 +182,7 @@ def test_batch_norm_of_several_processes(monkeypatch, small, pixels, backend, th
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all(isinstance(m, nn.SyncBatchNorm) == theirs for m in norms)
     assert list(model.state_dict()) == keys and torch.equal(model(pixels), expected)
-    assert torch.equal(quantizers.fold(model)(pixels), quantizers.fold(small(0))(pixels))
+    assert torch.equal(fold(model)(pixels), fold(small(0))(pixels))
     if theirs:  # without other processes it trains as BatchNorm2d does
         plain = small(0).train()
         torch.manual_seed(1)  # of dropout

@@ -157,7 +157,7 @@ def fit(make, source, device, state_file, log=None, amp=False, **options):
         start_side=20, **options,
     )  # fmt: skip
     history, _ = engine.fit(
-        model, images, recipe, augmentation("auto"), 1, state_file, config={}, teacher=teacher,
+        model, images, recipe, augmentation("auto"), 1, state_file, identity={}, teacher=teacher,
         after_step=pruning.Mask(model).apply, log=log,
     )  # fmt: skip
     for line in history:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lib import quantizers
+from lib.folding import fold, norm_after
 from lib.metrics import weight_layers
 from lib.nnz import v2
 from models.layers import blocks, layers, places, roles
@@ -32,7 +33,7 @@ def test_layers_are_those_of_the_network_in_the_order_in_which_they_run(settings
         if layer.norm:
             norm = model.get_submodule(layer.norm)
             assert isinstance(norm, torch.nn.BatchNorm2d) and norm.num_features == layer.shape[0]
-            assert quantizers.norm_after(model, layer.name) is norm
+            assert norm_after(model, layer.name) is norm
             parent, index = layer.name.rsplit(".", 1)
             assert layer.norm == f"{parent}.{int(index) + 1}"  # after it in its Sequential
         for place in (layer.input_place, layer.output_place):
@@ -80,7 +81,7 @@ def test_groups_are_what_compaction_removes_together(settings):
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_places_are_where_quantizers_stand(settings, bits):
-    model = quantizers.fold(MobileNetV2(settings).eval())
+    model = fold(MobileNetV2(settings).eval())
     scheme = {"method": "ptq", "weight_bits": 4, "act_bits": bits, "weight_scale": "channel",
               "layer_bits": {}}  # fmt: skip
     quantizers.attach(model, scheme)

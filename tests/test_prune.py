@@ -12,10 +12,11 @@ import torch
 import prune
 import train
 from autoaugment import augmentation
-from lib import checkpoint, data, engine, pruning, ptq, quantizers
+from lib import checkpoint, data, engine, pruning, ptq
 from lib.compaction import compact, take
 from lib.config import UserError
 from lib.evaluation import Evaluation, evaluate
+from lib.folding import fold
 from lib.metrics import weight_layers
 from models.mobilenetv2 import MobileNetV2, standard
 
@@ -83,7 +84,7 @@ def outputs_of(model, name: str, images) -> torch.Tensor:
 def test_obd_scores_say_what_the_loss_of_a_weight_does_to_the_logits(small, pixels):
     """Each weight of a sample is left out, and the batch norm after it takes up the constant part
     of the error, as it does in fine-tuning."""
-    model = quantizers.fold(small(0))
+    model = fold(small(0))
     scores = pruning.weight_errors(small(0), pixels)
     with torch.no_grad():
         expected, found, guessed, sizes = model(pixels), [], [], []
@@ -110,7 +111,7 @@ def test_a_weight_alone_in_its_row_takes_more_bits_than_one_among_others():
     weight = torch.zeros(8, 16)
     weight[:4, :8] = 1.0
     weight[6, 12] = 1.0
-    bits = pruning._coded_bits(weight)
+    bits = pruning._bits_over_zero(weight)
     assert bits.shape == weight.shape and bits.min() >= 1
     assert bits[6, 12] > bits[0, 0] + 3
     assert bits[0, 9] > bits[0, 0] and bits[5, 0] > bits[0, 0]
@@ -204,7 +205,7 @@ def test_schedules():
     steps = [pruning.cubic(0, 0.95, i, 8) for i in range(9)]
     gains = [b - a for a, b in zip(steps, steps[1:], strict=False)]
     assert gains == sorted(gains, reverse=True)
-    # The reference report: 14 rounds of 20% are 95.60%.
+    # The course report: 14 rounds of 20% are 95.60%.
     assert pruning.geometric(0, 0.2, 14) == pytest.approx(0.9560, abs=1e-4)
 
 
@@ -416,7 +417,7 @@ def test_channels_that_die_count_among_the_weights_that_go(
 def test_a_quantized_parent_becomes_fp32_on_request(tiny, whole, tmp_path):
     small = tmp_path / "q.pth"
     images = data.load(tiny)
-    sample = ptq.calibration_images(images.train, 64, 0)
+    sample = data.sample(images.train, 64, 0)
     network, _ = ptq.quantize(whole[0].build(), sample, scheme := ptq.make_scheme(8, 8))
     checkpoint.save(small, "quantized", network, train.Settings(), whole[0], metrics={},
                     data=images.provenance(), quantization=scheme)  # fmt: skip

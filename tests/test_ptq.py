@@ -10,6 +10,8 @@ from torch import nn
 
 from lib import data, ptq, quantizers
 from lib.compaction import compact, take
+from lib.folding import fold, norm_after, norm_factor
+from lib.importance import bias_importance, row_importance
 from lib.metrics import weight_layers
 from lib.nnz import coder
 from lib.quantizers import Quantizer, integer_state, max_level
@@ -58,7 +60,7 @@ def test_zeros_stay_zero_and_all_weights_are_levels(quantized, weight_bits, act_
 
 def test_off_is_exactly_the_folded_network(quantized):
     parent, model, latent, _ = quantized(32, 32)
-    folded = quantizers.fold(parent)
+    folded = fold(parent)
     assert list(model.state_dict()) == list(folded.state_dict())
     assert all(torch.equal(v, folded.state_dict()[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(w, folded.get_submodule(k).weight) for k, w in latent.items())
@@ -93,9 +95,9 @@ def test_same_seed_same_result_and_the_parent_stays(small, pixels):
 
 def test_calibration_depends_on_the_seed_alone():
     split = data.Split(torch.randint(256, (50, 3, 32, 32), dtype=torch.uint8), torch.zeros(50))
-    a, b, other = (ptq.calibration_images(split, 20, seed) for seed in (1, 1, 2))
+    a, b, other = (data.sample(split, 20, seed) for seed in (1, 1, 2))
     assert a.shape == (20, 3, 32, 32) and torch.equal(a, b) and not torch.equal(a, other)
-    assert ptq.calibration_images(split, 99, 1).shape[0] == 50  # all there are
+    assert data.sample(split, 99, 1).shape[0] == 50  # all there are
 
 
 def test_bits_of_a_layer_are_honoured(small, pixels):
@@ -128,7 +130,7 @@ def test_the_images_step_covers_every_pixel(quantized):
 @torch.no_grad()
 def test_biases_leave_no_error_on_average(small, quantized, pixels):
     parent, model, _, _ = quantized(3, 32)
-    folded = quantizers.fold(parent)
+    folded = fold(parent)
     seen = {}
     for net in (folded, model):
         for layer in weight_layers(net).values():
@@ -229,8 +231,8 @@ def test_one_scale_per_tensor_is_one_before_folding(small, pixels):
     scheme = ptq.make_scheme(4, 32, weight_scale="tensor")
     found, _ = ptq.quantize(model, pixels, scheme, scale_bits=23)
     for name, layer in weight_layers(found).items():
-        norm = quantizers.norm_after(model, name)
-        factor = torch.ones(len(layer.weight)) if norm is None else quantizers.norm_factor(norm)
+        norm = norm_after(model, name)
+        factor = torch.ones(len(layer.weight)) if norm is None else norm_factor(norm)
         live = layer.weight.flatten(1).any(1)
         assert (layer.weight_scale[~live] == 1).all()
         steps = (layer.weight_scale / factor)[live]
@@ -289,9 +291,9 @@ def test_lambda_decides_the_grid_of_the_biases(small, pixels):
     # Error grows with the square of the grid, so it is three powers of two apart, but for thinning.
     assert (grids[1] - grids[0]).median() == 3
     # An error of the biases does what the importance says, which is theirs and not the outputs'.
-    folded = quantizers.fold(model)
+    folded = fold(model)
     layers = weight_layers(folded)
-    found = ptq._mean_squared_gradients(folded, layers, pixels, of_biases=True)
+    found = bias_importance(folded, pixels)
     expected, ratios = folded(pixels), []
     for name, layer in layers.items():
         error = torch.where(torch.rand_like(layer.bias) < 0.5, 1e-3, -1e-3)
@@ -307,8 +309,8 @@ def test_lambda_decides_the_grid_of_the_biases(small, pixels):
 def test_row_importance_tells_what_noise_does_to_the_logits(small, pixels):
     """Of each layer alone, whose smallest weights are left out: exact by construction; and of
     another error of that kind: about right."""
-    model = quantizers.fold(small(0))
-    found = ptq.row_importance(model, pixels)
+    model = fold(small(0))
+    found = row_importance(model, pixels)
     expected = model(pixels)
     ratios = []
     for name, layer in weight_layers(model).items():

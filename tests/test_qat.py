@@ -63,7 +63,7 @@ def steps(model, images, count: int, lr: float, after=lambda: None) -> list[floa
 
 
 def trained_layers(model) -> list:
-    return [m for m in weight_layers(model).values() if hasattr(m, "log_step")]
+    return [m for m in weight_layers(model).values() if hasattr(m, "log_scale")]
 
 
 # ---- begin and finish ----------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_training_begins_with_the_network_that_ptq_made(quantized, pixels, weigh
     assert (model(pixels) - before).abs().max() <= 1e-6 * before.abs().max()
     moved = 0
     for name, layer in weight_layers(model).items():
-        step = per_row(layer.log_step.exp(), layer.weight)
+        step = per_row(layer.log_scale.exp(), layer.weight)
         levels = quantizers.to_levels(layer.weight, step, weight_bits)
         torch.testing.assert_close(levels * step, weights[name], rtol=1e-6, atol=0)
         assert torch.equal(layer.weight == 0, latent[name] == 0)  # so that masks know the pruned
@@ -97,10 +97,10 @@ def test_steps_are_kept_and_learned_but_for_the_images(quantized, monkeypatch):
     before = {n: t.clone() for n, t in model.state_dict().items()}
     qat.begin(model, scheme, latent)
     after = model.state_dict()
-    learned = {n for n in after if n.endswith("log_step")}
+    learned = {n for n in after if n.endswith("log_scale")}
     assert {n for n, _ in model.named_parameters()} >= learned and "image.step" in after
     for name in learned:
-        owner = name.removesuffix("log_step")
+        owner = name.removesuffix("log_scale")
         old = before.get(f"{owner}step", before.get(f"{owner}weight_scale"))
         torch.testing.assert_close(after[name].exp(), old, rtol=2e-6, atol=0)
     places = sum(isinstance(m, Quantizer) for m in model.modules()) - 1
@@ -134,7 +134,7 @@ def test_wide_activations_are_not_rounded_until_it_is_finished(quantized, pixels
     model = begun(quantized, ptq.make_scheme(8, 8))
     target = quantized(ptq.make_scheme(8, 32))[1]
     rounded = qat.finished(model)
-    assert not any(hasattr(m, "log_step") for m in rounded.modules())
+    assert not any(hasattr(m, "log_scale") for m in rounded.modules())
     wrong = (rounded(pixels) - model(pixels)).abs().max()
     assert 0 < wrong < 0.3 * target(pixels).std()  # rounding is all that differs, and is small
     signed, unsigned = (
@@ -173,7 +173,7 @@ def test_every_weight_and_step_learns(quantized, pixels):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         owner = model.get_submodule(name.rpartition(".")[0])
-        if name.endswith("log_step") and not (parameter.ndim and not owner.weight.any()):
+        if name.endswith("log_scale") and not (parameter.ndim and not owner.weight.any()):
             assert parameter.grad.any(), name
 
 
@@ -297,7 +297,7 @@ def test_resumed_equals_uninterrupted(tiny, parent, whole, tmp_path, monkeypatch
 def test_the_teacher_is_not_asked_again_and_resuming_changes_nothing(
     tiny, parent, tmp_path, monkeypatch
 ):
-    asked, fold = [], quantizers.fold
+    asked, fold = [], engine.fold
 
     def count(*_):
         if not torch.is_grad_enabled():  # the network in training is a copy of a folded one, too
@@ -308,7 +308,7 @@ def test_the_teacher_is_not_asked_again_and_resuming_changes_nothing(
         folded.register_forward_hook(count)
         return folded
 
-    monkeypatch.setattr(engine.quantizers, "fold", watched)
+    monkeypatch.setattr(engine, "fold", watched)
     flags, train_epoch = ("--epochs=3", "--views=1", "--augment=cutout"), engine.train_epoch
     counts = []
 
@@ -513,13 +513,13 @@ def test_the_rate_term_makes_levels_cheaper(quantized, pixels):
         labels = pixels.mean((2, 3)).argmax(1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
         for _ in range(20):
-            loss = F.cross_entropy(model(pixels), labels) + loss_per_bit * qat.coded_bits(model)
+            loss = F.cross_entropy(model(pixels), labels) + loss_per_bit * qat.network_bits(model)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             mask.apply()
         with torch.no_grad():
-            estimates.append(float(qat.coded_bits(model)))
+            estimates.append(float(qat.network_bits(model)))
             qat.finish(model)
         levels = quantizers.integer_state(model.state_dict(), ptq.make_scheme(4, 8))
         matrices = [levels[f"{n}.weight"].flatten(1).numpy() for n in weight_layers(model)]

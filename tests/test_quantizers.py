@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 import quantize
-from lib import checkpoint, metrics, ptq, quantizers
+from lib import checkpoint, folding, metrics, ptq, quantizers
+from lib.folding import fold
 from lib.metrics import weight_layers
 from lib.quantizers import (
     BITS,
     FakeQuantize,
     Quantizer,
     float_state,
-    fold,
     grid_scale,
     integer_state,
     max_level,
@@ -297,7 +297,7 @@ def test_attach_makes_room_for_exactly_the_schemes_state(weight_bits, act_bits):
 
 def test_dequantizing_gives_a_network_with_batch_norms_that_computes_the_same(small, pixels):
     quantized, _ = ptq.quantize(small(0), pixels, ptq.make_scheme(6, 32))
-    plain = quantizers.dequantize(quantized, pixels)
+    plain = folding.dequantize(quantized, pixels)
     assert not plain.settings["folded"] and not plain.training
     weights = weight_layers(quantized)
     assert all(torch.equal(layer.weight, weights[n].weight)
@@ -317,7 +317,7 @@ def test_dequantizing_keeps_what_clips_activations(small, pixels):
              if isinstance(block, ConvBNReLU6)]  # fmt: skip
     assert min(clips) < 5.5
     with torch.no_grad():
-        plain = quantizers.dequantize(rounded, pixels)(pixels)
+        plain = folding.dequantize(rounded, pixels)(pixels)
         torch.testing.assert_close(plain, rounded(pixels), rtol=1e-2, atol=1e-2)
 
 
@@ -327,7 +327,7 @@ def test_dequantizing_a_network_that_has_its_batch_norms(pixels):
     quantize_reference(rounded, 8, 8)
     for network in (model, rounded):
         with torch.no_grad():
-            assert torch.equal(quantizers.dequantize(network, pixels)(pixels), model(pixels))
+            assert torch.equal(folding.dequantize(network, pixels)(pixels), model(pixels))
 
 
 @pytest.mark.parametrize("seed", range(4))

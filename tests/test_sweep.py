@@ -151,7 +151,7 @@ def test_cells_of_ptq_are_by_default_and_of_their_calibration(tiny, parent, tmp_
     (first,) = rows(tmp_path)
     found = checkpoint.load(tmp_path / "checkpoints/sweep/w3a4.nnz")
     assert found.quantization == ptq.make_scheme(3, 4) and found.settings["folded"]
-    images = ptq.calibration_images(data.load(tiny).train, 16, 47)
+    images = data.sample(data.load(tiny).train, 16, 47)
     smaller, _ = compact(checkpoint.load(parent).build())
     expected, _ = ptq.quantize(smaller, images, found.quantization)
     images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 
-from lib import ptq, quantizers, thinning
+from lib import thinning
 from lib.compaction import compact
+from lib.folding import fold
+from lib.importance import row_importance
 from lib.metrics import weight_layers
 
 
@@ -14,7 +16,7 @@ from lib.metrics import weight_layers
 def network(small, pixels):
     """(a compacted network, the importance of its rows)."""
     model, _ = compact(small(0))
-    return model, ptq.row_importance(quantizers.fold(model), pixels)
+    return model, row_importance(fold(model), pixels)
 
 
 def thin(*args):

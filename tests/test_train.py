@@ -24,6 +24,7 @@ import train
 from autoaugment import augmentation
 from lib import checkpoint, config, data, engine, processes, quantizers
 from lib.config import UserError
+from lib.folding import fold
 from models.mobilenetv2 import MobileNetV2, standard
 
 FLAGS = ["--epochs=3", "--batch-size=32", "--width=0.1", "--downsample=8", "--lr=0.05",
@@ -82,7 +83,7 @@ def test_a_teacher_sees_images_as_they_are_and_is_asked_once(tiny, tmp_path, mon
     model, teacher = (MobileNetV2(standard(0.1, 8)).eval() for _ in range(2))
     recipe = engine.Recipe(4, 32, start_side=20, lr=0.0, distill=0.5, views=2)
     engine.fit(
-        model, images, recipe, augmentation("light"), 0, tmp_path / "state", config={},
+        model, images, recipe, augmentation("light"), 0, tmp_path / "state", identity={},
         teacher=teacher,
     )  # fmt: skip
     steps = len(images.train) // 32
@@ -125,6 +126,11 @@ def test_state_of_another_run_is_refused_and_kept(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="lr was 0.05, is 0.01"):
         run_in_process(tiny, tmp_path, "--lr=0.01")
     assert state.read_bytes() == before
+    saved = checkpoint.read(state)
+    saved["model"]["another.name"] = saved["model"].pop("classifier.1.bias")
+    checkpoint.write(state, saved)
+    with pytest.raises(UserError, match="of another version of this program: --no-resume"):
+        run_in_process(tiny, tmp_path)
 
 
 def test_a_state_that_lacks_a_setting_is_of_an_earlier_version():
@@ -268,7 +274,7 @@ def _interrupted_and_not(rank, tiny, folder, store):
             with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
                 engine.fit(
                     model, images, recipe, augmentation("light"), 0, folder / str(pieces),
-                    config={}, teacher=teacher.eval(), log=stop if interrupted else None,
+                    identity={}, teacher=teacher.eval(), log=stop if interrupted else None,
                 )  # fmt: skip
             dist.barrier()  # the state is written
         ends.append(model.state_dict())
@@ -397,7 +403,7 @@ def quantized(folder):
 
 
 def folded(folder):
-    model = quantizers.fold(MobileNetV2(standard(0.1, 8)).eval())
+    model = fold(MobileNetV2(standard(0.1, 8)).eval())
     file = folder / "f.pth"
     checkpoint.save(file, "baseline", model, train.Settings(), None, metrics={}, data={})
     return file
