@@ -70,7 +70,7 @@ C := $(RUN)/checkpoints
 # Stages write atomically, so a file that is there is complete: an error after that must not delete
 # the work of hours.
 .PRECIOUS: $(C)/baseline.pth $(C)/pruned.pth $(C)/quantized.pth $(C)/int8.pth $(C)/compressed.nnz
-COMMON = --run-dir $(RUN) $(if $(DATA),--data "$(DATA)") $(if $(filter-out 0 no false,$(WANDB)),--wandb) \
+COMMON = --run-dir $(RUN) $(if $(DATA),--data $(call quote,$(DATA))) $(if $(filter-out 0 no false,$(WANDB)),--wandb) \
 	$(DEVICE_FLAG)
 DEVICE_FLAG = $(if $(DEVICE),--device $(DEVICE))
 # The stages that several processes share, and how they are started if PROCESSES says how many.
@@ -135,7 +135,7 @@ predict: $(VENV)  ## classify IMAGES="photo.jpg folder" (PREDICT_FLAGS="--model 
 	@$(PYTHON) $(HERE)predict.py --run-dir $(RUN) $(DEVICE_FLAG) $(PREDICT_FLAGS) $(call names,$(IMAGES))
 
 verify: $(VENV)  ## check the published files: hashes, that they decode, their accuracy on your data
-	@$(PYTHON) $(HERE)verify.py $(if $(DATA),--data "$(DATA)") $(DEVICE_FLAG)
+	@$(PYTHON) $(HERE)verify.py $(if $(DATA),--data $(call quote,$(DATA))) $(DEVICE_FLAG)
 
 publish: $(VENV)  ## replace release/: this run's .nnz, baseline.pth, charts and measurements
 	@$(PYTHON) $(HERE)publish.py --run-dir $(RUN)
@@ -144,8 +144,8 @@ status: $(VENV)  ## which files are there, which are stale, and why
 	@$(PYTHON) $(HERE)report.py --run-dir $(RUN) --status
 
 demo: $(VENV)  ## the whole chain on generated images, in minutes, in the folder demo/
-	@rm -rf demo
-	+@MAKE="$(MAKE)" $(HERE)recipes/demo.sh demo
+	+@MAKE="$(MAKE)" $(if $(filter file,$(origin PYTHON)),,PYTHON=$(call quote,$(PYTHON))) \
+		$(HERE)recipes/demo.sh demo
 
 results: $(VENV)  ## RESULTS.md and the tables in README.md, from results/*.json
 	@$(PYTHON) $(HERE)results.py --folder $(HERE).
@@ -166,7 +166,7 @@ check-python:
 
 OUTPUTS = $(wildcard $(C) $(RUN)/logs $(RUN)/plots)
 clean:  ## delete all of checkpoints/, logs/, plots/, demo/ but the trained baseline and its log
-	$(if $(filter .,$(RUN)),rm -rf demo)
+	$(if $(filter .,$(RUN)),$(if $(wildcard demo/.demo),rm -rf demo))
 	$(if $(OUTPUTS),find $(OUTPUTS) -mindepth 1 -maxdepth 1 ! -name .gitkeep \
 		! -name 'baseline.pth*' ! -name 'train.*' -exec rm -rf {} +)
 

@@ -13,6 +13,7 @@ out: a table (or a JSON line per file) on the standard output; logs/eval-<split>
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,11 +85,13 @@ def main(argv=None):
 
 
 def chart_names(sources: list) -> Iterator[str]:
-    """Yield a name per file for its chart: the stem, and a number where files have the same."""
-    stems = [s.file.name if s.file.suffix == ".onnx" else s.file.stem for s in sources]
-    for i, stem in enumerate(stems):
-        number = stems[: i + 1].count(stem)
-        yield stem if number == 1 else f"{stem}-{number}"
+    """Yield a name per file for its chart: the stem, and a number where another has that name."""
+    given = set()
+    for source in sources:
+        stem = source.file.name if source.file.suffix == ".onnx" else source.file.stem
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        given.add(name := next(name for name in names if name not in given))
+        yield name
 
 
 def results_table(rows: list[dict], correct: list[Tensor], cfg, images: data.Data) -> dict:

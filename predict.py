@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from lib import checkpoint, config, data, devices, pictures, runtime
+from lib import checkpoint, config, devices, pictures, runtime
 from lib.config import UserError, flag
 from lib.pictures import printable
 
@@ -62,7 +62,6 @@ class Settings:
 
 def main(argv=None):
     cfg = config.parse(Settings, __doc__, argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     paths, unread = [], 0
     for name in cfg.images:
         found = images_in(Path(name))
@@ -74,7 +73,7 @@ def main(argv=None):
     source = runtime.load(file, cfg.assume_downsample)
     device = devices.choose(cfg.device)
     network = runtime.network(source, device)
-    classes = source.data.get("classes") or data.names_of(source.settings["classes"])
+    classes = source.class_names()
     source.check_classes(classes)
     for start in range(0, len(paths), BATCH):
         images, names = [], []
@@ -94,6 +93,8 @@ def main(argv=None):
                 logits = torch.cat([network(image[None]) for image in batch])
             else:
                 logits = network(batch)
+            if not logits.isfinite().all():
+                raise UserError(f"{file} answers with NaN or infinite logits: it is of no use")
             for name, row in zip(names, logits.softmax(1).cpu(), strict=True):
                 print(shown(name, row, classes, cfg), flush=True)
     if unread:

@@ -24,7 +24,7 @@ import shlex
 from pathlib import Path
 
 from lib import checkpoint, config, logs, runtime
-from lib.config import UserError, flag
+from lib.config import UserError, flag, reason
 from lib.files import write_bytes, write_json
 
 FINAL, GRAPH, DENSE = "compressed.nnz", "int8.onnx", "baseline.pth"
@@ -180,8 +180,11 @@ def sweep(path: Path, rows: dict[str, dict]) -> list[dict]:
     """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        cells = list(csv.DictReader(file))
+    try:
+        with path.open(newline="") as file:
+            cells = list(csv.DictReader(file))
+    except ValueError as error:  # not UTF-8
+        raise UserError(f"{path} is damaged: {reason(error)}") from None
     evaluated = {row["sha256"] for row in rows.values()}
     if not all(cell.get("parent_sha256") in evaluated for cell in cells):
         raise UserError(f"{path} is of another network than those evaluated: run sweep.py again")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from lib import checkpoint, config, console, data, devices, logs, measure, memory, plots
-from lib.config import UserError, flag
+from lib.config import UserError, flag, reason
 from lib.files import sha256_of
 
 
@@ -193,8 +193,11 @@ def sweep_status(path: Path, hashes: dict[str, str], stale: set[str]) -> tuple[s
     """Return the row of the sweep's table. hashes, stale: as for `freshness`."""
     if not path.is_file():
         return (path.name, "-", "-", "-", "missing")
-    with path.open(newline="") as file:
-        parents = {row.get("parent_sha256") for row in csv.DictReader(file)}
+    try:
+        with path.open(newline="") as file:
+            parents = {row.get("parent_sha256") for row in csv.DictReader(file)}
+    except ValueError as error:  # not UTF-8
+        return (path.name, "-", "-", "-", f"damaged: {reason(error)}")
     date = f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
     same = next((name for name, value in hashes.items() if parents == {value}), None)
     note = up_to_date(same, stale) if same else "stale: measured on another parent"

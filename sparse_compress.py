@@ -61,6 +61,7 @@ def compress(cfg) -> None:
     config.refuse_replacing(out, file)
     parent = checkpoint.load(file, cfg.assume_downsample)
     parent.build()  # or it says what does not fit: no program could use the file
+    parent.class_names()  # or a line says whose the file will have
     raw = compressed.encode(parent)
     decoded = compressed.decode(raw)["state"]
     for name, tensor in compressed.stored(parent)[1].items():

@@ -68,7 +68,7 @@ class Settings(config.Training):
     )  # fmt: skip
     width: float = flag(
         1.0, "multiplier of the channels, which are multiples of 8; under 1 the head keeps its "
-        "1,280", heading="network", over=0,
+        "1,280", heading="network", over=0, most=100,
     )  # fmt: skip
     downsample: int = flag(4, "32x32 down to 8x8 (4, the report's) or 4x4 (8)", choices=(4, 8))
     dropout: float = flag(0.0, "share of features dropped before the classifier", least=0,
@@ -95,7 +95,7 @@ def main(argv=None):
     source = checkpoint.load(cfg.init, cfg.downsample) if cfg.init else None
     with processes.main_first():
         images = data.load(cfg.data, cfg.val_size, device)
-    if source and source.data.get("source") == images.source:
+    if source and source.knows(images):
         source.check_held_out(images)
     if not len(images.val) and processes.is_main():  # now, and not after days of training
         print(f"train.py: no validation split: {without_validation(images)}", file=sys.stderr)

@@ -19,10 +19,11 @@ from torch import nn
 
 from lib import compressed, foreign, quantizers
 from lib.config import UserError, code_version, command, reason
-from lib.data import SPLIT_SEED, Data, held_out
+from lib.data import CLASSES, SPLIT_SEED, Data, held_out, names_of
 from lib.data import load as load_images
 from lib.files import atomic
 from lib.metrics import is_weight
+from lib.pictures import printable
 from models.mobilenetv2 import MobileNetV2, settings_of
 
 FORMAT = "mobilenetv2-cifar10/1"
@@ -161,6 +162,10 @@ class Checkpoint:
         classes = self.settings.get("classes")
         images = load_images(given, self.val_size(val_size), device, test_only, classes)
         self.check_images(images)
+        if trained_on is None and images.classes != names_of(len(images.classes)):
+            names = printable(", ".join(images.classes[:5])) + ", ..." * (len(images.classes) > 5)
+            print(f"{self.file} does not name its classes: taken to be, in this order, {names}",
+                  file=sys.stderr)  # fmt: skip
         return images
 
     def teacher(self, file: str | None, downsample: int | None, images: Data):
@@ -176,6 +181,12 @@ class Checkpoint:
             source.refuse_quantized("give an fp32 network as --teacher")
         source.check_images(images)
         return source
+
+    def knows(self, images: Data) -> bool:
+        """Return whether the network was trained on the set that these images are of. All sets that
+        are not CIFAR have the source `images`: their classes tell them apart."""
+        names = list(images.classes)
+        return self.data.get("source") == images.source and self.data.get("classes", names) == names
 
     def check_images(self, images: Data) -> None:
         """Raise UserError if the network was trained on another data set than these images, or on
@@ -206,6 +217,18 @@ class Checkpoint:
                 "these are other images, or the same in another order; give the data as they were "
                 "then (CIFAR-10: as torchvision has it). Test images alone need no order"
             )
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes: if the file has none, CIFAR-10's for ten, else numbers.
+
+        A line on the standard error says so where the file does not name CIFAR-10 either.
+        """
+        if known := self.data.get("classes"):
+            return tuple(known)
+        names = names_of(self.settings["classes"])
+        if names == CLASSES and "source" not in self.data:
+            print(f"{self.file} does not name its classes: taken to be CIFAR-10's", file=sys.stderr)
+        return names
 
     def check_classes(self, names: tuple[str, ...]) -> None:
         """Raise UserError if the network has not as many classes as there are names, or others than
@@ -279,11 +302,14 @@ def check_fields(source: Checkpoint, path: Path) -> None:
         ensure(False, "an ancestor without a legal stage, sha256, weights and metrics")
     weights = source.ancestors[0]["weights"] if source.ancestors else 1
     ensure(weights and weights > 0, "the first ancestor has no weights")  # ratios are against them
+    classes = source.settings.get("classes")
+    legal = "classes" not in source.settings or type(classes) is int and classes > 0
+    ensure(legal, "its 'classes' are no number over 0")
     names, held_out = source.data.get("classes", []), source.data.get("val_size")
     ensure(isinstance(names, list) and all(isinstance(n, str) for n in names), "names of classes")
     ensure(
-        "classes" not in source.data or len(names) == source.settings.get("classes"),
-        f"{len(names)} names of {source.settings.get('classes')} classes",
+        "classes" not in source.data or len(names) == classes,
+        f"{len(names)} names of {classes} classes",
     )
     ensure(held_out is None or type(held_out) is int and held_out >= 0, "data: val_size")
 
@@ -343,7 +369,7 @@ def _from_dict(raw, path: Path, downsample: int | None) -> Checkpoint:
     """Make a Checkpoint of what a torch file holds. Raises UserError if it is none of ours."""
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds a {type(raw).__name__}, not a checkpoint")
-    if "format" in raw:
+    if str(raw.get("format")).startswith(FORMAT.rpartition("/")[0]):
         if raw["format"] != FORMAT:
             raise UserError(f"{path} has format {raw['format']!r}; this program reads {FORMAT!r}")
         fields = {f.name for f in dataclasses.fields(Checkpoint)}
@@ -353,6 +379,10 @@ def _from_dict(raw, path: Path, downsample: int | None) -> Checkpoint:
             raise UserError(f"{path} lacks a field: {error}") from None
     try:
         state = foreign.state_dict(raw, path)
+        for name, tensor in state.items():
+            if is_weight(name, tensor) and not tensor.is_floating_point():
+                raise ValueError(f"{name} holds {tensor.dtype}, no floats: give the network as it "
+                                 "was before it was quantized")  # fmt: skip
         settings = settings_of(state, downsample or REPORTS_DOWNSAMPLE)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None

@@ -347,6 +347,8 @@ def run(main) -> typing.NoReturn:
     """Call a stage's main and exit: 0 done, 1 failed (one line), 2 wrong usage, 130 interrupted,
     141 if the reader of its output has gone before the end (`train.py | head`)."""
     name, done = Path(sys.argv[0]).name, False
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # names of files may be no text there
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
         done = True

@@ -25,7 +25,7 @@ GROWTH = 0.7  # share of the epochs during which images grow, if they start smal
 
 
 class DivergedError(UserError):
-    """The training loss is infinite or NaN."""
+    """The training loss, or a weight, is infinite or NaN."""
 
 
 @dataclasses.dataclass
@@ -131,8 +131,8 @@ def fit(
     Returns the history, one dict per epoch, and the index of the best epoch in it (the last one if
     there is no validation split). `images_per_second` there is of the training alone; `peak_bytes`,
     on a GPU, is the most of its memory that this process has taken so far. Raises DivergedError if
-    the loss is no longer finite, and UserError for a batch size that does not fit and for the state
-    of another run.
+    the loss or a weight is no longer finite, and UserError for a batch size that does not fit and
+    for the state of another run.
     """
     world, rank = processes.world_and_rank()
     device = images.device
@@ -165,10 +165,12 @@ def fit(
                 dist.all_reduce(totals)
             count = steps * recipe.batch_size
             loss, correct = (totals / count).tolist()
-            if not math.isfinite(loss):
-                where = f"at epoch {epoch + 1}"
+            finite = torch.stack([x.isfinite().all() for x in float_tensors(state.final)]).all()
+            if not (math.isfinite(loss) and finite):
+                what = f"the loss is {loss}"
+                what = "weights are infinite or NaN" if math.isfinite(loss) else what
                 advice = "lower --lr, or --no-amp" + ", with --no-resume" * state_file.is_file()
-                raise DivergedError(f"the loss is {loss} {where}: {advice}")
+                raise DivergedError(f"{what} at epoch {epoch + 1}: {advice}")
             line = {
                 "epoch": epoch + 1, "train_loss": loss, "train_accuracy": correct,
                 "lr": recipe.learning_rate((epoch + 1) * steps - 1, steps),
@@ -389,7 +391,7 @@ def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment
     known = None  # the teacher's answers, batch by batch, if they are kept
     if teacher and 0 < recipe.views < recipe.epochs:
         known = state.answers.setdefault(drawn, [])
-    averaged = state.average and float_tensors(state.average, state.model)
+    averaged = state.average and (float_tensors(state.average), float_tensors(state.model))
 
     @torch.no_grad()
     def ask(x: Tensor) -> Tensor:
@@ -493,12 +495,9 @@ def match_logits(teacher: nn.Module, student: nn.Module, images: Tensor) -> None
             parameter.mul_(wanted / width)
 
 
-def float_tensors(average: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the floating-point tensors of both networks, batch norm statistics included."""
-    return tuple(
-        [x for x in network.state_dict().values() if x.is_floating_point()]
-        for network in (average, model)
-    )
+def float_tensors(network: nn.Module) -> list[Tensor]:
+    """Return the floating-point tensors of a network, batch norm statistics included."""
+    return [x for x in network.state_dict().values() if x.is_floating_point()]
 
 
 def _summary(line: dict, note: str) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib import console, data, devices, quantizers
+from lib.config import UserError
 
 BATCH = 128  # the report's; its dynamic activation ranges depend on it
 # A batch for a GPU, which would wait for the host between the layers of a smaller one. It divides
@@ -58,11 +59,14 @@ def evaluate_function(
 ) -> Evaluation:
     """Evaluate any function from uint8 images (n, 3, 32, 32) to logits (n, classes).
 
-    note: what the progress bar is called.
+    note: what the progress bar is called. Raises UserError for logits that are NaN or infinite: an
+    accuracy would be of nothing.
     """
     starts = range(0, len(split), batch)
     shown = tqdm(starts, desc=note, leave=False, disable=console.quiet())
     logits = torch.cat([network(split.images[a : a + batch]) for a in shown])
+    if not logits.isfinite().all():
+        raise UserError("the network answers with NaN or infinite logits: it is of no use")
     predictions = logits.argmax(1)
     correct = int((predictions == split.labels).sum())
     loss = float(F.cross_entropy(logits, split.labels))

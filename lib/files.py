@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -14,9 +15,13 @@ from pathlib import Path
 def atomic(path: Path | str):
     """Context manager: a binary file that replaces `path` when the block ends without an error.
 
-    A reader sees the old file or the new one, never a part of it. Folders are made as needed.
+    A reader sees the old file or the new one, never a part of it. Folders are made as needed; where
+    `path` is a link to a file, that file is replaced. Raises OSError for what is no file, such as a
+    device or a pipe.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)

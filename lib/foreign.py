@@ -40,10 +40,12 @@ def state_dict(raw: dict, path: Path) -> dict[str, Tensor]:
         return _tensors(raw)
     keys, prefix, tensors = networks[0]
     # Beside a network with a prefix, other names belong to something else (a loss, a metric).
-    # Without a prefix, a name without a dot is no layer's.
+    # Without a prefix, a name without a dot is no layer's. Neither is one of another network, such
+    # as a teacher.
+    inner = tuple(p for k, p, _ in networks[1:] if k == keys and p.startswith(prefix))
     state = {
         name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-        if (name.startswith(prefix) if prefix else "." in name)
+        if (name.startswith(prefix) if prefix else "." in name) and not name.startswith(inner)
     }  # fmt: skip
     beside = [repr(name) for name in tensors if not (name.startswith(prefix) and "." in name)]
     done = [f"taken from {_where(keys, '')}"] if keys else []

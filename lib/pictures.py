@@ -3,11 +3,13 @@
 import contextlib
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
-# Formats that Pillow knows by their files' endings and cannot decode: films, scientific data.
-NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG"}
+# Formats that Pillow cannot decode by itself: films, scientific data; PostScript, for which it
+# starts Ghostscript, a program that would execute a stranger's file.
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG"}
 HEIC = {".heic", ".heif", ".hif"}  # phones' format, which the package pillow-heif decodes
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 
@@ -19,10 +21,14 @@ def in_folder(folder: Path) -> list[Path]:
     (`._x.jpg`) that macOS writes beside files.
     """
     endings = _endings()
+    return [path for path in all_in_folder(folder) if path.suffix.lower() in endings]
+
+
+def all_in_folder(folder: Path) -> list[Path]:
+    """Return the files in a folder and its subfolders, in order, as `in_folder`, of any ending."""
     return sorted(
         path for path in folder.rglob("*")
-        if path.suffix.lower() in endings
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )  # fmt: skip
 
@@ -30,10 +36,17 @@ def in_folder(folder: Path) -> list[Path]:
 @cache
 def _endings() -> set[str]:
     """Return the endings of picture files: those that Pillow decodes, and HEIC's."""
-    _register_heic()
+    readable = {"MPO", *_formats()}
     kinds = Image.registered_extensions()  # of what is only written too, such as PDF
-    readable = {"MPO", *Image.OPEN} - NO_PICTURES
     return {ending for ending, kind in kinds.items() if kind in readable} | HEIC
+
+
+@cache
+def _formats() -> list[str]:
+    """Return the formats that are opened, in Pillow's order: a file's content says which it has."""
+    _register_heic()
+    Image.init()
+    return [kind for kind in Image.ID if kind not in NO_PICTURES]
 
 
 @cache
@@ -58,23 +71,23 @@ def pixel_limit(pixels: int):
         Image.MAX_IMAGE_PIXELS = before
 
 
-def open_image(source) -> Image.Image:
-    """Open a picture, as Image.open does.
+def open_image(source: Path | BinaryIO) -> Image.Image:
+    """Open a picture, as Image.open does, of any format but NO_PICTURES.
 
     Raises ValueError, with what to install, for a HEIC file that Pillow cannot open.
     """
-    has_heic = _register_heic()
     try:
-        return Image.open(source)
+        return Image.open(source, formats=_formats())
     except Image.UnidentifiedImageError:
-        if not has_heic and _is_heic(Path(source)):
+        if not _register_heic() and _is_heic(source):
             raise ValueError("a HEIC picture: `pip install pillow-heif` lets it be read") from None
         raise
 
 
-def _is_heic(path: Path) -> bool:
+def _is_heic(source: Path | BinaryIO) -> bool:
     """Say whether a file begins as HEIC files do, whatever its name is."""
-    with path.open("rb") as file:
+    with source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source) as file:
+        file.seek(0)
         head = file.read(12)
     return head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS
 

@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from lib.files import atomic
 from lib.metrics import wilson
+from lib.pictures import printable
 from models import layers
 
 WIDTH, DPI = 9.0, 160  # inches; 1440 pixels, for screens that show more than 900
@@ -42,9 +43,16 @@ HALO = [withStroke(linewidth=3, foreground="white")]
 # ---- shared --------------------------------------------------------------------------------------
 
 
+def _plain(text):
+    """Return a text that may hold names of files or classes as it can be drawn: in one line, and
+    no part of it a formula."""
+    return printable(text).replace("$", r"\$")
+
+
 def _figure(title, note, height, key=None):
     """Return a figure: a title, a note and a key {label: colour} above `height` inches of axes."""
-    lines, notes = textwrap.wrap(title, 84) or [""], textwrap.wrap(note, 130)
+    lines = textwrap.wrap(_plain(title), 84) or [""]
+    notes = textwrap.wrap(_plain(note), 130)
     columns = min(len(key), 4 if max(map(len, key)) > 17 else 7) if key else 1
     key_rows = math.ceil(len(key or ()) / columns)
     heads = [0.1, 0.22 * len(lines), 0.18 * len(notes), 0.22 * key_rows]  # inches, from the top
@@ -219,7 +227,6 @@ def confusion(matrix, classes, path, title):
     matrix, k = np.asarray(matrix).astype(int), len(classes)
     few, size = k <= 20, 9.5 if k <= 12 else 7  # points: what fits into a cell
     names = [name if len(name) < 25 else name[:24] + "…" for name in classes]
-    names = [name.replace("$", r"\$") for name in names]  # no formulas
     if matrix.shape != (k, k):
         raise ValueError(f"a confusion matrix of shape {matrix.shape} for {k} classes")
     total, hits, counts = int(matrix.sum()), np.diag(matrix), matrix.sum(1)
@@ -241,6 +248,7 @@ def confusion(matrix, classes, path, title):
                   weight="bold" if i == j else "normal",
                   color=_contrast(colours[i, j]) if matrix[i, j] else "#BBBBBB")
     _style_axes(left, "images; darker: a larger share of the true class")
+    names = [_plain(name) for name in names]
     left.set_xticks(range(k) if few else [], names if few else [], rotation=35, ha="right",
                     rotation_mode="anchor")
     left.set_yticks(range(k) if k <= 200 else [], names if k <= 200 else [])

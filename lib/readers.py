@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ImageOps
 
 from lib import pictures
 from lib.config import UserError, reason
@@ -62,7 +62,7 @@ def read(name: str) -> Arrays:
         raise UserError(f"no data at {name} ({reason(error)}): {HELP}") from None
     if path.is_file():
         if path.suffix == ".parquet":
-            return _parquet(path.parent)
+            return _parquet(path.parent, sorted(path.parent.glob("*.parquet")))
         if _is_tar(path):
             return _tar(path)
         if path.suffix != ".npz" and not zipfile.is_zipfile(path):
@@ -80,8 +80,8 @@ def read(name: str) -> Arrays:
     for file in (path / "cifar-10-python.tar.gz", path / "cifar-100-python.tar.gz"):
         if file.is_file():
             return _tar(file)
-    if _parquet_files(path):
-        return _parquet(path)
+    if files := sorted([*path.glob("*.parquet"), *path.glob("*/*.parquet")]):
+        return _parquet(path, files)  # Hugging Face's lie in data/ or plain_text/
     if any((path / split).is_dir() for split in ("train", "test")):
         return _class_folders(path)
     names = ", ".join(sorted(map(str, (p.name for p in path.iterdir())))[:5]) or "nothing"
@@ -151,12 +151,17 @@ def _tar(path: Path) -> Arrays:
                 if member.isfile() and member.size <= MEMBER_LIMIT:
                     name = member.name.rpartition("/")[2]
                     if re.fullmatch(MEMBERS, name):
+                        if name in files:
+                            raise ValueError(f"it holds {name} twice")
                         files[name] = archive.extractfile(member).read()
                         if sum(map(len, files.values())) > ARRAYS_LIMIT:
                             raise ValueError(f"its files have over {ARRAYS_LIMIT:,} bytes")
     except Exception as error:  # tarfile's, zlib's, EOFError
         raise UserError(f"{path} is not a readable .tar.gz ({reason(error)}): {HELP}") from None
     kind = "CIFAR100" if {"test", "meta"} <= set(files) else "CIFAR10"
+    if kind == "CIFAR100" and "test_batch" in files:
+        raise UserError(f"{path} holds both CIFAR-10 and CIFAR-100: unpack it, and give one of "
+                        "them as --data")  # fmt: skip
     if kind == "CIFAR10" and "test_batch" not in files:
         raise UserError(f"no CIFAR-10 in {path}: it holds no test_batch; {HELP}")
     return _batches(files.get, path, kind)
@@ -343,8 +348,11 @@ STAND_INS = {
 # ---- Hugging Face's parquet files ----------------------------------------------------------------
 
 
-def _parquet(folder: Path) -> Arrays:
-    """Read parquet files with the columns img or image and label or fine_label."""
+def _parquet(folder: Path, found: list[Path]) -> Arrays:
+    """Read parquet files with the columns img or image and label or fine_label.
+
+    found: all in the folder, or below it.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
@@ -352,8 +360,11 @@ def _parquet(folder: Path) -> Arrays:
         raise UserError(f"{folder} holds parquet files: `pip install pyarrow` first") from None
     if int(pyarrow.__version__.partition(".")[0]) < 15:  # CVE-2023-47248
         raise UserError("this pyarrow can be made to run code by a file: `pip install -U pyarrow`")
-    files = {split: _files_of_split(split, folder) for split in ("train", "test")}
-    parts, names, file, source = [], None, folder, None
+    files = {split: _files_of_split(split, found) for split in ("train", "test")}
+    if len(folders := sorted({f.parent for split in files.values() for f in split})) > 1:
+        raise UserError(f"{folder} holds parquet files in {folders[0]} and {folders[1]}, which may "
+                        "be of several sets: name the folder of one as --data")  # fmt: skip
+    parts, file, first = [], folder, None
     try:
         for split in ("train", "test"):
             images, labels, most = [], [], ARRAYS_LIMIT
@@ -367,8 +378,10 @@ def _parquet(folder: Path) -> Arrays:
                 label = next((c for c in ("label", "fine_label") if c in columns), None)
                 if not image or not label:
                     raise ValueError(f"has the columns {', '.join(columns)}, no img and label")
-                source = "cifar100" if label == "fine_label" else source
-                names = names or _names_of_features(table.schema_arrow.metadata, label)
+                classes = label, _names_of_features(table.schema_arrow.metadata, label)
+                first = first or (file, classes)
+                if classes != first[1]:
+                    raise ValueError(f"has other names of classes than {first[0].name}")
                 for rows in table.iter_batches(1024, columns=[image, label]):
                     for cell in rows.column(image).to_pylist():
                         images.append(_pixels(io.BytesIO(_bytes(cell))))
@@ -380,26 +393,22 @@ def _parquet(folder: Path) -> Arrays:
         raise UserError(f"{file} is not a set of images ({reason(error)}): {HELP}") from None
     if not len(parts[2]):
         raise UserError(f"no parquet file in {folder} begins with test: {HELP}")
-    return Arrays(*parts, _names(names, folder), source)
+    label, names = first[1]
+    return Arrays(*parts, _names(names, folder), "cifar100" if label == "fine_label" else None)
 
 
-def _parquet_files(folder: Path) -> list[Path]:
-    """Return the parquet files in a folder and in its subfolders (data/, plain_text/), in order."""
-    return sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")])
-
-
-def _files_of_split(split: str, folder: Path) -> list[Path]:
-    """Return the parquet files of a split, in order.
+def _files_of_split(split: str, found: list[Path]) -> list[Path]:
+    """Return those of the parquet files that are of a split, in order.
 
     Raises UserError for a download that is not whole, and for files that repeat others: images that
     are there twice would be trained on and held out for validation.
     """
-    files = [f for f in _parquet_files(folder) if re.match(rf"{split}(?![a-z])", f.name)]
+    files = [f for f in found if re.match(rf"{split}(?![a-z])", f.name)]
     hashes = {}
     for file in files:
         said = re.search(r"-of-(\d+)", file.name)
         if said and int(said[1]) != len(files):
-            raise UserError(f"{file} is one of {int(said[1])} files by its name, but {folder} has "
+            raise UserError(f"{file} is one of {int(said[1])} files by its name, but there are "
                             f"{len(files)} that begin with {split}: {HELP}")  # fmt: skip
         if (same := hashes.setdefault(sha256_of(file), file)) is not file:
             raise UserError(f"{file} has the same content as {same}: remove one of them")
@@ -436,28 +445,38 @@ def _class_folders(path: Path) -> Arrays:
         raise UserError(f"{other[0]} is a class that {path / 'train'} does not have: {HELP}")
     if not folders["test"]:
         raise UserError(f"{path / 'test'} has no folder per class: {HELP}")
-    parts = []
+    parts, left_out = [], []
     for split in ("train", "test"):
         images, labels = [], []
         for folder in folders[split]:
-            for file in pictures.in_folder(folder):
+            taken = pictures.in_folder(folder)
+            left_out += [p for p in pictures.all_in_folder(folder) if p not in set(taken)]
+            if not taken and split == "test":
+                print(f"{folder} has no picture: n is less by this class", file=sys.stderr)
+            for file in taken:
                 try:
                     images.append(_pixels(file))
                 except Exception as error:  # Pillow's decoders raise whatever they please
                     raise UserError(f"{file}: {reason(error)}; {HELP}") from None
                 labels.append(names.index(folder.name))
         parts += [np.stack(images) if images else NO_IMAGES, np.array(labels, np.int64)]
+    if left_out:
+        print(f"{path}: left out {len(left_out)} files whose names do not end as pictures' do, "
+              f"such as {pictures.printable(str(left_out[0]))}", file=sys.stderr)  # fmt: skip
     return Arrays(*parts, _names(names, path))
 
 
 def _pixels(source) -> np.ndarray:
-    """Decode a picture, uint8 (32, 32, 3), as it is. Raises ValueError for one of another kind."""
-    with pictures.open_image(source) if isinstance(source, Path) else Image.open(source) as image:
+    """Decode a picture, uint8 (32, 32, 3), turned as its EXIF data say. Raises ValueError for one
+    of another kind. source: a path, or a binary file."""
+    with pictures.open_image(source) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            raise ValueError(f"a picture of {image.n_frames} frames")
         if image.size != (32, 32):
             raise ValueError(f"a picture of {image.size[0]}x{image.size[1]} pixels, not 32x32")
         if image.mode not in ("RGB", "L", "P") or image.has_transparency_data:
             raise ValueError(f"a picture of mode {image.mode}, not 8-bit RGB or grey")
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def _names(names, where: Path) -> tuple[str, ...] | None:

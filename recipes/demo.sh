@@ -1,13 +1,23 @@
 #!/usr/bin/env bash
 # The whole chain on images that the project generates: minutes on 2 CPU cores, no download.
 #
-#     recipes/demo.sh [RUN]             RUN: a folder (demo); `make demo` deletes it first
+#     recipes/demo.sh [RUN]             RUN: a folder (demo), which is made anew if a demo made it
 set -euo pipefail
 RUN=${1:-demo}
-case $RUN in /*) ;; *) RUN=$PWD/$RUN ;; esac  # the folder is the caller's
+# Paths are the caller's; the scripts are in the project's folder.
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
+RUN=$(absolute "$RUN")
+case ${PYTHON:-} in */*) PYTHON=$(absolute "$PYTHON") ;; esac
+if [ -e "$RUN" ] && [ ! -e "$RUN/.demo" ]; then
+  echo "$RUN is not of an earlier demo: move it away" >&2
+  exit 1
+fi
+rm -rf "$RUN"
+mkdir -p "$RUN"
+touch "$RUN/.demo"
 cd "$(dirname "$0")/.."
 RUN=${RUN#"$PWD"/}  # make takes no path with spaces: the project's folder may have some
-${MAKE:-make} --no-print-directory all DATA=synthetic RUN="$RUN" SPLIT=test WANDB= \
+${MAKE:-make} --no-print-directory ${PYTHON:+PYTHON="$PYTHON"} all DATA=synthetic RUN="$RUN" SPLIT=test WANDB= \
   TRAIN_FLAGS="--width 0.35 --downsample 8 --epochs 6 --batch-size 64 --lr 0.1 --lr-schedule linear \
     --warmup-epochs 1.5 --weight-decay 5e-4 --augment light --start-side 32 --no-amp" \
   PRUNE_FLAGS="--rounds 2 --target 0.8 --epochs 1 --batch-size 64 --lr 0.05 --max-drop 3 \

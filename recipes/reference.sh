@@ -18,6 +18,7 @@ absolute() { case $1 in /* | synthetic) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
 DATA=$(absolute "$DATA")
 NETWORK=$(absolute "$NETWORK")
 RUN=$(absolute "$RUN")
+case ${PYTHON:-} in */*) PYTHON=$(absolute "$PYTHON") ;; esac
 GRID=${GRID:+$(absolute "$GRID")}
 cd "$(dirname "$0")/.."
 [ -n "${PYTHON:-}" ] || ${MAKE:-make} --no-print-directory venv

@@ -16,6 +16,7 @@ RUN=${2:-runs/release}
 absolute() { case $1 in /* | synthetic) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
 DATA=$(absolute "$DATA")
 RUN=$(absolute "$RUN")
+case ${PYTHON:-} in */*) PYTHON=$(absolute "$PYTHON") ;; esac
 GRID=${GRID:+$(absolute "$GRID")}
 cd "$(dirname "$0")/.."
 [ -n "${PYTHON:-}" ] || ${MAKE:-make} --no-print-directory venv

@@ -12,9 +12,10 @@ RUN=${2:-runs/report}
 absolute() { case $1 in /* | synthetic) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
 DATA=$(absolute "$DATA")
 RUN=$(absolute "$RUN")
+case ${PYTHON:-} in */*) PYTHON=$(absolute "$PYTHON") ;; esac
 cd "$(dirname "$0")/.."
 RUN=${RUN#"$PWD"/}  # make takes no path with spaces: the project's folder may have some
-${MAKE:-make} --no-print-directory all DATA="$DATA" RUN="$RUN" \
+${MAKE:-make} --no-print-directory ${PYTHON:+PYTHON="$PYTHON"} all DATA="$DATA" RUN="$RUN" \
   TRAIN_FLAGS="--epochs 300 --lr 0.07 --weight-decay 5e-4 --decay-norm --warmup-epochs 0 \
     --label-smoothing 0.1 --dropout 0.2 --start-side 32" \
   PRUNE_FLAGS="--score magnitude --schedule geometric --prune-fraction 0.2 --rounds 30 --epochs 10 \

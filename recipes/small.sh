@@ -10,9 +10,10 @@ RUN=${2:-runs/small}
 absolute() { case $1 in /* | synthetic) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
 DATA=$(absolute "$DATA")
 RUN=$(absolute "$RUN")
+case ${PYTHON:-} in */*) PYTHON=$(absolute "$PYTHON") ;; esac
 cd "$(dirname "$0")/.."
 RUN=${RUN#"$PWD"/}  # make takes no path with spaces: the project's folder may have some
-${MAKE:-make} --no-print-directory all DATA="$DATA" RUN="$RUN" \
+${MAKE:-make} --no-print-directory ${PYTHON:+PYTHON="$PYTHON"} all DATA="$DATA" RUN="$RUN" \
   TRAIN_FLAGS="--epochs 6 --width 0.5 --downsample 8 --lr 0.1 --lr-schedule linear \
     --warmup-epochs 1 --weight-decay 5e-4 --dropout 0.2 --augment light --start-side 32" \
   PRUNE_FLAGS="--rounds 5 --target 0.9 --epochs 1 --lr 0.05 --max-drop 1 --augment light \

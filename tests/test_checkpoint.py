@@ -365,7 +365,8 @@ def test_no_memory_is_taken_for_a_state_that_does_not_fit(tmp_path, monkeypatch)
     torch.save(state | {"classifier.1.weight": torch.zeros(1000, 0)}, tmp_path / "x.pth")
     wide = state["classifier.1.weight"].to(torch.int8)[:1]  # one row, for the scales of many
     state |= {"classifier.1.weight": wide, "classifier.1.weight_scale": torch.ones(1000)}
-    torch.save(state, tmp_path / "y.pth")
+    content = {"format": checkpoint.FORMAT, "stage": "int8", "settings": SETTINGS, "state": state}
+    torch.save(content, tmp_path / "y.pth")
     monkeypatch.setattr(checkpoint, "MobileNetV2", Watched)
     for name in ("x.nnz", "x.pth", "y.pth"):
         refused(tmp_path / name, "does not fit its own description")

@@ -118,7 +118,8 @@ def test_defaults_are_the_chain_and_a_missing_parent_is_one_line(run, tmp_path, 
     ("quantize", ["--method=magic"], "invalid choice: 'magic'"),
     ("quantize", ["--weight-scale=row"], "invalid choice: 'row'"),
     ("quantize", ["--layer-bits=first=1"], "first at 1 bits: 2 to 16, or 32 for off"),
-    ("quantize", ["--layer-bits=first=8,"], "--layer-bits first=8,: an item .* is empty"),
+    ("train", ["--width=1e300"], "--width must be over 0 and at most 100"),
+    ("quantize", ["--layer-bits=first=8,"], "an item between commas is empty"),
     ("quantize", ["--layer-bits=last=8,features.0.0=x"], "features.0.0 at x bits"),
     ("quantize", ["--weight-scale=tensor", "--method=qat"], "tensor is for --method ptq"),
     ("quantize", ["--weight-scale=tensor", "--method=reference"], "tensor is for --method ptq"),
@@ -384,6 +385,41 @@ def test_eval_refuses_what_it_cannot_do(run, tiny, tmp_path):
     torch.save(MobileNetV2(standard(0.1)).state_dict(), tmp_path / "x.pth")
     code, _, err = run("eval", tmp_path / "x.pth", *common, "--val-size=0", "--split=val")
     assert code == 1 and one_line("eval", err) and "no validation split" in err
+
+
+def test_eval_of_a_network_that_is_broken_is_no_accuracy(run, tiny, tmp_path):
+    model = MobileNetV2(standard(0.1))
+    model.stem[1].running_var.fill_(-1)
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    code, out, err = run("eval", tmp_path / "x.pth", f"--data={tiny}", f"--run-dir={tmp_path}",
+                         "--assume-downsample=4", "--json")  # fmt: skip
+    assert (code, out) == (1, "") and one_line("eval", err) and "NaN or infinite logits" in err
+
+
+def test_eval_of_files_of_odd_and_equal_names(run, chain, tiny, tmp_path):
+    good = (chain / "checkpoints/int8.pth").read_bytes()
+    names = ("a/x.pth", "b/x.pth", "x-2.pth", "$1_$.pth", os.fsdecode(b"caf\xe9.pth"))
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(good)
+    code, out, err = run("eval", *(tmp_path / name for name in names), f"--data={tiny}",
+                         f"--run-dir={tmp_path}")  # fmt: skip
+    assert (code, err) == (0, "") and r"caf\udce9.pth" in out
+    assert len(list((tmp_path / "plots").glob("*.png"))) == len(names)
+
+
+def test_names_of_classes_that_a_state_dict_does_not_hold_are_said(run, tmp_path):
+    names = sorted(["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"])
+    rng = np.random.default_rng(0)
+    for name in names:
+        (tmp_path / "set/test" / name).mkdir(parents=True)
+        pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "set/test" / name / "0.png")
+    torch.save(MobileNetV2(standard(0.1)).state_dict(), tmp_path / "x.pth")
+    code, _, err = run("eval", tmp_path / "x.pth", f"--data={tmp_path / 'set'}",
+                       f"--run-dir={tmp_path}", "--assume-downsample=4")  # fmt: skip
+    assert code == 0
+    assert "not name its classes: taken to be, in this order, bird, car, cat, deer, dog, ..." in err
 
 
 def test_eval_of_the_test_split_needs_no_training_images(run, chain, tiny, tmp_path):

@@ -197,6 +197,18 @@ def test_tar_gz_of_something_else_or_cut(batches_py, tmp_path):
         refused(str(path), "is not a readable .tar.gz")
 
 
+def test_a_tar_gz_of_two_sets_is_refused(batches_py, tmp_path):
+    path = tmp_path / "x.tar.gz"
+    for names, text in (
+        (("a/test_batch", "b/test_batch"), "it holds test_batch twice"),
+        (("test_batch", "test", "meta"), "holds both CIFAR-10 and CIFAR-100"),
+    ):
+        with tarfile.open(path, "w:gz") as archive:
+            for name in names:
+                archive.add(batches_py / "test_batch", name)
+        refused(str(path), text)
+
+
 def test_a_tar_gz_of_many_large_files_is_refused(batches_py, tmp_path, monkeypatch):
     path = tmp_path / "x.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
@@ -356,8 +368,33 @@ def test_other_classes_have_the_names_of_their_folders(class_folders):
     assert [len(s) for s in (loaded.train, loaded.val, loaded.test)] == [54, 6, 30]
 
 
+def test_what_is_left_out_of_a_folder_is_said(class_folders, capsys):
+    folder = class_folders(most=2)
+    for path in (folder / "test/cat").iterdir():
+        path.rename(path.with_suffix(""))
+    assert len(data.load(str(folder), 0).test) == 18
+    err = capsys.readouterr().err
+    assert "test/cat has no picture" in err and "left out 2 files whose names do not end" in err
+
+
+def test_pictures_are_turned_as_their_exif_data_say(class_folders):
+    folder = class_folders(most=1)
+    path = folder / "test/cat/000.png"
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[0x112] = 6  # to be turned by 90 degrees clockwise
+        expected = np.rot90(np.asarray(image), -1)
+        image.save(path, exif=exif)
+    turned = data.load(str(folder), 0).test.images[data.CLASSES.index("cat")]
+    assert np.array_equal(turned.permute(1, 2, 0), expected)
+
+
 def test_folders_of_other_things(class_folders, tmp_path):
     folder = class_folders(most=2)
+    frames = [Image.new("L", (32, 32), grey) for grey in (0, 255)]
+    frames[0].save(folder / "train/dog/film.gif", save_all=True, append_images=frames[1:])
+    refused(str(folder), "train/dog/film.gif: a picture of 2 frames")
+    (folder / "train/dog/film.gif").unlink()
     Image.new("RGB", (64, 32)).save(folder / "train/dog/big.png")
     refused(str(folder), "train/dog/big.png: a picture of 64x32 pixels, not 32x32")
     Image.new("RGBA", (32, 32)).save(folder / "train/dog/big.png")
@@ -414,6 +451,15 @@ def test_parquet(arrays, tmp_path):
     assert (loaded.source, loaded.classes) == ("images", tuple("ABCDEFGHIJ"))
     write("fine_label", lambda raw: raw, list("ABCDEFGHIJ"))
     assert data.load(str(tmp_path), 0).source == "cifar100"
+    train = tmp_path / "plain_text/train-00000-of-00001.parquet"
+    of_letters = train.read_bytes()
+    for names in (list("JIHGFEDCBA"), None):
+        write("fine_label", lambda raw: raw, names)
+        train.write_bytes(of_letters)
+        refused(str(tmp_path), "has other names of classes than train-00000-of-00001.parquet")
+    shutil.copytree(tmp_path / "plain_text", tmp_path / "old")
+    refused(str(tmp_path), "plain_text, which may be of several sets: name the folder of one")
+    shutil.rmtree(tmp_path / "old")
     write("number", lambda raw: raw, None)
     refused(str(tmp_path), "has the columns img, number, no img and label")
     write("label", lambda raw: {"path": "x.png"}, None)
@@ -427,7 +473,7 @@ def test_parquet_files_that_lack_parts_or_repeat_others(tmp_path):
     pytest.importorskip("pyarrow")
     (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"images")
     (tmp_path / "train-00000-of-00001 (1).parquet").write_bytes(b"images")
-    with pytest.raises(UserError, match="one of 1 files by its name, but .* has 2 that begin with"):
+    with pytest.raises(UserError, match="one of 1 files by its name, but there are 2 that begin"):
         data.load(str(tmp_path))
     for i, file in enumerate(tmp_path.iterdir()):
         file.rename(tmp_path / f"train_{i}.parquet")

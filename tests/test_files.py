@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 
 import pytest
 
@@ -34,6 +35,18 @@ def test_a_reader_sees_the_old_file_until_the_new_is_whole(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
     assert path.stat().st_mode == plain.stat().st_mode  # the umask's, as for any other file
+
+
+def test_what_is_no_file_is_not_replaced_and_a_link_stays_one(tmp_path):
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="is no regular file: .*pipe"):
+        write_bytes(pipe, b"x")
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+    link.symlink_to(target)
+    for content in (b"one", b"two"):  # the target is new, then old
+        write_bytes(link, content)
+        assert link.is_symlink() and target.read_bytes() == content
 
 
 def test_what_is_written_is_read_back(tmp_path):

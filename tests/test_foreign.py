@@ -93,6 +93,26 @@ def test_of_two_networks_the_first_is_taken_and_the_other_named(plain, tmp_path,
     assert said == "taken from 'model', not the network at 'ema' > 'module.'"
 
 
+def test_a_network_among_the_names_of_another_is_left_out_and_named(plain, tmp_path, capfd):
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in plain.items()}
+    state, said = loaded(plain | prefixed("teacher.", zeros), tmp_path, capfd)
+    assert equal(state, plain) and said == "not the network at 'teacher.'"
+
+
+def test_a_key_named_format_is_no_claim_to_be_ours(plain, tmp_path, capfd):
+    state, said = loaded({"format": "pt", "model": plain}, tmp_path, capfd)
+    assert equal(state, plain) and said == "taken from 'model'"
+    torch.save({"format": "mobilenetv2-cifar10/99", "state": plain}, tmp_path / "x.pth")
+    assert "has format 'mobilenetv2-cifar10/99'; this program reads" in refusal(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.bool])
+def test_levels_without_scales_are_refused(plain, tmp_path, dtype):
+    torch.save(plain | {"features.0.0.weight": plain["features.0.0.weight"].to(dtype)},
+               tmp_path / "x.pth")  # fmt: skip
+    assert f"features.0.0.weight holds {dtype}, no floats" in refusal(tmp_path / "x.pth")
+
+
 def test_tensors_beside_the_network_are_left_out_and_named(plain, tmp_path, capfd):
     state, said = loaded(plain | {"epoch": 3, "ema": torch.zeros(3)}, tmp_path, capfd)
     assert equal(state, plain) and said == "without 'ema' beside it"

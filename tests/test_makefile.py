@@ -177,6 +177,36 @@ def test_pictures_whose_names_have_spaces(pictures, images, files):
     assert [line.split("  ")[0] for line in run.stdout.splitlines()] == files
 
 
+def test_the_demo_deletes_nothing_of_others(tmp_path):
+    thesis = tmp_path / "demo/thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("mine")
+    for target in ("demo", "clean"):
+        run = make("-f", ROOT / "Makefile", target, f"PYTHON={sys.executable}", cwd=tmp_path)
+        assert thesis.read_text() == "mine", run.stdout
+        assert ("demo is not of an earlier demo" in run.stderr) == (target == "demo")
+        assert (run.returncode != 0) == (target == "demo")
+    (tmp_path / "demo/.demo").touch()
+    assert make("-f", ROOT / "Makefile", "clean", cwd=tmp_path).returncode == 0
+    assert not thesis.exists()
+
+
+def test_the_demo_takes_a_python_by_a_relative_path(tmp_path):
+    script(tmp_path / "v/python", f"""case $1 in
+-c) exec {sys.executable} "$@";;
+*) echo "python called for $1"; exit 3;;
+esac""")
+    run = make("-f", ROOT / "Makefile", "demo", "PYTHON=v/python", cwd=tmp_path)
+    assert run.returncode != 0 and "python called for train.py" in run.stdout, run.stderr
+
+
+@pytest.mark.parametrize("data", ['it"s', "a`id`b", "a b", "it's", "$$HOME/x"])
+def test_any_path_of_the_data_reaches_the_stage_as_it_is(tmp_path, data):
+    run = make("-f", ROOT / "Makefile", "train", f"PYTHON={sys.executable}", f"DATA={data}",
+               cwd=tmp_path)  # fmt: skip
+    assert f"no data at {data.replace('$$', '$')}: give" in run.stderr
+
+
 def test_from_elsewhere_with_a_checkout_that_is_only_read(tmp_path):
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(

@@ -331,7 +331,7 @@ def test_foreign_files(raw):
 
 def test_version_1_is_another_module_s():
     refuse(v1.encode({}, {}, {}, {}), UnsupportedVersion)
-    for read in (v1.decode, v1.sections):
+    for read in (v1.decode, v1.part_sizes):
         with pytest.raises(UnsupportedVersion):
             read(v3.encode(*made_up()))
 

@@ -1,6 +1,7 @@
 """Every chart: a whole PNG on ordinary and on edge inputs, nothing at all when it fails."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,12 @@ def test_writes_a_whole_png(name, tmp_path):
         assert image.width == 9 * 60
         assert 70 < image.height < 450
         assert len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_no_part_of_a_name_is_a_formula(tmp_path):
+    for names in (["$1_$", "a$b_$"], ["x", os.fsdecode(b"caf\xe9")]):
+        path = plots.confusion(np.eye(2, dtype=int)[::-1], names, tmp_path / "a.png", names[1])
+        assert path.is_file()
 
 
 @pytest.mark.filterwarnings("error")

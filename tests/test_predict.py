@@ -202,7 +202,8 @@ def test_the_range_of_greys_is_said(run, folder, tmp_path):
 def test_what_lies_in_folders_and_is_no_picture(tmp_path):
     keep = ("b.PNG", "sub/c.jpg", "sub/d.HEIC", "z.webp")
     drop = ("._b.png", ".thumbnails/b.png", "sub/.cache/x/b.png", "ticket.pdf", "film.mpg",
-            "film.mpeg", "data.h5", "data.hdf", "x.grib", "x.bufr", "notes.txt", "film.mp4")
+            "film.mpeg", "drawing.eps", "data.h5", "data.hdf", "x.grib", "x.bufr", "notes.txt",
+            "film.mp4")  # fmt: skip
     for name in (*keep, *drop):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -298,6 +299,38 @@ def test_decompression_bombs_say_how_to_allow_them(run, folder, tmp_path):
     assert run(*flags, "--max-megapixels=3")[0] == 0 and run(*flags)[0] == 0
     assert run(*flags, "--max-megapixels=0")[0] == 2
     assert Image.MAX_IMAGE_PIXELS == 1024**3 // 4 // 3  # Pillow's own, as before
+
+
+def test_classes_that_no_file_names_are_said_to_be_assumed(run, folder, tmp_path, picture):
+    torch.save(MobileNetV2(standard(0.1)).state_dict(), tmp_path / "plain.pth")
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    flags = (tmp_path / "x.png", f"--model={tmp_path / 'plain.pth'}", "--assume-downsample=4")
+    said = "plain.pth does not name its classes: taken to be CIFAR-10's\n"
+    code, out, err = run(*flags)
+    assert code == 0 and out and err.endswith(said)
+    assert not run(tmp_path / "x.png", f"--run-dir={folder}")[2]
+    sparse_compress.main([f"--run-dir={tmp_path}", f"--parent={tmp_path / 'plain.pth'}",
+                          "--assume-downsample=4"])  # fmt: skip
+    # The fixture `run` reads what was said since.
+    assert run(*flags)[2] == 2 * f"{tmp_path}/{said}"
+
+
+def test_no_answer_comes_of_a_network_that_is_broken(run, tmp_path, picture):
+    model = MobileNetV2(standard(0.1))
+    model.stem[1].running_var.fill_(-1)
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    code, out, err = run(tmp_path / "x.png", f"--model={tmp_path / 'plain.pth'}",
+                         "--assume-downsample=4")  # fmt: skip
+    assert (code, out) == (1, "") and "answers with NaN or infinite logits" in err
+
+
+def test_postscript_is_not_given_to_ghostscript(run, folder, tmp_path):
+    (tmp_path / "x.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n"
+    )
+    code, out, err = run(tmp_path / "x.png", f"--run-dir={folder}")
+    assert (code, out) == (1, "") and "x.png: is not an image in a format" in err
 
 
 def test_a_plain_state_dict_of_a_hundred_classes_has_numbers_for_names(run, tmp_path, picture):

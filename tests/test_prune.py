@@ -346,7 +346,7 @@ def test_a_round_that_diverges_leaves_the_last_good_one(tiny, baseline, tmp_path
     original = engine.fit
 
     def diverging(*args, **kwargs):
-        if kwargs["config"]["round"] == 2:
+        if kwargs["identity"]["round"] == 2:
             raise engine.DivergedError("the loss is nan")
         return original(*args, **kwargs)
 
@@ -441,7 +441,7 @@ def test_momentum_follows_its_weights_through_a_compaction(tiny, tmp_path):
     torch.manual_seed(0)
     model = MobileNetV2(standard(0.35, 8, dropout=0.0)).to(memory_format=torch.channels_last)
     recipe = engine.Recipe(epochs=1, batch_size=32, lr=0.05, amp=False)
-    options = {"config": {}, "augment": augmentation("none"), "seed": 1}
+    options = {"identity": {}, "augment": augmentation("none"), "seed": 1}
     engine.fit(model, images, recipe, state_file=tmp_path / "first", **options)
     velocity = engine.velocity_of(tmp_path / "first", model, recipe)
     with torch.no_grad():

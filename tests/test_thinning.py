@@ -73,5 +73,5 @@ def test_a_channel_without_effect_goes_first(network, pixels):
 def test_the_layers_that_read_them_make_up_for_it(network, pixels, monkeypatch):
     model, importance = network
     fitted = error(model, thin(model, pixels, importance, 1e-4), pixels)
-    monkeypatch.setattr(thinning, "reconstruct", lambda *_, **__: None)
+    monkeypatch.setattr(thinning, "refit_floats", lambda *_, **__: None)
     assert fitted < 0.8 * error(model, thin(model, pixels, importance, 1e-4), pixels)

@@ -301,6 +301,13 @@ def test_decay_can_leave_out_norms_and_biases():
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
+def test_weights_that_are_infinite_at_the_end_are_no_network(tiny, tmp_path):
+    """The loss of the last step is of the weights before it."""
+    with pytest.raises(engine.DivergedError, match="weights are infinite or NaN at epoch 1: lower"):
+        run_in_process(tiny, tmp_path, "--epochs=1", "--lr=1e300", "--batch-size=290")
+    assert not list(tmp_path.rglob("*.pth*"))
+
+
 @pytest.mark.parametrize("flags", [["--batch-size=1000"], ["--val-size=7"],
                                    ["--device=nonsense"], ["--data=/nowhere"]])  # fmt: skip
 def test_impossible_flags_are_one_line(tiny, tmp_path, flags):
@@ -375,6 +382,26 @@ def test_init_from_a_checkpoint_takes_its_weights_and_the_flags_strides(
     settings, _ = start(tiny, tmp_path, f"--init={file}", "--downsample=4", monkeypatch=monkeypatch)
     assert settings == model.settings
     assert capfd.readouterr().out.splitlines()[0] == f"{file}: starting from its weights"
+
+
+def test_init_from_a_network_of_other_classes_is_free_to_hold_out_any_images(
+    tiny, tmp_path, monkeypatch
+):
+    """Sets that are no CIFAR all have the source `images`: their classes tell them apart."""
+    with np.load(tiny) as file:
+        arrays = dict(file)
+    for split in ("train", "test"):
+        few = arrays[f"y_{split}"] < 4
+        for name in ("x", "y"):
+            arrays[f"{name}_{split}"] = arrays[f"{name}_{split}"][few]
+    np.savez(tmp_path / "four.npz", **arrays)
+    data = {"source": "images", "classes": ["ant", "bee", "cow", "dog"], "val_size": 3,
+            "held_out": 1}
+    file = tmp_path / "own.pth"
+    model = MobileNetV2(standard(0.1, 8, classes=4))
+    checkpoint.save(file, "baseline", model, train.Settings(), None, metrics={}, data=data)
+    _, begun = start(tmp_path / "four.npz", tmp_path, f"--init={file}", monkeypatch=monkeypatch)
+    assert equal(begun, model.state_dict())
 
 
 def test_init_is_recorded_and_part_of_the_run(tiny, tmp_path, monkeypatch):
