@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lib import checkpoint, config, console, data, devices, logs, measure, plots, runtime, tables
 from lib.config import UserError, flag
+from lib.files import printable
 
 
 @dataclasses.dataclass
@@ -134,7 +135,7 @@ def table(f: dict, layers: bool) -> str:
         bits = f"W{scheme['weight_bits']}A{scheme['act_bits']} {scheme['method']}"
     chain = [*(a["stage"] for a in f["ancestors"]), f["stage"]]
     lines = [
-        f"{f['file']}",
+        printable(str(f["file"])),
         f"  accuracy   {f['accuracy']:.2%}  ({f['correct']} of {f['total']} {f['split']} images; "
         f"95% interval {low:.2%} to {high:.2%})",
         *change(f),
@@ -143,7 +144,7 @@ def table(f: dict, layers: bool) -> str:
         f"  weights    {f['weights']:,} in conv and linear layers, {f['live_weights']:,} in live "
         f"channels, {f['nonzeros']:,} non-zero (sparsity {f['sparsity']:.2%})",
         f"  MACs       {f['macs']:,} per image",
-        f"  chain      {' > '.join(chain)}",
+        f"  chain      {printable(' > '.join(chain))}",
     ]
     if layers:
         lines += [

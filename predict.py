@@ -30,7 +30,7 @@ from PIL import Image, ImageOps
 
 from lib import checkpoint, config, devices, pictures, runtime
 from lib.config import UserError, flag
-from lib.pictures import printable
+from lib.files import printable
 
 BATCH = 128  # images in memory at once
 MEGA = 1_000_000

@@ -36,6 +36,8 @@ class Settings(config.AfterTraining):
     def __post_init__(self):
         if self.decompress and not (self.out or self.onnx):
             raise ValueError("--decompress needs --out FILE.pth or --onnx FILE.onnx")
+        if self.decompress and (self.out or "").endswith(".onnx"):
+            raise ValueError("--out is a .pth file; --onnx FILE.onnx writes the graph")
         if self.decompress and self.parent:
             raise ValueError("--parent and --decompress both name what is read: give one of them")
         if self.onnx and not (self.decompress and self.onnx.endswith(".onnx")):

@@ -68,7 +68,7 @@ class Settings(config.Training):
     )  # fmt: skip
     width: float = flag(
         1.0, "multiplier of the channels, which are multiples of 8; under 1 the head keeps its "
-        "1,280", heading="network", over=0, most=100,
+        "1,280", heading="network", over=0, most=40,
     )  # fmt: skip
     downsample: int = flag(4, "32x32 down to 8x8 (4, the report's) or 4x4 (8)", choices=(4, 8))
     dropout: float = flag(0.0, "share of features dropped before the classifier", least=0,

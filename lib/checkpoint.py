@@ -21,12 +21,14 @@ from lib import compressed, foreign, quantizers
 from lib.config import UserError, code_version, command, reason
 from lib.data import CLASSES, SPLIT_SEED, Data, held_out, names_of
 from lib.data import load as load_images
-from lib.files import atomic
-from lib.metrics import is_weight
-from lib.pictures import printable
+from lib.files import atomic, printable
+from lib.metrics import is_weight, largest_map
 from models.mobilenetv2 import MobileNetV2, settings_of
 
 FORMAT = "mobilenetv2-cifar10/1"
+# Outputs that a layer may have for one image: a small file can describe a network that would take
+# all memory. At width 1.0 they are 98,304 at most.
+MAX_OUTPUTS = 1 << 22
 REPORTS_DOWNSAMPLE = 4  # the strides that the course report trained with
 CHAIN = ("baseline.pth", "pruned.pth", "quantized.pth", "int8.pth", "compressed.nnz")
 DTYPES = {
@@ -82,7 +84,11 @@ class Checkpoint:
     def _network(self, state: dict) -> MobileNetV2:
         """Return a network of these settings and this scheme that holds the state."""
         model = MobileNetV2(self.settings)
+        if (values := largest_map(self.settings)) > MAX_OUTPUTS:
+            raise ValueError(f"a layer with {values:,} outputs, over the limit of {MAX_OUTPUTS:,}")
         if self.quantization:
+            if not self.settings.get("folded") and self.quantization["method"] != "reference":
+                raise ValueError("a quantized network with batch norms")
             quantizers.attach(model, self.quantization)
         model.load_state_dict(quantizers.float_state(state), strict=True)
         return model
@@ -312,6 +318,8 @@ def check_fields(source: Checkpoint, path: Path) -> None:
         f"{len(names)} names of {classes} classes",
     )
     ensure(held_out is None or type(held_out) is int and held_out >= 0, "data: val_size")
+    legal = source.seed is None or type(source.seed) is int and 0 <= source.seed < 2**32
+    ensure(legal, "a seed that is not 0 to 2^32 - 1")
 
 
 def _check_scheme(scheme, ensure) -> None:

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from lib.files import printable
+
 # What --help calls the value of a flag; others are N or X by their type. A FILE is recorded in a
 # checkpoint's command by its name alone, without folders.
 METAVARS = {
@@ -354,7 +356,7 @@ def run(main) -> typing.NoReturn:
         done = True
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(f"{name}: error: {error}")
+        sys.exit(f"{name}: error: {printable(str(error))}")  # it may quote a stranger's file
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not done:

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and the SHA-256 that identifies one."""
+"""Writing files whole or not at all, the SHA-256 that identifies one, names of files as text."""
 
 import contextlib
 import csv
@@ -67,3 +67,11 @@ def state_of(path: Path, kind: str = "") -> Path:
 def sha256_of(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def printable(text: str) -> str:
+    r"""Return the text in one line of valid UTF-8: escapes such as \n for what cannot be printed.
+
+    File names that are not UTF-8 hold surrogates, which no output takes.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

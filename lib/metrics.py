@@ -1,11 +1,12 @@
 """Counts (weights, non-zero weights, MACs) and the interval of an accuracy."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from models.layers import CLASSIFIER, layers
+from models.layers import CLASSIFIER, Layer, layers
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
@@ -44,8 +45,17 @@ def macs(settings: dict) -> int:
 
     settings: the network's. Weights that are zero count like the others.
     """
-    total, side = 0, 32
+    return sum(side**2 * math.prod(layer.shape) for layer, side in _layers_and_sides(settings))
+
+
+def largest_map(settings: dict) -> int:
+    """Return the largest number of outputs that a layer has for one image of 32x32."""
+    return max(side**2 * layer.shape[0] for layer, side in _layers_and_sides(settings))
+
+
+def _layers_and_sides(settings: dict) -> Iterator[tuple[Layer, int]]:
+    """Yield the layers of a network, each with the side of its output maps, in pixels."""
+    side = 32
     for layer in layers(settings):
         side = 1 if layer.role == CLASSIFIER else (side - 1) // layer.stride + 1
-        total += side**2 * math.prod(layer.shape)
-    return total
+        yield layer, side

@@ -1,4 +1,4 @@
-"""Find picture files, print their names, open them."""
+"""Find picture files and open them."""
 
 import contextlib
 from functools import cache
@@ -90,11 +90,3 @@ def _is_heic(source: Path | BinaryIO) -> bool:
         file.seek(0)
         head = file.read(12)
     return head[4:8] == b"ftyp" and head[8:] in HEIC_BRANDS
-
-
-def printable(text: str) -> str:
-    r"""Return the text in one line of valid UTF-8: escapes such as \n for what cannot be printed.
-
-    File names that are not UTF-8 hold surrogates, which no output takes.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -20,9 +20,8 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from lib.files import atomic
+from lib.files import atomic, printable
 from lib.metrics import wilson
-from lib.pictures import printable
 from models import layers
 
 WIDTH, DPI = 9.0, 160  # inches; 1440 pixels, for screens that show more than 900

@@ -401,7 +401,10 @@ def _best_scale(pair: Pair, quantizer: Quantizer) -> Tensor:
     squared error against the fp32 ones, divided by the same factors: a search."""
     target, inputs = by_channel(pair.fp32), by_channel(pair.quantized)
     factors = 1.0 if pair.factors is None else pair.factors
-    top = (torch.maximum(target.amax(0), -target.amin(0)) / factors).amax().clamp(min=1e-6)
+    top = (torch.maximum(target.amax(0), -target.amin(0)) / factors).amax()
+    if not top > 0:  # nothing to see on these images: the range of a ReLU6
+        return top + 6 / quantizer.high
+    top = top.clamp(min=1e-6)
     # Not every k-th position: where k and the width of the map have a common factor, these would be
     # the same few columns of every image, perhaps those at the border.
     sample = _some_of(len(target), TENSOR_SAMPLE).to(target.device)

@@ -28,7 +28,7 @@ from PIL import ImageOps
 
 from lib import pictures
 from lib.config import UserError, reason
-from lib.files import sha256_of
+from lib.files import printable, sha256_of
 
 HELP = (
     "give --data (make: DATA=) a cifar10.npz in Keras' layout, torchvision's cifar-10-batches-py, "
@@ -462,7 +462,7 @@ def _class_folders(path: Path) -> Arrays:
         parts += [np.stack(images) if images else NO_IMAGES, np.array(labels, np.int64)]
     if left_out:
         print(f"{path}: left out {len(left_out)} files whose names do not end as pictures' do, "
-              f"such as {pictures.printable(str(left_out[0]))}", file=sys.stderr)  # fmt: skip
+              f"such as {printable(str(left_out[0]))}", file=sys.stderr)  # fmt: skip
     return Arrays(*parts, _names(names, path))
 
 
@@ -485,7 +485,7 @@ def _names(names, where: Path) -> tuple[str, ...] | None:
         return None
     texts = isinstance(names, list) and all(isinstance(n, str | bytes) and n for n in names)
     names = [
-        pictures.printable(n.decode(errors="backslashreplace") if isinstance(n, bytes) else n)
+        printable(n.decode(errors="backslashreplace") if isinstance(n, bytes) else n)
         for n in (names if texts else ())
     ]  # fmt: skip
     if not names or len(set(names)) < len(names):

@@ -96,6 +96,8 @@ def conv_norm(
     """
     if type(stride) is not int or not 1 <= stride <= 255:
         raise ValueError(f"a stride of {stride!r}, not 1 to 255")
+    if min(inputs, outputs) < 1:
+        raise ValueError(f"a layer of {inputs} channels to {outputs}")
     pad = kernel // 2
     conv = nn.Conv2d(inputs, outputs, kernel, stride, pad, groups=groups, bias=folded)
     return [conv, nn.Identity() if folded else nn.BatchNorm2d(outputs)]
@@ -143,6 +145,8 @@ class InvertedResidual(nn.Module):
         super().__init__()
         if residual and not has_residual(stride, inputs, out):
             raise ValueError(f"a residual block of stride {stride}, {inputs} channels to {out}")
+        if not expand and hidden != inputs:
+            raise ValueError(f"a block without expansion, {inputs} channels, {hidden} hidden ones")
         layers = [ConvBNReLU6(folded, inputs, hidden, 1)] if expand else []
         layers += [
             ConvBNReLU6(folded, hidden, hidden, 3, stride, hidden),

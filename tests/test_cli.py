@@ -118,7 +118,8 @@ def test_defaults_are_the_chain_and_a_missing_parent_is_one_line(run, tmp_path, 
     ("quantize", ["--method=magic"], "invalid choice: 'magic'"),
     ("quantize", ["--weight-scale=row"], "invalid choice: 'row'"),
     ("quantize", ["--layer-bits=first=1"], "first at 1 bits: 2 to 16, or 32 for off"),
-    ("train", ["--width=1e300"], "--width must be over 0 and at most 100"),
+    ("train", ["--width=1e300"], "--width must be over 0 and at most 40"),
+    ("sparse_compress", ["--decompress=x.nnz", "--out=x.onnx"], "--out is a .pth file; --onnx"),
     ("quantize", ["--layer-bits=first=8,"], "an item between commas is empty"),
     ("quantize", ["--layer-bits=last=8,features.0.0=x"], "features.0.0 at x bits"),
     ("quantize", ["--weight-scale=tensor", "--method=qat"], "tensor is for --method ptq"),
@@ -204,6 +205,19 @@ def test_help_is_in_groups(run):
 
 
 # ---- exit codes ----------------------------------------------------------------------------------
+
+
+def test_what_a_file_says_comes_in_one_line(run, chain, tiny, tmp_path):
+    """Also where it holds ends of lines, and codes for a terminal."""
+    content = checkpoint.read(chain / "checkpoints/pruned.pth")
+    odd = "x\n  accuracy   99.99%\x1b[31m"
+    checkpoint.write(tmp_path / "a.pth", content | {"stage": odd})
+    checkpoint.write(tmp_path / "b.pth", content | {"data": {"source": odd}})
+    common = (f"--data={tiny}", f"--run-dir={tmp_path}")
+    code, out, _ = run("eval", tmp_path / "a.pth", *common)
+    assert code == 0 and out.count("\n  accuracy ") == 1 and "\x1b" not in out
+    code, _, err = run("eval", tmp_path / "b.pth", *common)
+    assert code == 1 and one_line("eval", err) and "\x1b" not in err
 
 
 def raising(error):

@@ -179,3 +179,6 @@ def test_json_that_is_nested_as_deep_as_the_text_asks_is_accepted():
     for _ in range(99):
         nested = [nested]
     assert frame.parse_canonical(frame.canonical(nested), "META") == nested
+    for deeper in ([nested], {"a": nested}, [1, nested]):
+        with pytest.raises(Malformed, match="section META is nested over 100 deep"):
+            frame.parse_canonical(frame.canonical(deeper), "META")

@@ -167,7 +167,7 @@ def test_numba_writes_the_same_file(monkeypatch):
     lambda m, t: m["quantization"].update(method="reference"),
     lambda m, t: m["quantization"].pop("act_bits"),
     lambda m, t: m["settings"].update(folded=False),
-    lambda m, t: m["settings"].update(head=70000),
+    lambda m, t: m["settings"].update(head=70000), lambda m, t: m["settings"].update(head=-1),
     lambda m, t: m["settings"].update(blocks=[]),
     lambda m, t: m["settings"].pop("stem"),
     lambda m, t: m["settings"]["blocks"][1].update(out=9),  # residual, but of other channels
@@ -350,6 +350,8 @@ def described(change, widths=None, text=None, tail=b""):
 
 @pytest.mark.parametrize("change", [
     lambda d: d.pop("seed"), lambda d: d.update(more=1), lambda d: d.update(seed=1.5),
+    lambda d: d.update(seed=-1), lambda d: d.update(seed=1 << 32),
+    lambda d: d["quantization"].update(act_bits=32.0),
     lambda d: d.update(settings=5), lambda d: d.update(quantization=[]),
     lambda d: d.update(data=[]), lambda d: d.update(mean="0"), lambda d: d.update(std=[1, 1, 1]),
     lambda d: d.update(mean=[0.5] * 2), lambda d: d.update(std=[0.5] * 4),

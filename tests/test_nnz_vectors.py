@@ -1,5 +1,7 @@
 """Float vectors as integers: every bit pattern comes back, and rounded numbers take few bytes."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -98,3 +100,15 @@ def test_what_is_not_legal_is_refused(stream, tail, sizes):
     with pytest.raises(Malformed) as caught:
         vectors.unpack(stream, tail, sizes)
     assert isinstance(caught.value, FormatError) and "\n" not in str(caught.value)
+
+
+def test_low_bits_are_counted_before_they_are_unpacked():
+    tail = bytes(1 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(Malformed, match="not as many low bits"):
+            vectors.unpack(packed_numbers([24], [3], [1]), tail, [1])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < len(tail)

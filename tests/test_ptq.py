@@ -12,6 +12,7 @@ from lib import data, ptq, quantizers
 from lib.compaction import compact, take
 from lib.folding import fold, norm_after, norm_factor
 from lib.importance import bias_importance, row_importance
+from lib.integer import IntegerNetwork
 from lib.metrics import weight_layers
 from lib.nnz import coder
 from lib.quantizers import Quantizer, integer_state, max_level
@@ -303,6 +304,16 @@ def test_lambda_decides_the_grid_of_the_biases(small, pixels):
         change -= change.mean(1, keepdim=True)
         ratios.append(float(change.square().sum(1).mean() / (found[name] * error.square()).sum()))
     assert 0.7 < np.median(ratios) < 1.4
+
+
+def test_activations_that_are_zero_on_all_images_get_a_scale_that_integers_can_have(small, pixels):
+    model = small(0)
+    model.head.norm.bias.data.fill_(-1e3)  # no image gets over this
+    found, _ = ptq.quantize(model, pixels, ptq.make_scheme(8, 8))
+    head = found.head.activation
+    assert float(head.step) == pytest.approx(6 / head.high)
+    integers = IntegerNetwork(found, integer_state(found.state_dict(), ptq.make_scheme(8, 8)))
+    assert integers(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).isfinite().all()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import zlib
 from lib.nnz import frame
 from lib.nnz.frame import LIMIT, MAX_LENGTH, Malformed, Reader, varint
 
-MAX_WIDTH, MAX_BLOCKS = 65535, 255
+MAX_WIDTH, MAX_BLOCKS, MAX_SEED = 65535, 255, 2**32 - 1
 SHA_BYTES = 32  # of a SHA-256
 TEXT_LIMIT = 1 << 16  # bytes of the JSON
 # The JSON of a usual network, which primes deflate: what a file shares with it takes few bytes.
@@ -79,9 +79,12 @@ def _split(settings):
         plain["blocks"] = [
             {k: v for k, v in block.items() if k not in ("hidden", "out")} for block in blocks
         ]
-        return plain, [*widths, settings["head"]]
+        widths.append(settings["head"])
+        if not all(type(width) is int and 1 <= width <= MAX_WIDTH for width in widths):
+            raise TypeError
     except (KeyError, TypeError, AttributeError):
         raise Malformed("the settings are not those of a network of this version") from None
+    return plain, widths
 
 
 def parse(payload: bytes, limit: int) -> tuple[dict, bytes, bytes]:
@@ -166,12 +169,13 @@ def check(described: dict) -> None:
     act_bits = scheme.get("act_bits")
     last_act_bits = scheme.get("last_act_bits", act_bits)
     for bits in (act_bits, last_act_bits):
-        ensure(is_integer(bits, 2, 16) or bits == 32, "activations: 2 to 16 bits, or 32")
+        legal = is_integer(bits, 2, 16) or is_integer(bits, 32, 32)
+        ensure(legal, "activations: 2 to 16 bits, or 32")
     ensure(last_act_bits != 32 or act_bits == 32, "last_act_bits 32, but act_bits is not")
     ensure(type(stages) is list and stages and all(type(s) is str for s in stages), "ancestors")
     ensure(parent is None or is_integer(parent, 0, len(stages) - 1), "parent")
     ensure(is_integer(described["weights"], 1, MAX_LENGTH), "weights")
-    ensure(described["seed"] is None or type(described["seed"]) is int, "seed")
+    ensure(described["seed"] is None or is_integer(described["seed"], 0, MAX_SEED), "seed")
     ensure(type(described["data"]) is dict, "data")
     for name in ("mean", "std"):
         numbers = described[name]

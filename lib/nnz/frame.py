@@ -22,6 +22,7 @@ VERSIONS = {  # version -> its sections, in file order
     3: ("NETW", "CODE", "REST"),
 }
 MAX_LENGTH = (1 << 32) - 1  # bytes of a file, and of its decoded tensors: lengths are 32-bit
+MAX_DEPTH = 100  # of arrays and objects in JSON
 LIMIT = 1 << 30  # bytes of a file, and of its decoded tensors, that a reader accepts by default
 
 
@@ -150,6 +151,12 @@ def parse_canonical(text: bytes, section: str):
         raise Malformed(f"section {section} is not legal JSON: {error}") from None
     if again != text:  # also catches duplicate keys
         raise Malformed(f"section {section} is not canonical JSON")
+    level = [[value]]  # what lies in as many arrays and objects as the loop has made turns, and one
+    for _ in range(MAX_DEPTH + 1):
+        inside = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [y for values in inside for y in values if isinstance(y, dict | list)]
+    if level:
+        raise Malformed(f"section {section} is nested over {MAX_DEPTH} deep")
     return value
 
 

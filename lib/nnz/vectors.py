@@ -50,10 +50,12 @@ def unpack(stream: bytes, low_bits: bytes, sizes: list[int]) -> list[np.ndarray]
         raise Malformed(f"section SIDE: {error}") from None
     if ((cuts < 0) | (cuts > MAX_CUT)).any():
         raise Malformed("section SIDE: an illegal number of low bits")
-    bits = np.unpackbits(np.frombuffer(low_bits, np.uint8), bitorder="little")
     needed = int(cuts @ np.array(sizes, np.int64)) if sizes else 0
-    if len(low_bits) != (needed + 7) // 8 or bits[needed:].any():
+    if len(low_bits) != (needed + 7) // 8:  # before they are unpacked: each takes a byte then
         raise Malformed("section SIDE: not as many low bits as the vectors need")
+    bits = np.unpackbits(np.frombuffer(low_bits, np.uint8), bitorder="little")
+    if bits[needed:].any():
+        raise Malformed("section SIDE: padding bits that are not zero")
     vectors, start = [], 0
     for form, cut, numbers in zip(forms.tolist(), cuts.tolist(), high, strict=True):
         end = start + cut * len(numbers)
