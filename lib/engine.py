@@ -168,7 +168,8 @@ def fit(
             finite = torch.stack([x.isfinite().all() for x in float_tensors(state.final)]).all()
             if not (math.isfinite(loss) and finite):
                 what = f"the loss is {loss}"
-                what = "weights are infinite or NaN" if math.isfinite(loss) else what
+                if math.isfinite(loss):  # of the steps before the last
+                    what = "weights are infinite or NaN"
                 advice = "lower --lr, or --no-amp" + ", with --no-resume" * state_file.is_file()
                 raise DivergedError(f"{what} at epoch {epoch + 1}: {advice}")
             line = {
