@@ -72,6 +72,8 @@ WEIGHTS_M, WEIGHTS_G, WEIGHTS = 2, 66, 82
 HINT_RANGES, HINT_BITS, HINT_SMALLEST, HINT_LIVE_ROWS, HINT_LIVE_COLUMNS = 40, 44, 48, 52, 56
 MAX_USES = 255  # of a context, that are told apart
 MAX_LOG_ODDS = 3071  # in 1/256 nat
+# Make log odds positive, which are -2340 to 2307, and sums of two of them less a third.
+OFFSET, OFFSET_BOTH = 2560, 7168
 
 
 class CoderError(ValueError):
@@ -237,7 +239,7 @@ class _GroupHistory:
             return np.zeros_like(self.nonzeros)
         share = (self.nonzeros + 1 << 12) // (self.cells + 2)
         _, stretch, _, _ = _tables()
-        return stretch[np.clip(share, 1, 4095)] + 2560 >> 7
+        return stretch[np.clip(share, 1, 4095)] + OFFSET >> 7
 
 
 class _Stream:
@@ -416,8 +418,8 @@ def _cells(
             nc = column_count[c]
             xr = stretch[((nr << 12) + 8 * density) // (c + 8)]
             xc = stretch[((nc << 12) + 8 * density) // (r + 8)]
-            both = xr + xc - x_layer + 7168 >> 6
-            a = S1 + (kind << 12 | xr + 2560 >> 7 << 6 | xc + 2560 >> 7)
+            both = xr + xc - x_layer + OFFSET_BOTH >> 6
+            a = S1 + (kind << 12 | xr + OFFSET >> 7 << 6 | xc + OFFSET >> 7)
             b = S2 + (both << 6 | column_hints[c] + row_hints[r])
             w, part = 0, significance_part
             bit = 1 if level else 0
