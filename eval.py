@@ -144,7 +144,7 @@ def table(f: dict, layers: bool) -> str:
         f"  weights    {f['weights']:,} in conv and linear layers, {f['live_weights']:,} in live "
         f"channels, {f['nonzeros']:,} non-zero (sparsity {f['sparsity']:.2%})",
         f"  MACs       {f['macs']:,} per image",
-        f"  chain      {printable(' > '.join(chain))}",
+        f"  chain      {' > '.join(chain)}",
     ]
     if layers:
         lines += [

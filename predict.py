@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lib import checkpoint, config, devices, pictures, runtime
 from lib.config import UserError, flag
@@ -94,7 +94,7 @@ def main(argv=None):
             else:
                 logits = network(batch)
             if not logits.isfinite().all():
-                raise UserError(f"{file} answers with NaN or infinite logits: it is of no use")
+                raise UserError(f"{file} answers with NaN or infinite logits")
             for name, row in zip(names, logits.softmax(1).cpu(), strict=True):
                 print(shown(name, row, classes, cfg), flush=True)
     if unread:
@@ -132,7 +132,7 @@ def read(path: Path, max_megapixels: int = MEGAPIXELS) -> tuple[np.ndarray, str]
     with limit, warnings.catch_warnings(action="ignore"), pictures.open_image(path) as image:
         if image.width * image.height >= LARGE:
             image.draft(None, (8 * 32, 8 * 32))  # of JPEGs alone: to 1/8 of the sides or less
-        image = ImageOps.exif_transpose(image)
+        image = pictures.turned(image)
         if image.mode == "F" or image.mode.startswith("I"):  # grey levels of more than 8 bits
             values = np.asarray(image)
             levels, note = grey_levels(values)
@@ -177,7 +177,7 @@ def reason_of(error: Exception) -> str:
         return (f"has {size:.0f} megapixels, more than --max-megapixels allows, since a small file "
                 "can be made to exhaust the memory: allow more if you trust it")
     if isinstance(error, Image.UnidentifiedImageError):
-        return "is not an image in a format that Pillow reads"
+        return "is not an image in a format that is read here"
     return f"cannot be read ({config.reason(error)})"
 
 

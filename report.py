@@ -17,7 +17,7 @@ import torch
 
 from lib import checkpoint, config, console, data, devices, logs, measure, memory, plots
 from lib.config import UserError, flag, reason
-from lib.files import sha256_of
+from lib.files import printable, sha256_of
 
 
 @dataclasses.dataclass
@@ -185,7 +185,8 @@ def status(folder: Path, downsample: int | None = None) -> list[tuple[str, ...]]
                 notes = [f"unreadable: {error}"]
             if not notes[0].startswith("up to date"):
                 stale.add(path.name)
-        rows.append((path.name, stage, date, size, "; ".join(notes + unfinished(path))))
+        notes = printable("; ".join(notes + unfinished(path)))
+        rows.append((path.name, stage, date, size, notes))
     return [*rows, sweep_status(folder.parent / "logs/sweep.csv", hashes, stale)]
 
 

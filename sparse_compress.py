@@ -18,7 +18,7 @@ import torch
 
 from lib import checkpoint, compressed, config, logs, runtime
 from lib.config import UserError, flag
-from lib.files import sha256_of, write_bytes
+from lib.files import printable, sha256_of, write_bytes
 
 
 @dataclasses.dataclass
@@ -83,7 +83,7 @@ def compress(cfg) -> None:
           "decoded, identical")  # fmt: skip
     for ancestor in parent.lineage():
         if asked := ancestor["metrics"].get("asked"):
-            print(f"{ancestor['stage']} for {asked}: {len(raw):,} bytes came")
+            print(f"{ancestor['stage']} for {printable(str(asked))}: {len(raw):,} bytes came")
 
 
 def decompress(cfg) -> None:

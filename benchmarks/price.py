@@ -58,9 +58,9 @@ def least_error_first(fit: Fit, coarseness) -> None:
     fit.choose_scales()
 
 
-def free_support(fit: Fit, *args, begin=Fit.__init__) -> None:
+def free_support(fit: Fit, *args, begin=Fit.__init__, **options) -> None:
     """Let weights that are zero at the start take any level."""
-    begin(fit, *args)
+    begin(fit, *args, **options)
     if fit.max_level:  # else it is the fit of a thinned layer, whose channels are to stay away
         fit.mask = torch.ones_like(fit.mask)
 

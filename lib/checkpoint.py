@@ -27,8 +27,8 @@ from models.mobilenetv2 import MobileNetV2, settings_of
 
 FORMAT = "mobilenetv2-cifar10/1"
 # Outputs that a layer may have for one image: a small file can describe a network that would take
-# all memory. At width 1.0 they are 98,304 at most.
-MAX_OUTPUTS = 1 << 22
+# all memory. At width 1.0 they are 196,608 at most.
+MAX_OUTPUTS = 1 << 23
 REPORTS_DOWNSAMPLE = 4  # the strides that the course report trained with
 CHAIN = ("baseline.pth", "pruned.pth", "quantized.pth", "int8.pth", "compressed.nnz")
 DTYPES = {
@@ -61,7 +61,8 @@ class Checkpoint:
         """Return the network with its weights, in eval mode, channels last.
 
         Raises UserError if the state does not fit the settings, an activation scale is not over 0,
-        or a weight scale is 0.
+        a weight scale is 0, a layer has over MAX_OUTPUTS, or batch norms are left in a network of
+        ptq or qat.
         """
         try:
             # First without memory: the settings of a small file can ask for any amount of it.
@@ -288,7 +289,7 @@ def check_fields(source: Checkpoint, path: Path) -> None:
         if not legal:
             raise UserError(f"{path} does not fit its own description: {what}")
 
-    ensure(isinstance(source.stage, str), "its stage is no text")
+    ensure(isinstance(source.stage, str) and source.stage.isprintable(), "its stage is no text")
     for name in ("settings", "state", "data", "config", "metrics"):
         value = getattr(source, name)
         ensure(isinstance(value, dict), f"{name}: a {type(value).__name__!r} object, not a dict")
@@ -302,8 +303,8 @@ def check_fields(source: Checkpoint, path: Path) -> None:
     ensure(isinstance(source.ancestors, list), "ancestors: not a list")
     for row in source.ancestors:
         match row:
-            case {"stage": str(), "sha256": str() | None, "weights": int() | None,
-                  "metrics": dict()}:  # fmt: skip
+            case {"stage": str(stage), "sha256": str() | None, "weights": int() | None,
+                  "metrics": dict()} if stage.isprintable():  # fmt: skip
                 continue
         ensure(False, "an ancestor without a legal stage, sha256, weights and metrics")
     weights = source.ancestors[0]["weights"] if source.ancestors else 1

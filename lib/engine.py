@@ -16,16 +16,18 @@ from tqdm import tqdm
 from lib import checkpoint, console, data, devices, logs, processes, replay
 from lib.augment import SIDE
 from lib.config import UserError, refuse_other_run
-from lib.evaluation import Evaluation, evaluate
+from lib.evaluation import BrokenNetworkError, Evaluation, evaluate
 from lib.folding import fold
 
-LOGIT_IMAGES = 512  # training images that say how large logits are: see `match_logits`
+# Training images that say how large logits are (see `match_logits`), what a bit costs (lib/qat.py),
+# and what the logits lose without a weight (lib/pruning.py).
+LOGIT_IMAGES = 512
 MOMENTUM = 0.9  # of SGD, Nesterov's
 GROWTH = 0.7  # share of the epochs during which images grow, if they start small
 
 
 class DivergedError(UserError):
-    """The training loss, or a weight, is infinite or NaN."""
+    """The training loss, a weight or an answer is infinite or NaN."""
 
 
 @dataclasses.dataclass
@@ -131,8 +133,8 @@ def fit(
     Returns the history, one dict per epoch, and the index of the best epoch in it (the last one if
     there is no validation split). `images_per_second` there is of the training alone; `peak_bytes`,
     on a GPU, is the most of its memory that this process has taken so far. Raises DivergedError if
-    the loss or a weight is no longer finite, and UserError for a batch size that does not fit and
-    for the state of another run.
+    the loss, a weight or an answer is no longer finite, and UserError for a batch size that does
+    not fit and for the state of another run.
     """
     world, rank = processes.world_and_rank()
     device = images.device
@@ -161,17 +163,18 @@ def fit(
                 teacher=teacher, after_step=after_step, penalty=penalty,
                 note=f"{note}epoch {epoch + 1}/{recipe.epochs}",
             )  # fmt: skip
+            broken = torch.stack([~x.isfinite().all() for x in float_tensors(state.final)]).any()
+            totals = torch.cat([totals, broken.double().view(1)])
             if world > 1:
                 dist.all_reduce(totals)
             count = steps * recipe.batch_size
-            loss, correct = (totals / count).tolist()
-            finite = torch.stack([x.isfinite().all() for x in float_tensors(state.final)]).all()
-            if not (math.isfinite(loss) and finite):
-                what = f"the loss is {loss}"
-                if math.isfinite(loss):  # of the steps before the last
-                    what = "weights are infinite or NaN"
-                advice = "lower --lr, or --no-amp" + ", with --no-resume" * state_file.is_file()
-                raise DivergedError(f"{what} at epoch {epoch + 1}: {advice}")
+            loss, correct, broken = (totals / count).tolist()
+            advice = f"at epoch {epoch + 1}: lower --lr, or --no-amp"
+            advice += ", with --no-resume" * state_file.is_file()
+            if not math.isfinite(loss):
+                raise DivergedError(f"the loss is {loss} {advice}")
+            if broken:  # the loss is of the weights before the last step
+                raise DivergedError(f"weights are infinite or NaN {advice}")
             line = {
                 "epoch": epoch + 1, "train_loss": loss, "train_accuracy": correct,
                 "lr": recipe.learning_rate((epoch + 1) * steps - 1, steps),
@@ -179,7 +182,10 @@ def fit(
             }  # fmt: skip
             if device.type == "cuda":
                 line["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-            line |= _validated(state.final, images, recipe, judge, epoch + 1)
+            try:
+                line |= _validated(state.final, images, recipe, judge, epoch + 1)
+            except BrokenNetworkError as error:
+                raise DivergedError(f"{error} {advice}") from None
             line["seconds"] = round(time.monotonic() - start, 1)
             state.add(line)
             state.save(state_file, identity)

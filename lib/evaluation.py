@@ -17,6 +17,10 @@ BATCH = 128  # the report's; its dynamic activation ranges depend on it
 GPU_BATCH = 1000
 
 
+class BrokenNetworkError(UserError):
+    """A network answers with logits that are NaN or infinite."""
+
+
 @dataclasses.dataclass
 class Evaluation:
     """The predictions of a network on a split, with its accuracy and loss."""
@@ -59,14 +63,14 @@ def evaluate_function(
 ) -> Evaluation:
     """Evaluate any function from uint8 images (n, 3, 32, 32) to logits (n, classes).
 
-    note: what the progress bar is called. Raises UserError for logits that are NaN or infinite: an
-    accuracy would be of nothing.
+    note: what the progress bar is called. Raises BrokenNetworkError for logits that are NaN or
+    infinite: an accuracy would be of nothing.
     """
     starts = range(0, len(split), batch)
     shown = tqdm(starts, desc=note, leave=False, disable=console.quiet())
     logits = torch.cat([network(split.images[a : a + batch]) for a in shown])
     if not logits.isfinite().all():
-        raise UserError("the network answers with NaN or infinite logits: it is of no use")
+        raise BrokenNetworkError("the network answers with NaN or infinite logits")
     predictions = logits.argmax(1)
     correct = int((predictions == split.labels).sum())
     loss = float(F.cross_entropy(logits, split.labels))

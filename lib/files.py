@@ -19,7 +19,7 @@ def atomic(path: Path | str):
     `path` is a link to a file, that file is replaced. Raises OSError for what is no file, such as a
     device or a pipe.
     """
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))  # not resolve(), which fails for a link to itself
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "is no regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)

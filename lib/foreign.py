@@ -42,7 +42,8 @@ def state_dict(raw: dict, path: Path) -> dict[str, Tensor]:
     # Beside a network with a prefix, other names belong to something else (a loss, a metric).
     # Without a prefix, a name without a dot is no layer's. Neither is one of another network, such
     # as a teacher.
-    inner = tuple(p for k, p, _ in networks[1:] if k == keys and p.startswith(prefix))
+    inside = [p for k, p, _ in networks[1:] if k == keys and p.startswith(prefix)]
+    inner = tuple(p for p in inside if p != prefix)
     state = {
         name.removeprefix(prefix): tensor for name, tensor in tensors.items()
         if (name.startswith(prefix) if prefix else "." in name) and not name.startswith(inner)

@@ -50,10 +50,9 @@ def parse(text: str) -> list[tuple[str, int] | Path]:
     items = []
     # os.path: a text that is too long for a path is no file, and no error.
     for item in [text] if os.path.isfile(text) else text.split(","):  # noqa: PTH113
-        item = item.strip()
-        if not item:
+        if not item.strip():
             raise ValueError(f"--layer-bits {text}: an item between commas is empty")
-        name, equals, bits = item.rpartition("=")
+        name, equals, bits = item.strip().rpartition("=")
         if not equals or os.path.isfile(item):  # noqa: PTH113
             items.append(Path(item))
         elif not bits.isdecimal() or int(bits) not in BITS:

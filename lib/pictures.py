@@ -1,11 +1,12 @@
 """Find picture files and open them."""
 
 import contextlib
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 # Formats that Pillow cannot decode by itself: films, scientific data; PostScript, for which it
 # starts Ghostscript, a program that would execute a stranger's file.
@@ -20,8 +21,12 @@ def in_folder(folder: Path) -> list[Path]:
     Files and folders whose names begin with a dot are left out: thumbnails, and the companions
     (`._x.jpg`) that macOS writes beside files.
     """
-    endings = _endings()
-    return [path for path in all_in_folder(folder) if path.suffix.lower() in endings]
+    return [path for path in all_in_folder(folder) if is_picture(path)]
+
+
+def is_picture(path: Path) -> bool:
+    """Return whether a file's name ends as that of a picture."""
+    return path.suffix.lower() in _endings()
 
 
 def all_in_folder(folder: Path) -> list[Path]:
@@ -41,7 +46,6 @@ def _endings() -> set[str]:
     return {ending for ending, kind in kinds.items() if kind in readable} | HEIC
 
 
-@cache
 def _formats() -> list[str]:
     """Return the formats that are opened, in Pillow's order: a file's content says which it has."""
     _register_heic()
@@ -82,6 +86,15 @@ def open_image(source: Path | BinaryIO) -> Image.Image:
         if not _register_heic() and _is_heic(source):
             raise ValueError("a HEIC picture: `pip install pillow-heif` lets it be read") from None
         raise
+
+
+def turned(image: Image.Image) -> Image.Image:
+    """Return a picture turned as its EXIF data say; as it is, if they are damaged."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow's parsers raise whatever they please
+        return image
 
 
 def _is_heic(source: Path | BinaryIO) -> bool:

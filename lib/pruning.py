@@ -100,7 +100,7 @@ def weight_errors(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
             hooks.enter_context(layer.register_forward_pre_hook(keep_errors))
         folded(images)
-    return errors
+    return {name: errors[name] for name in weight_layers(folded)}
 
 
 def _lamp(weight: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ImageOps
 
 from lib import pictures
 from lib.config import UserError, reason
@@ -361,9 +360,6 @@ def _parquet(folder: Path, found: list[Path]) -> Arrays:
     if int(pyarrow.__version__.partition(".")[0]) < 15:  # CVE-2023-47248
         raise UserError("this pyarrow can be made to run code by a file: `pip install -U pyarrow`")
     files = {split: _files_of_split(split, found) for split in ("train", "test")}
-    if len(folders := sorted({f.parent for split in files.values() for f in split})) > 1:
-        raise UserError(f"{folder} holds parquet files in {folders[0]} and {folders[1]}, which may "
-                        "be of several sets: name the folder of one as --data")  # fmt: skip
     parts, file, first = [], folder, None
     try:
         for split in ("train", "test"):
@@ -381,7 +377,8 @@ def _parquet(folder: Path, found: list[Path]) -> Arrays:
                 classes = label, _names_of_features(table.schema_arrow.metadata, label)
                 first = first or (file, classes)
                 if classes != first[1]:
-                    raise ValueError(f"has other names of classes than {first[0].name}")
+                    raise ValueError("has another column of labels, or other names of classes, "
+                                     f"than {first[0].name}")  # fmt: skip
                 for rows in table.iter_batches(1024, columns=[image, label]):
                     for cell in rows.column(image).to_pylist():
                         images.append(_pixels(io.BytesIO(_bytes(cell))))
@@ -400,10 +397,14 @@ def _parquet(folder: Path, found: list[Path]) -> Arrays:
 def _files_of_split(split: str, found: list[Path]) -> list[Path]:
     """Return those of the parquet files that are of a split, in order.
 
-    Raises UserError for a download that is not whole, and for files that repeat others: images that
-    are there twice would be trained on and held out for validation.
+    Raises UserError for files in several folders, which may be of several sets, for a download that
+    is not whole, and for files that repeat others: images that are there twice would be trained on
+    and held out for validation.
     """
     files = [f for f in found if re.match(rf"{split}(?![a-z])", f.name)]
+    if len(folders := sorted({file.parent for file in files})) > 1:
+        raise UserError(f"files that begin with {split} lie in {folders[0]} and in {folders[1]}, "
+                        "perhaps of several sets: give the folder of one as --data")  # fmt: skip
     hashes = {}
     for file in files:
         said = re.search(r"-of-(\d+)", file.name)
@@ -449,10 +450,11 @@ def _class_folders(path: Path) -> Arrays:
     for split in ("train", "test"):
         images, labels = [], []
         for folder in folders[split]:
-            taken = pictures.in_folder(folder)
-            left_out += [p for p in pictures.all_in_folder(folder) if p not in set(taken)]
+            there = pictures.all_in_folder(folder)
+            taken = [file for file in there if pictures.is_picture(file)]
+            left_out += [file for file in there if not pictures.is_picture(file)]
             if not taken and split == "test":
-                print(f"{folder} has no picture: n is less by this class", file=sys.stderr)
+                print(f"{folder} has no pictures: this class is not tested", file=sys.stderr)
             for file in taken:
                 try:
                     images.append(_pixels(file))
@@ -461,8 +463,9 @@ def _class_folders(path: Path) -> Arrays:
                 labels.append(names.index(folder.name))
         parts += [np.stack(images) if images else NO_IMAGES, np.array(labels, np.int64)]
     if left_out:
-        print(f"{path}: left out {len(left_out)} files whose names do not end as pictures' do, "
-              f"such as {printable(str(left_out[0]))}", file=sys.stderr)  # fmt: skip
+        print(f"{path}: files whose names do not end as pictures' do are left out: "
+              f"{len(left_out)}, such as {printable(str(left_out[0]))}",
+              file=sys.stderr)  # fmt: skip
     return Arrays(*parts, _names(names, path))
 
 
@@ -476,7 +479,7 @@ def _pixels(source) -> np.ndarray:
             raise ValueError(f"a picture of {image.size[0]}x{image.size[1]} pixels, not 32x32")
         if image.mode not in ("RGB", "L", "P") or image.has_transparency_data:
             raise ValueError(f"a picture of mode {image.mode}, not 8-bit RGB or grey")
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        return np.asarray(pictures.turned(image).convert("RGB"))
 
 
 def _names(names, where: Path) -> tuple[str, ...] | None:

@@ -27,7 +27,7 @@ channel if depthwise), each of `rows` outputs and `columns` inputs.
     scale       (groups, rows, 1)
     row_lambda  (groups, rows, 1)            squared error of a row that saving one bit may add
 
-Several starts are fitted at once, as further rows: start, row -> start * rows + row.
+Several starts are fitted at once, as copies of the rows: copy, row -> copy * rows + row.
 """
 
 import math

@@ -12,9 +12,15 @@ if [ -e "$RUN" ] && [ ! -e "$RUN/.demo" ]; then
   echo "$RUN is not of an earlier demo: move it away" >&2
   exit 1
 fi
-rm -rf "$RUN"
-mkdir -p "$RUN"
-touch "$RUN/.demo"
+flags=${MAKEFLAGS:-}
+flags=${flags%% *}  # the short ones; n: `make -n`, which must change nothing
+case $flags in
+  -* | *=*) flags= ;;
+esac
+case $flags in
+  *n*) ;;
+  *) rm -rf "$RUN" && mkdir -p "$RUN" && touch "$RUN/.demo" ;;
+esac
 cd "$(dirname "$0")/.."
 RUN=${RUN#"$PWD"/}  # make takes no path with spaces: the project's folder may have some
 ${MAKE:-make} --no-print-directory ${PYTHON:+PYTHON="$PYTHON"} all DATA=synthetic RUN="$RUN" SPLIT=test WANDB= \

@@ -374,7 +374,7 @@ def test_what_is_left_out_of_a_folder_is_said(class_folders, capsys):
         path.rename(path.with_suffix(""))
     assert len(data.load(str(folder), 0).test) == 18
     err = capsys.readouterr().err
-    assert "test/cat has no picture" in err and "left out 2 files whose names do not end" in err
+    assert "test/cat has no pictures" in err and "do are left out: 2, such as " in err
 
 
 def test_pictures_are_turned_as_their_exif_data_say(class_folders):
@@ -456,9 +456,9 @@ def test_parquet(arrays, tmp_path):
     for names in (list("JIHGFEDCBA"), None):
         write("fine_label", lambda raw: raw, names)
         train.write_bytes(of_letters)
-        refused(str(tmp_path), "has other names of classes than train-00000-of-00001.parquet")
+        refused(str(tmp_path), "other names of classes, than train-00000-of-00001.parquet")
     shutil.copytree(tmp_path / "plain_text", tmp_path / "old")
-    refused(str(tmp_path), "plain_text, which may be of several sets: name the folder of one")
+    refused(str(tmp_path), "/plain_text, perhaps of several sets: give the folder of one")
     shutil.rmtree(tmp_path / "old")
     write("number", lambda raw: raw, None)
     refused(str(tmp_path), "has the columns img, number, no img and label")

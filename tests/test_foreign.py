@@ -99,6 +99,13 @@ def test_a_network_among_the_names_of_another_is_left_out_and_named(plain, tmp_p
     assert equal(state, plain) and said == "not the network at 'teacher.'"
 
 
+def test_a_weight_that_is_there_with_and_without_its_mask_is_not_lost(plain, tmp_path, capfd):
+    weight = plain["features.0.0.weight"]
+    masked = {"weight_orig": weight, "weight_mask": torch.ones_like(weight)}
+    state, _ = loaded(plain | prefixed("features.0.0.", masked), tmp_path, capfd)
+    assert equal(state, plain)
+
+
 def test_a_key_named_format_is_no_claim_to_be_ours(plain, tmp_path, capfd):
     state, said = loaded({"format": "pt", "model": plain}, tmp_path, capfd)
     assert equal(state, plain) and said == "taken from 'model'"

@@ -187,6 +187,8 @@ def test_the_demo_deletes_nothing_of_others(tmp_path):
         assert ("demo is not of an earlier demo" in run.stderr) == (target == "demo")
         assert (run.returncode != 0) == (target == "demo")
     (tmp_path / "demo/.demo").touch()
+    make("-f", ROOT / "Makefile", "-n", "demo", f"PYTHON={sys.executable}", cwd=tmp_path)
+    assert thesis.exists()  # it is said what would be done
     assert make("-f", ROOT / "Makefile", "clean", cwd=tmp_path).returncode == 0
     assert not thesis.exists()
 

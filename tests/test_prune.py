@@ -15,7 +15,7 @@ from autoaugment import augmentation
 from lib import checkpoint, data, engine, pruning, ptq
 from lib.compaction import compact, take
 from lib.config import UserError
-from lib.evaluation import Evaluation, evaluate
+from lib.evaluation import BrokenNetworkError, Evaluation, evaluate
 from lib.folding import fold
 from lib.metrics import weight_layers
 from models.mobilenetv2 import MobileNetV2, standard
@@ -352,6 +352,20 @@ def test_a_round_that_diverges_leaves_the_last_good_one(tiny, baseline, tmp_path
 
     monkeypatch.setattr(engine, "fit", diverging)
     pruned, lines = run(tiny, baseline, tmp_path)
+    assert pruned.metrics["round"] == 1 and [x["round"] for x in lines] == [0, 1]
+
+
+def test_a_round_that_answers_nan_leaves_the_last_good_one(tiny, baseline, tmp_path, monkeypatch):
+    original, asked = engine.evaluate, []
+
+    def broken(model, *args):
+        asked.append(1)
+        if len(asked) > 1:  # in the second round
+            raise BrokenNetworkError("the network answers with NaN or infinite logits")
+        return original(model, *args)
+
+    monkeypatch.setattr(engine, "evaluate", broken)
+    pruned, lines = run(tiny, baseline, tmp_path, "--epochs=1")
     assert pruned.metrics["round"] == 1 and [x["round"] for x in lines] == [0, 1]
 
 

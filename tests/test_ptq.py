@@ -141,7 +141,7 @@ def test_biases_leave_no_error_on_average(small, quantized, pixels):
         a, b = (seen[m].movedim(1, -1).flatten(0, -2) for m in (layer, model.get_submodule(name)))
         assert (a - b).abs().mean() > 1e-3 and (a - b).mean(0).abs().max() < 1e-4
         layer._forward_hooks.clear(), model.get_submodule(name)._forward_hooks.clear()
-    # With activations the layers have units of their own, but the logits have none; a bias is in
+    # With activations the layers have factors of their own, but the logits have none; a bias is in
     # whole numbers of what the accumulator counts in.
     parent, model, _, _ = quantized(4, 4)
     unit = model.pooled.step * model.classifier[1].weight_scale

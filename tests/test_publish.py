@@ -294,6 +294,9 @@ def test_a_refusal_leaves_what_was_published(published, tiny):
     (published.folder / "logs/sweep.csv").write_text("bits,parent_sha256\n4,0123\n")
     code, _, err = published("publish")
     assert code == 1 and "sweep.csv is of another network" in err and content() == before
+    (published.folder / "logs/sweep.csv").write_bytes(b"bits,parent_sha256\n4,\xff\n")
+    code, _, err = published("publish")
+    assert code == 1 and "sweep.csv is damaged: " in err and content() == before
     (published.folder / "logs/sweep.csv").unlink()
     (published.folder / "logs/train.jsonl").write_text("{")
     code, _, err = published("publish")

@@ -311,7 +311,7 @@ def test_dequantizing_gives_a_network_with_batch_norms_that_computes_the_same(sm
 
 
 def test_dequantizing_keeps_what_clips_activations(small, pixels):
-    """Equalization gives channels other units, in which a quantizer clips, but not at 6."""
+    """Equalization gives channels other factors, in which a quantizer clips, but not at 6."""
     rounded, _ = ptq.quantize(small(0), pixels, ptq.make_scheme(8, 16))
     clips = [float(block[2].high * block[2].step) for block in rounded.modules()
              if isinstance(block, ConvBNReLU6)]  # fmt: skip

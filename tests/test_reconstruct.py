@@ -1,5 +1,6 @@
 """lib/reconstruct.py: against every choice there is, and against rounding to nearest."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks import price
 from lib import quantizers
 from lib.quantizers import max_level
 from lib.reconstruct import IntegerLeastSquares, as_matrix_product, reconstruct
@@ -137,3 +139,21 @@ def test_counted_bits_move_levels_only_where_the_cost_falls():
     last = fit.cost(fit.weight, fit.scale)
     assert (first <= before + 1e-5).all() and (last <= first + 1e-5).all()
     assert (first < before - 1e-3).any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", price.variants())
+def test_the_parts_that_a_benchmark_leaves_out_can_be_left_out(name):
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(16, 12, 1), torch.randn(8, 16, 8, 8)
+    outputs = layer(x)
+    layer.weight.mul_(torch.rand_like(layer.weight) < 0.7)
+    layer.register_buffer("weight_scale", torch.ones(12))
+    pruned = layer.weight == 0
+    with contextlib.ExitStack() as stack:
+        for replacement in price.variants()[name][0]:
+            stack.enter_context(replacement)
+        reconstruct(layer, x, outputs, 8, scale_bits=3, row_importance=torch.ones(12),
+                    lambda_per_bit=1e-4)  # fmt: skip
+    came_back = layer.weight[pruned].any()
+    assert layer.weight.any() and came_back == (name == "pruned weights may come back")

@@ -186,6 +186,8 @@ def test_status_names_the_parent_that_changed_and_what_follows(chain, run, statu
         parent = checkpoint.load(run / f"checkpoints/{name}.pth").sha256
         (run / "logs/sweep.csv").write_text(f"bits,parent_sha256\n4,{parent}\n")
         assert note in status()["sweep.csv"]
+    (run / "logs/sweep.csv").write_bytes(b"bits,parent_sha256\n4,\xff\n")
+    assert "damaged: " in status()["sweep.csv"]
 
 
 def test_status_of_a_parent_outside_the_chain_whose_own_parent_changed(run, status):

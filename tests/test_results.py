@@ -50,6 +50,11 @@ def test_tables_are_shown_in_both_files(folder):
     results.main([f"--folder={folder}", "--check"])
 
 
+def test_a_name_may_hold_what_ends_a_cell():
+    table = {"columns": ["file"], "rows": [["a|b.pth"]]}
+    assert tables.markdown(table)[-1] == r"| a\|b.pth |"
+
+
 def test_figures_that_were_typed_by_hand_are_noticed(folder):
     results.main([f"--folder={folder}"])
     page = folder / "RESULTS.md"

@@ -43,8 +43,8 @@ KEYS = set(json.loads(DICTIONARY))
 def pack(meta: dict) -> tuple[bytes, bytes, dict]:
     """Return (beginning, section, settings) of a network.
 
-    meta: as lib/nnz/v2.py has it. beginning: the bytes that the content begins with, of which the
-    section ends with the SHA-256. section: without that. Raises Malformed or LimitExceeded for a
+    meta: as lib/nnz/v2.py has it. beginning: the first bytes of the content; the section ends
+    with the content's SHA-256. section: without that. Raises Malformed or LimitExceeded for a
     network that has no description.
     """
     settings, widths = _split(meta["settings"])

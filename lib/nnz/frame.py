@@ -151,7 +151,7 @@ def parse_canonical(text: bytes, section: str):
         raise Malformed(f"section {section} is not legal JSON: {error}") from None
     if again != text:  # also catches duplicate keys
         raise Malformed(f"section {section} is not canonical JSON")
-    level = [[value]]  # what lies in as many arrays and objects as the loop has made turns, and one
+    level = [[value]]  # arrays and objects, a level deeper at each turn
     for _ in range(MAX_DEPTH + 1):
         inside = (x.values() if isinstance(x, dict) else x for x in level)
         level = [y for values in inside for y in values if isinstance(y, dict | list)]

@@ -189,8 +189,7 @@ def side_part_sizes(side: bytes, padded: bool = False) -> dict[str, int]:
     _, packed = parse_side(side, padded)
     parts = "scales", "biases", "activation_scales"
     return {
-        part: len(stream) + len(low_bits)
-        for part, (stream, low_bits) in zip(parts, packed, strict=True)
+        part: len(stream) + len(tail) for part, (stream, tail) in zip(parts, packed, strict=True)
     }
 
 
@@ -242,7 +241,7 @@ def check_weights(network: list[Layer], code_bytes: int) -> None:
 
 
 def parse_side(side: bytes, padded: bool = False) -> tuple[int, list[tuple[bytes, bytes]]]:
-    """Return (flags, [(stream, low bits)]) of weight scales, biases, activation scales.
+    """Return (flags, [(stream, tail)]) of weight scales, biases, activation scales.
 
     padded: zeros may follow. Raises Malformed.
     """

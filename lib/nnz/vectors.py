@@ -17,7 +17,7 @@ MAX_CUT = 17  # low bits that bypass the coder: it can hold the 32 - 17 others
 
 
 def pack(vectors: list[np.ndarray]) -> bytes:
-    """Return the bytes of float32 vectors, of any values: two lengths, a coder stream, low bits."""
+    """Return the bytes of float32 vectors, of any values: two lengths, a coder stream, a tail."""
     forms, cuts, high, low = [], [], [], [np.zeros(0, np.uint8)]
     for vector in vectors:
         form, numbers = _shortest_form(np.asarray(vector, "<f4"))
@@ -28,18 +28,18 @@ def pack(vectors: list[np.ndarray]) -> bytes:
         low.append(_low_bits(numbers, cut))
     heads = np.array([forms, cuts], np.int64)
     stream = coder.encode_values([*heads, *high])
-    low_bits = np.packbits(np.concatenate(low), bitorder="little").tobytes()
-    return varint(len(stream)) + varint(len(low_bits)) + stream + low_bits
+    tail = np.packbits(np.concatenate(low), bitorder="little").tobytes()
+    return varint(len(stream)) + varint(len(tail)) + stream + tail
 
 
 def split(reader: Reader) -> tuple[bytes, bytes]:
-    """Return (coder stream, low bits) of the next vectors that `pack` wrote; Malformed if the bytes
-    end before."""
-    stream_length, low_length = reader.varint(), reader.varint()
-    return bytes(reader.bytes(stream_length)), bytes(reader.bytes(low_length))
+    """Return (coder stream, tail) of the next vectors that `pack` wrote. Raises Malformed if the
+    bytes end before."""
+    stream_length, tail_length = reader.varint(), reader.varint()
+    return bytes(reader.bytes(stream_length)), bytes(reader.bytes(tail_length))
 
 
-def unpack(stream: bytes, low_bits: bytes, sizes: list[int]) -> list[np.ndarray]:
+def unpack(stream: bytes, tail: bytes, sizes: list[int]) -> list[np.ndarray]:
     """Return the float32 vectors, of these sizes, from what `split` returns.
 
     Raises Malformed unless the bytes are legal for these sizes.
@@ -51,9 +51,9 @@ def unpack(stream: bytes, low_bits: bytes, sizes: list[int]) -> list[np.ndarray]
     if ((cuts < 0) | (cuts > MAX_CUT)).any():
         raise Malformed("section SIDE: an illegal number of low bits")
     needed = int(cuts @ np.array(sizes, np.int64)) if sizes else 0
-    if len(low_bits) != (needed + 7) // 8:  # before they are unpacked: each takes a byte then
+    if len(tail) != (needed + 7) // 8:  # before they are unpacked: each takes a byte then
         raise Malformed("section SIDE: not as many low bits as the vectors need")
-    bits = np.unpackbits(np.frombuffer(low_bits, np.uint8), bitorder="little")
+    bits = np.unpackbits(np.frombuffer(tail, np.uint8), bitorder="little")
     if bits[needed:].any():
         raise Malformed("section SIDE: padding bits that are not zero")
     vectors, start = [], 0
