@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lib import compressed, foreign, quantizers
-from lib.config import UserError, code_version, command, reason
+from lib.config import MAX_SEED, UserError, code_version, command, reason
 from lib.data import CLASSES, SPLIT_SEED, Data, held_out, names_of
 from lib.data import load as load_images
 from lib.files import atomic, printable
@@ -319,7 +319,7 @@ def check_fields(source: Checkpoint, path: Path) -> None:
         f"{len(names)} names of {classes} classes",
     )
     ensure(held_out is None or type(held_out) is int and held_out >= 0, "data: val_size")
-    legal = source.seed is None or type(source.seed) is int and 0 <= source.seed < 2**32
+    legal = source.seed is None or type(source.seed) is int and 0 <= source.seed <= MAX_SEED
     ensure(legal, "a seed that is not 0 to 2^32 - 1")
 
 

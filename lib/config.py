@@ -50,6 +50,7 @@ LIMITS = {
     "least": ("at least", operator.ge), "over": ("over", operator.gt),
     "most": ("at most", operator.le), "under": ("under", operator.lt),
 }  # fmt: skip
+MAX_SEED = 2**32 - 1  # as FORMAT.md has it, too
 
 
 class UserError(Exception):
@@ -98,7 +99,7 @@ class Common:
     run_dir: str = flag(".", "folder that holds checkpoints/, logs/ and plots/")
     seed: int = flag(
         47, "random seed: initial weights, order, augmentation, calibration images",
-        heading="run and machine", least=0, most=2**32 - 1,
+        heading="run and machine", least=0, most=MAX_SEED,
     )  # fmt: skip
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...")
     wandb: bool = flag(False, "log to Weights & Biases too; offline if there is no key")

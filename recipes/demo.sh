@@ -4,10 +4,8 @@
 #     recipes/demo.sh [RUN]             RUN: a folder (demo), which is made anew if a demo made it
 set -euo pipefail
 RUN=${1:-demo}
-# Paths are the caller's; the scripts are in the project's folder.
-absolute() { case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
+. "$(dirname "$0")/paths.sh"
 RUN=$(absolute "$RUN")
-case ${PYTHON:-} in */*) PYTHON=$(absolute "$PYTHON") ;; esac
 if [ -e "$RUN" ] && [ ! -e "$RUN/.demo" ]; then
   echo "$RUN is not of an earlier demo: move it away" >&2
   exit 1

@@ -12,11 +12,9 @@
 set -euo pipefail
 DATA=${1:?usage: recipes/release.sh DATA [RUN]}
 RUN=${2:-runs/release}
-# Paths are the caller's; the scripts are in the project's folder.
-absolute() { case $1 in /* | synthetic) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
+. "$(dirname "$0")/paths.sh"
 DATA=$(absolute "$DATA")
 RUN=$(absolute "$RUN")
-case ${PYTHON:-} in */*) PYTHON=$(absolute "$PYTHON") ;; esac
 GRID=${GRID:+$(absolute "$GRID")}
 cd "$(dirname "$0")/.."
 [ -n "${PYTHON:-}" ] || ${MAKE:-make} --no-print-directory venv

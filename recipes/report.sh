@@ -8,11 +8,9 @@
 set -euo pipefail
 DATA=${1:?usage: recipes/report.sh DATA [RUN]}
 RUN=${2:-runs/report}
-# Paths are the caller's; the scripts are in the project's folder.
-absolute() { case $1 in /* | synthetic) echo "$1" ;; *) echo "$PWD/$1" ;; esac }
+. "$(dirname "$0")/paths.sh"
 DATA=$(absolute "$DATA")
 RUN=$(absolute "$RUN")
-case ${PYTHON:-} in */*) PYTHON=$(absolute "$PYTHON") ;; esac
 cd "$(dirname "$0")/.."
 RUN=${RUN#"$PWD"/}  # make takes no path with spaces: the project's folder may have some
 ${MAKE:-make} --no-print-directory ${PYTHON:+PYTHON="$PYTHON"} all DATA="$DATA" RUN="$RUN" \
