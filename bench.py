@@ -32,6 +32,7 @@ import copy
 import dataclasses
 import functools
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -46,8 +47,8 @@ from lib import config, console, data, devices, graph, logs, memory, plots, runt
 from lib.compaction import compact
 from lib.config import UserError, flag
 from lib.evaluation import Evaluation, evaluate_function
-from models.mobilenetv2 import MobileNetV2
 
+TITLE = "Speed of the integer network"
 COMPACTED = "compacted fp32, onnxruntime"  # what ratios refer to, beside the first network
 
 
@@ -68,6 +69,11 @@ class Settings(config.AfterTraining):
     peers: bool = flag(False, "also measure OpenVINO, if it is installed")
     split: str = flag("test", "images for the accuracy", choices=("val", "test", "train"))
     results: str | None = flag(None, "write the table for RESULTS.md, such as results/bench.json")
+    title: str | None = flag(None, f"with --results: the table's heading [{TITLE}]")
+
+    def __post_init__(self):
+        if self.title and not self.results:
+            raise ValueError("--title is for a table: give --results")
 
 
 @dataclasses.dataclass
@@ -97,6 +103,8 @@ def main(argv=None):
     images = pruned.images(cfg.data, cfg.val_size, "cpu")
     for source in (dense, ours):
         source.check_images(images)
+    if pruned.sha256 not in (ancestor["sha256"] for ancestor in ours.ancestors):
+        print(f"bench.py: {ours.file} was not made from {pruned.file}", file=sys.stderr)
     split = images.split(cfg.split)
     if max(cfg.batches) > len(split):
         raise UserError(f"--batches {max(cfg.batches)}: there are {len(split):,} images")
@@ -132,7 +140,7 @@ def main(argv=None):
             f"int8.onnx: {bits['method']} W{bits['weight_bits']}A{bits['act_bits']}, target "
             f"{ours.target}"
         )
-        tables.write(Path(cfg.results), summary(rows, images.source, about))
+        tables.write(Path(cfg.results), summary(rows, images.source, about, cfg.title))
 
 
 # ---- who runs ------------------------------------------------------------------------------------
@@ -145,7 +153,7 @@ def contestants(dense, small, ours, sample, device) -> list[Contestant]:
     """
     field = []
     for name, model in (("dense fp32", dense), ("compacted fp32", small)):
-        size, peak = fp32_bytes(model), 4 * memory.activations(model)["peak_values"]
+        size, peak = fp32_bytes(model), 4 * peak_values(model.settings)
         raw = graph.to_bytes(graph.fp32(model, {}))
         field += [by_torch(f"{name}, torch", model, size, peak),
                   by_onnx(f"{name}, onnxruntime", raw, normalized, peak)]  # fmt: skip
@@ -156,7 +164,7 @@ def contestants(dense, small, ours, sample, device) -> list[Contestant]:
         "int8.onnx (ours)", ours.graph, lambda x: x.numpy(), padded_peak(ours.settings)
     )
     theirs = quantize_static(raw, sample.contiguous().numpy())
-    peak = memory.activations(small)["peak_values"]
+    peak = peak_values(small.settings)
     return [*field, by_onnx("quantize_static", theirs, normalized, peak), integers]
 
 
@@ -212,7 +220,7 @@ def peers(small, ours) -> list[Contestant]:
 
         return Contestant(f"{name}, OpenVINO", prepare, start, stored_bytes(raw), peak)
 
-    raw, values = graph.to_bytes(graph.fp32(small, {})), memory.activations(small)["peak_values"]
+    raw, values = graph.to_bytes(graph.fp32(small, {})), peak_values(small.settings)
 
     def compacted(kind: str, size: int) -> Contestant:
         """Return it in numbers of that kind, of so many bytes."""
@@ -267,6 +275,10 @@ def fp32_bytes(model) -> int:
     return sum(t.nbytes for t in model.state_dict().values())
 
 
+def peak_values(settings: dict) -> int:
+    return memory.activations(settings)["peak_values"]
+
+
 def padded_peak(settings: dict) -> int:
     """Return the bytes of the integer network's activations, padded channels included."""
 
@@ -275,7 +287,7 @@ def padded_peak(settings: dict) -> int:
 
     blocks = [b | {"hidden": up(b["hidden"]), "out": up(b["out"])} for b in settings["blocks"]]
     settings = settings | {"stem": up(settings["stem"]), "head": up(settings["head"])}
-    return memory.activations(MobileNetV2(settings | {"blocks": blocks}))["peak_values"]
+    return peak_values(settings | {"blocks": blocks})
 
 
 # ---- the race ------------------------------------------------------------------------------------
@@ -328,16 +340,16 @@ def race(field: list[Contestant], images, threads: int, cfg) -> dict[str, dict]:
     return figures
 
 
-def summary(rows: list[dict], source: str, about: str) -> dict:
+def summary(rows: list[dict], source: str, about: str, title: str | None = None) -> dict:
     """Return the table for RESULTS.md: a row per network, a column per batch size and thread count.
 
-    source: where the images come from. about: the networks, in words.
+    source: where the images come from. about: the networks, in words. title: TITLE if None.
     """
     ratios = {(r["network"], r["batch"], r["threads"]): r["ratio_to_compacted"] for r in rows}
     cases = sorted({(r["batch"], r["threads"]) for r in rows})
     networks = {r["network"]: r for r in rows}.values()
     return tables.table(
-        "Speed of the integer network",
+        title or TITLE,
         ["network", *(f"batch {b}, {t} thread{'s' * (t > 1)}" for b, t in cases),
          f"correct of {rows[0]['total']:,}", "bytes of weights", "bytes of activations"],
         [[r["network"], *(f"{ratios[r['network'], *case]:.1f}x" for case in cases), r["correct"],

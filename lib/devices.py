@@ -16,8 +16,12 @@ from lib.config import UserError, reason
 # What a driver of NVIDIA leaves on Linux, and under Windows' WSL.
 SIGNS_OF_A_GPU = [Path("/proc/driver/nvidia"), Path("/dev/nvidia0"), Path("/dev/dxg")]
 
-# Instruction sets that decide how fast a CPU trains (bf16) and runs integers (VNNI).
-INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "avx512_vnni": "VNNI"}
+# Instruction sets that decide how fast a CPU trains (bf16, AMX) and runs integers (VNNI), by the
+# names of torch.cpu.get_capabilities.
+INSTRUCTIONS = {
+    "avx2": "AVX2", "avx512_f": "AVX-512", "avx512_bf16": "bf16", "avx512_vnni": "VNNI",
+    "avx_vnni": "VNNI", "amx_tile": "AMX",
+}  # fmt: skip
 
 
 def choose(name: str, share: bool = False) -> torch.device:
@@ -107,14 +111,12 @@ def hardware(device: torch.device) -> str:
     """Return a device and what matters of it: "AMD EPYC, 2 threads (AVX2, AVX-512, bf16, VNNI)"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    fields = {}
-    cpuinfo = Path("/proc/cpuinfo")
+    name, cpuinfo = None, Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-    flags = fields.get("flags", "").split()
-    known = [label for name, label in INSTRUCTIONS.items() if name in flags]
-    name = fields.get("model name") or platform.processor() or platform.machine()
+        name = re.search(r"^model name\s*: (.+)", cpuinfo.read_text(), re.M)
+    name = name[1] if name else platform.processor() or platform.machine()
+    has = torch.cpu.get_capabilities()
+    known = dict.fromkeys(label for key, label in INSTRUCTIONS.items() if has.get(key))
     count = torch.get_num_threads()
     return f"{name}, {count} thread" + "s" * (count > 1) + f" ({', '.join(known)})" * bool(known)
 
