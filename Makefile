@@ -5,24 +5,8 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
 
-DATA ?=
-WANDB ?=
 SPLIT ?= test
 RUN ?= .
-DEVICE ?=
-PROCESSES ?=
-TRAIN_FLAGS ?=
-PRUNE_FLAGS ?=
-QUANTIZE_FLAGS ?=
-INT8_FLAGS ?=
-COMPRESS_FLAGS ?=
-SWEEP_FLAGS ?=
-SENSITIVITY_FLAGS ?=
-EVAL_FLAGS ?=
-IMAGES ?=
-REPORT_FLAGS ?=
-BENCH_FLAGS ?=
-PREDICT_FLAGS ?=
 
 # The scripts and .venv are in the Makefile's folder. RUN, DATA, FILES and IMAGES are as seen from
 # where make was called: with `make -f elsewhere/Makefile PYTHON=...`, elsewhere may be read-only.
@@ -32,13 +16,12 @@ $(error the path of the Makefile must not have spaces: call make in its folder)
 endif
 
 # make PYTHON=python3 ... uses that interpreter as it is; otherwise .venv is made, and made anew if
-# python3 has another minor version than the one that made it, or that one is gone.
+# its interpreter is gone. (With another python3 in PATH it stays: a job may be running in it.)
 PYTHON ?= $(HERE).venv/bin/python
 ifeq ($(origin PYTHON),file)
 VENV := $(HERE).venv/installed
-VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
-SAME_PYTHON := $(filter $(shell python3 $(VERSION) 2>&1),$(shell $(PYTHON) $(VERSION) 2>/dev/null))
-ifndef SAME_PYTHON
+WORKS := $(shell $(PYTHON) -c 'import sys; print("yes" * (sys.version_info >= (3, 11)))' 2>/dev/null)
+ifndef WORKS
 .PHONY: $(VENV)
 endif
 else
@@ -156,16 +139,21 @@ test: $(VENV)  ## the linter and the tests
 
 venv: $(VENV)  ## the virtual environment, with pinned dependencies
 $(HERE).venv/installed: $(HERE)requirements.txt
+ifndef WORKS
 	$(call check-python,python3)
-	$(if $(SAME_PYTHON),,rm -rf $(HERE).venv)
+	rm -rf $(HERE).venv
 	python3 -m venv $(HERE).venv
+endif
 	$(HERE).venv/bin/python -m pip install --quiet -r $<
 	touch $@
 check-python:
 	$(call check-python,$(PYTHON))
 
+# From elsewhere, the folder of one's own project is the default.
+FOREIGN = $(and $(HERE),$(filter file,$(origin RUN)))
 OUTPUTS = $(wildcard $(C) $(RUN)/logs $(RUN)/plots)
 clean:  ## delete all of checkpoints/, logs/, plots/, demo/ but the trained baseline and its log
+	$(if $(FOREIGN),$(error clean deletes all of ./checkpoints, ./logs and ./plots: give RUN=. if that is meant))
 	$(if $(filter .,$(RUN)),$(if $(wildcard demo/.demo),rm -rf demo))
 	$(if $(OUTPUTS),find $(OUTPUTS) -mindepth 1 -maxdepth 1 ! -name .gitkeep \
 		! -name 'baseline.pth*' ! -name 'train.*' -exec rm -rf {} +)

@@ -126,7 +126,8 @@ def test_an_old_python_is_refused_before_anything_is_installed(checkout, version
     assert given.returncode != 0 and given.stderr.startswith("Python 3.11 or later is needed")
 
 
-def test_a_venv_of_another_python_is_made_anew(checkout):
+def test_a_venv_stays_until_its_python_is_gone(checkout):
+    """A job may be running in it while another shell has another python3."""
     def venv(version):
         python3 = python_of(version, checkout.parent / "bin/python3")
         Path(f"{python3}.calls").write_text("")
@@ -138,17 +139,15 @@ def test_a_venv_of_another_python_is_made_anew(checkout):
     assert venv((3, 11, 4)) == made
     mark = checkout / ".venv/mark"
     mark.touch()
-    assert venv((3, 11, 9)) == [] and mark.exists()
-    assert venv((3, 12, 1)) == made and not mark.exists()
-    mark.touch()
-    assert venv((3, 12, 2)) == [] and mark.exists()
+    assert venv((3, 12, 1)) == [] and mark.exists()
     (checkout / ".venv/bin/python").unlink()
     (checkout / ".venv/bin/python").symlink_to("/nowhere/python3.12")
     assert venv((3, 12, 2)) == made and not mark.exists()
     os.utime(checkout / "requirements.txt")  # other packages, the same interpreter
     os.utime(checkout / ".venv/installed", (0, 0))
     mark.touch()
-    assert venv((3, 12, 2)) == made and mark.exists()
+    assert venv((3, 11, 4)) == [] and mark.exists()
+    assert (checkout / ".venv/installed").stat().st_mtime > 0
 
 
 # ---- names and folders ---------------------------------------------------------------------------
@@ -182,15 +181,26 @@ def test_the_demo_deletes_nothing_of_others(tmp_path):
     thesis.parent.mkdir()
     thesis.write_text("mine")
     for target in ("demo", "clean"):
-        run = make("-f", ROOT / "Makefile", target, f"PYTHON={sys.executable}", cwd=tmp_path)
+        run = make("-f", ROOT / "Makefile", target, "RUN=.", f"PYTHON={sys.executable}",
+                   cwd=tmp_path)  # fmt: skip
         assert thesis.read_text() == "mine", run.stdout
         assert ("demo is not of an earlier demo" in run.stderr) == (target == "demo")
         assert (run.returncode != 0) == (target == "demo")
     (tmp_path / "demo/.demo").touch()
     make("-f", ROOT / "Makefile", "-n", "demo", f"PYTHON={sys.executable}", cwd=tmp_path)
     assert thesis.exists()  # it is said what would be done
-    assert make("-f", ROOT / "Makefile", "clean", cwd=tmp_path).returncode == 0
+    assert make("-f", ROOT / "Makefile", "clean", "RUN=.", cwd=tmp_path).returncode == 0
     assert not thesis.exists()
+
+
+def test_clean_from_elsewhere_deletes_only_a_folder_that_was_named(tmp_path):
+    mine = tmp_path / "checkpoints/thesis.pt"
+    mine.parent.mkdir()
+    mine.touch()
+    run = make("-f", ROOT / "Makefile", "clean", cwd=tmp_path)
+    assert run.returncode != 0 and "give RUN=. if that is meant" in run.stderr and mine.exists()
+    assert make("-f", ROOT / "Makefile", "clean", "RUN=.", cwd=tmp_path).returncode == 0
+    assert not mine.exists()
 
 
 def test_the_demo_takes_a_python_by_a_relative_path(tmp_path):
