@@ -44,7 +44,7 @@ from lib import (
 from lib.compaction import compact, take
 from lib.config import UserError, flag
 from lib.evaluation import evaluate
-from lib.files import state_of
+from lib.files import claim, rejected_of, state_of
 from models.layers import roles
 from models.mobilenetv2 import MobileNetV2
 
@@ -138,19 +138,16 @@ class State:
         networks = {"last_good": self.last_good} | ({"pruned": self.pruned} if self.pruned else {})
         processes.wait()
         if processes.is_main():
-            checkpoint.write(file, {
-                "config": identity, "rounds": self.rounds, "velocity": self.velocity,
-                "networks": {n: (net.settings, net.state_dict()) for n, net in networks.items()},
-            })  # fmt: skip
+            checkpoint.write_state(
+                file, identity, rounds=self.rounds, velocity=self.velocity,
+                networks={n: (net.settings, net.state_dict()) for n, net in networks.items()},
+            )  # fmt: skip
         processes.wait()
 
     @classmethod
     def load(cls, file: Path, identity: dict, device: torch.device) -> "State":
         """Read what `save` wrote. Raises UserError if it belongs to another run."""
-        saved, networks = checkpoint.read(file), {}
-        if "last_good" not in saved.get("networks", {}):
-            raise UserError(f"{file} is of an earlier version: --no-resume discards it")
-        config.refuse_other_run(file, saved["config"], identity)
+        saved, networks = checkpoint.read_state(file, identity), {}
         for name, (settings, weights) in saved["networks"].items():
             network = MobileNetV2(settings)
             network.load_state_dict(weights)
@@ -242,6 +239,8 @@ def main(argv=None):
             f"--target {cfg.target} is no more than the parent's sparsity {run.start:.4f}"
         )
     console.say_device(device)
+    if processes.is_main():
+        claim(out)
     if not cfg.resume:
         processes.discard(run.state_file, run.round_file)
     if run.state_file.is_file():
@@ -260,8 +259,9 @@ def main(argv=None):
             run.state_file.unlink()
         raise UserError(
             f"round 1 fell to {rounds[1]['val_accuracy']:.2%} at sparsity "
-            f"{rounds[1]['sparsity']:.2%}, under the floor of {run.floor(rounds[0]):.2%}: "
-            "nothing to keep; give it more --epochs, more --rounds or a larger --max-drop"
+            f"{rounds[1]['sparsity']:.2%}, under the floor of {run.floor(rounds[0]):.2%}: give it "
+            "more --epochs, more --rounds or a larger --max-drop. Its network is in "
+            f"{rejected_of(out)}"
         )
     if processes.is_main():
         _finish(run, state, {"teacher_sha256": teacher.sha256} if cfg.teacher else {})
@@ -308,6 +308,8 @@ def _run_rounds(run: Run, state: State) -> State:
         seconds = pruned_in + sum(epoch["seconds"] for epoch in history)
         seconds += time.monotonic() - began
         line = _line(run, number, model, result, good, history, seconds)
+        if number == 1 and not good and processes.is_main():  # no earlier one would be kept
+            _save(run, rejected_of(run.out), model, line)
         state = State(
             [*state.rounds, line], model if good else state.last_good,
             engine.velocity_of(run.round_file, model, recipe),
@@ -373,7 +375,7 @@ def _resume(run: Run) -> State:
 
 def _round_of(round_file: Path) -> int:
     """Return the number of the round whose epochs a state file holds; 0 without a file."""
-    return checkpoint.read(round_file)["config"]["round"] if round_file.is_file() else 0
+    return checkpoint.read(round_file)["identity"]["round"] if round_file.is_file() else 0
 
 
 def sparsity_of(counts: list[tuple[str, int, int]], total: int) -> float:
@@ -406,6 +408,16 @@ def _describe(line: dict) -> str:
     )
 
 
+def _save(run: Run, path: Path, model, line: dict, figures: dict | None = None):
+    """Write the network of a round and return its Checkpoint. line: of the log; figures: further
+    ones, for the file."""
+    names = ("round", "sparsity", "val_correct", "val_total")
+    return checkpoint.save(
+        path, "pruned", model, run.cfg, run.parent, data=run.images.provenance(),
+        metrics={name: line[name] for name in names} | (figures or {}),
+    )  # fmt: skip
+
+
 def _finish(run: Run, state: State, figures: dict) -> None:
     """Save the network of the last good round, draw both charts and end the log.
 
@@ -414,10 +426,7 @@ def _finish(run: Run, state: State, figures: dict) -> None:
     cfg, parent, rounds, model = run.cfg, run.parent, state.rounds, state.last_good
     last_kept = max(i for i, line in enumerate(rounds) if line["kept"])
     last = rounds[last_kept]
-    figures = {k: last[k] for k in ("round", "sparsity", "val_correct", "val_total")} | figures
-    saved = checkpoint.save(
-        run.out, "pruned", model, cfg, parent, metrics=figures, data=run.images.provenance()
-    )
+    saved = _save(run, run.out, model, last, figures)
     charts = [cfg.in_run(f"plots/{name}.png") for name in ("prune", "sparsity")]
     plots.accuracy_sparsity(
         rounds, last_kept, run.floor(rounds[0]), charts[0],

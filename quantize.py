@@ -64,7 +64,7 @@ from lib import (
 from lib.compaction import compact
 from lib.config import UserError, flag
 from lib.evaluation import Evaluation, evaluate
-from lib.files import state_of
+from lib.files import claim, rejected_of, state_of
 from lib.folding import fold
 from lib.importance import row_importance
 from lib.rate import BITS_PER_KILOBYTE
@@ -211,6 +211,13 @@ class Job:
             size = len(self.parent.encode_child(network, scheme, source, self.cfg.seed))
         return budget.Attempt(method, rd_lambda, network, latent, size, result)
 
+    def save(self, path: Path, network: MobileNetV2, method: str, figures: dict):
+        """Write a quantized network that this method made, and return its Checkpoint."""
+        return checkpoint.save(
+            path, "quantized", network, self.cfg, self.parent, metrics=figures,
+            data=self.images.provenance(), quantization=self.scheme_by(method),
+        )  # fmt: skip
+
     def goal(self, times: float = 1.0) -> budget.Budget:
         """Return what is asked for, or a Budget of nothing; times: multiplies --max-drop."""
         if self.cfg.max_drop is None:
@@ -242,6 +249,8 @@ def main(argv=None):
         return
     before = evaluate(model, images.val) if len(images.val) else None
 
+    if processes.is_main():
+        claim(out)
     attempts = []
     if cfg.method == "reference":
         scheme = quantizers.quantize_reference(model, cfg.weight_bits, cfg.act_bits)
@@ -260,7 +269,6 @@ def main(argv=None):
                 draw_budget(job, attempts, *kept)
 
     if processes.is_main():
-        scheme = job.scheme_by(made.method)
         figures, text = {}, f"{made.method} W{cfg.weight_bits}A{cfg.act_bits}"
         if before:
             figures, words = accuracy_figures(before, made.result, images.val.labels.cpu())
@@ -270,15 +278,12 @@ def main(argv=None):
             figures, text = figures | sizes, text + words
         if cfg.teacher and made.method == "qat":
             figures["teacher_sha256"] = teacher.sha256
-        saved = checkpoint.save(
-            out, "quantized", made.network, cfg, parent, metrics=figures, data=images.provenance(),
-            quantization=scheme,
-        )  # fmt: skip
+        saved = job.save(out, made.network, made.method, figures)
         if cfg.method == "qat":  # last of all: until here, the run could be continued
             for file in (state_of(out), state_of(out, "ptq")):
                 file.unlink()
         else:
-            logs.log_stage(cfg, "quantize", {"bytes": saved.bytes, **scheme, **figures})
+            logs.log_stage(cfg, "quantize", {"bytes": saved.bytes, **saved.quantization, **figures})
         print(f"{out}: {saved.bytes:,} bytes, {text}")
     processes.stop()
 
@@ -481,8 +486,13 @@ def train(job: Job, start: budget.Attempt, fallback, out: Path) -> budget.Attemp
                    f"{fallback.result}: that is kept")  # fmt: skip
         return fallback
     if cfg.has_budget and history[best]["score"] < 0:
+        rejected = rejected_of(out)
+        if processes.is_main():
+            job.save(rejected, model, "qat", {})
+        line = history[best]
         raise UserError(f"no epoch has {cfg.budget_in_words}: the best one, {best + 1}, has "
-                        f"{history[best]['val_accuracy']:.2%} and {history[best]['bytes']:,} bytes")
+                        f"{line['val_accuracy']:.2%} and {line['bytes']:,} bytes. Its network is "
+                        f"in {rejected}")  # fmt: skip
     return job.measure("qat", model, start.rd_lambda)
 
 
@@ -496,16 +506,16 @@ def stored_post_training(job: Job, out: Path) -> PostTraining:
         processes.discard(training)
         if processes.is_main() and not _is_ptq_of(file, wanted):
             file.unlink(missing_ok=True)
-    if processes.is_main() and not file.is_file():
+    if processes.is_main() and file.is_file():
+        console.say(f"what ptq made before is in {file.name}")
+    elif processes.is_main():
         if training.is_file():
             raise UserError(f"{training} has no {file.name} beside it (it was deleted, or "
                             "the state is of an earlier version): --no-resume discards it")
         with processes.all_threads():
             save_ptq(post_training(job), file, wanted)
     processes.wait()
-    saved = checkpoint.read(file)
-    config.refuse_other_run(file, saved["config"], wanted)
-    attempts = []
+    saved, attempts = checkpoint.read_state(file, wanted), []
     for row in saved["attempts"]:
         network, latent = None, None
         if packed := row.pop("packed"):
@@ -518,9 +528,10 @@ def stored_post_training(job: Job, out: Path) -> PostTraining:
 
 
 def _is_ptq_of(file: Path, identity: dict) -> bool:
-    """Return whether a file holds what ptq made for this job, and can be read."""
+    """Return whether a file holds what ptq made for this job by this version, and can be read."""
     try:
-        return file.is_file() and checkpoint.read(file)["config"] == identity
+        saved = checkpoint.read(file) if file.is_file() else {}
+        return (saved["identity"], saved["code"]) == (identity, config.code_version())
     except (UserError, KeyError):
         return False
 
@@ -528,10 +539,10 @@ def _is_ptq_of(file: Path, identity: dict) -> bool:
 def save_ptq(result: PostTraining, file: Path, identity: dict) -> None:
     """Write what ptq made for qat: all attempts, with the networks of those that it needs."""
     start, fallback, attempts = result
-    checkpoint.write(file, {
-        "config": identity, "start": attempts.index(start),
-        "fallback": attempts.index(fallback) if fallback else None,
-        "attempts": [
+    checkpoint.write_state(
+        file, identity, start=attempts.index(start),
+        fallback=attempts.index(fallback) if fallback else None,
+        attempts=[
             {
                 "rd_lambda": tried.rd_lambda, "bytes": tried.bytes,
                 "result": vars(tried.result) if tried.result else None,
@@ -541,7 +552,7 @@ def save_ptq(result: PostTraining, file: Path, identity: dict) -> None:
             }
             for tried in attempts
         ],
-    })  # fmt: skip
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

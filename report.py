@@ -10,6 +10,7 @@ out: tables on the standard output, logs/report.jsonl (one line per file), plots
 
 import csv
 import dataclasses
+import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def main(argv=None):
         raise UserError(f"no files of the chain in {folder}: `make all` makes them")
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [checkpoint.load(file, cfg.assume_downsample) for file in files]
+    hashes, stale = {source.file.name: source.sha256 for source in sources}, set()
+    for source in sources:
+        note = freshness(source, hashes, stale, cfg.assume_downsample)
+        if note.startswith("stale"):
+            stale.add(source.file.name)
+            print(f"report.py: {source.file.name} is {note}", file=sys.stderr)
     images = images_of(sources, cfg)
     split = images.split(cfg.split)
     console.say_device(split.images.device)
@@ -90,16 +97,13 @@ def measured(source, split, split_name: str) -> tuple[dict, torch.Tensor]:
     matrix."""
     row, confusion = measure.figures_of_file(source, split, split_name)
     parts = memory.bytes_by_part(source)
-    assert sum(parts.values()) == source.bytes, (source.file, parts)
-    model, image = source.build(split.images.device), data.normalize(split.images[:1])
     bits = source.quantization["act_bits"] if source.quantization else 32
     row |= {
         "name": source.file.name, "parts": parts, "act_bits": bits,
         "weight_bytes": sum(size for part, size in parts.items() if part.startswith("weights: ")),
     }  # fmt: skip
-    row |= {
-        f"act_{key}": value for key, value in memory.activation_bytes(model, bits, image).items()
-    }
+    activations = memory.activation_bytes(source.build(), bits)
+    row |= {f"act_{key}": value for key, value in activations.items()}
     return row, confusion
 
 

@@ -67,8 +67,11 @@ def main(argv=None):
     del identity["weight_bits"]  # the rows of some bits serve a run of others
     log = logs.Log(cfg.in_run("logs/sensitivity.jsonl"), identity, cfg.wandb)
     measured = past_rows(log.path, identity) if cfg.resume else []
+    if measured:
+        console.say(f"{len(measured)} rows were measured before, by this version")
     planned = {row["weight_bits"] for row in measured} | set(bit_widths)
-    log.begin([identity | {"rows": len(counts) * len(planned)}, *measured])
+    first = identity | {"rows": len(counts) * len(planned), "code": config.code_version()}
+    log.begin([first, *measured])
     done = {(row["layer"], row["weight_bits"]) for row in measured}
     sample = data.sample(images.train, cfg.calibration, cfg.seed)
     for bits in bit_widths:
@@ -109,7 +112,8 @@ def main(argv=None):
 
 
 def past_rows(path: Path, identity: dict) -> list[dict]:
-    """Return the rows that an earlier run with these settings measured.
+    """Return the rows that an earlier run with these settings measured, if this version of the
+    program did.
 
     Raises UserError if the log is that of another run which was interrupted.
     """
@@ -117,9 +121,13 @@ def past_rows(path: Path, identity: dict) -> list[dict]:
     if not past:
         return []
     its, wanted = dict(past[0]), past[1:]
-    planned = its.pop("rows", 0)
+    planned, code = its.pop("rows", 0), its.pop("code", None)
     if its == identity:
-        return wanted
+        if code == config.code_version():
+            return wanted
+        console.say(f"{path} is of commit {code}, and this is {config.code_version()}: all is "
+                    "measured again")  # fmt: skip
+        return []
     if len(wanted) < planned:
         config.refuse_other_run(path, its, identity)
     return []

@@ -127,7 +127,10 @@ def main(argv=None):
             continue
         path = folder / name_of(weight_bits, act_bits, rd_lambda)
         row = finished(path, cfg, parent, images)
-        old = " (measured before)" if row else ""
+        old = ""
+        if row:
+            other = row["code"] != config.code_version()
+            old = " (measured before" + f", by commit {row['code']}" * other + ")"
         if not row:
             if not known:
                 measure.figures_of_file(parent, split, cfg.split, known)
@@ -307,7 +310,8 @@ def log_wandb(cfg, rows: list[dict], charts: list[Path], agent: bool) -> None:
     """
     of_all = {k: v for k, v in config.identity(cfg).items()
               if k not in ("weight_bits", "act_bits", "rd_lambda")}  # fmt: skip
-    group = f"sweep-{cfg.method}-{cfg.split}-{rows[0]['parent_sha256'][:8]}"
+    settings = hashlib.sha256(json.dumps(of_all, sort_keys=True).encode()).hexdigest()[:8]
+    group = f"sweep-{cfg.method}-{cfg.split}-{rows[0]['parent_sha256'][:8]}-{settings}"
     for row in rows:
         name = name_of(row["weight_bits"], row["act_bits"], row["rd_lambda"]).removesuffix(".nnz")
         # The id is fixed: a repeated sweep updates its runs.

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib import compressed, foreign, quantizers
-from lib.config import MAX_SEED, UserError, code_version, command, reason
+from lib import compressed, foreign, processes, quantizers
+from lib.config import MAX_SEED, UserError, code_version, command, reason, refuse_other_run
 from lib.data import CLASSES, SPLIT_SEED, Data, held_out, names_of
 from lib.data import load as load_images
 from lib.files import atomic, printable
@@ -436,6 +436,27 @@ def write(path: Path, content) -> None:
     """Write tensors and plain types with torch.save, atomically."""
     with atomic(path) as file:
         torch.save(content, file)
+
+
+def write_state(path: Path, identity: dict, **content) -> None:
+    """Write the state of an unfinished run, atomically. identity: see config.refuse_other_run."""
+    write(path, {"identity": identity, "code": code_version()} | content)
+
+
+def read_state(path: Path, identity: dict) -> dict:
+    """Read what `write_state` wrote.
+
+    Where another version of this program wrote it, a line says so. Raises UserError if it belongs
+    to another run, or if a version wrote it that stored other things.
+    """
+    saved = read(path)
+    if not isinstance(saved, dict) or not {"identity", "code"} <= set(saved):
+        raise UserError(f"{path} is of an earlier version: --no-resume discards it")
+    refuse_other_run(path, saved["identity"], identity)
+    if saved["code"] != code_version() and processes.is_main():
+        print(f"{path} is of commit {saved['code']}, and this is {code_version()}: what comes out "
+              "is the work of both", file=sys.stderr)  # fmt: skip
+    return saved
 
 
 def environment(device: torch.device) -> dict:

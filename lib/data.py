@@ -127,9 +127,13 @@ def load(
         names = CLASSES
     else:
         names = names_of(_guess_classes(train.labels, test.labels))
-    if not arrays.names and names == CLASSES and not _is_cifar10(source, test.images):
-        print(f"{source} names no classes: its ten are taken to be CIFAR-10's, {CLASSES[0]} to "
-              f"{CLASSES[-1]}", file=sys.stderr)  # fmt: skip
+    if names == CLASSES and not arrays.source:
+        if not arrays.names and not _is_cifar10(source, test.images):
+            print(f"{source} names no classes: its ten are taken to be CIFAR-10's, {CLASSES[0]} to "
+                  f"{CLASSES[-1]}", file=sys.stderr)  # fmt: skip
+        elif arrays.names and fingerprint(test.images) != CIFAR10_TEST:  # CINIC-10, for example
+            print(f"{source} has CIFAR-10's classes, but its {len(test):,} test images are not "
+                  "those of CIFAR-10; it is called cifar10 all the same", file=sys.stderr)
     if test_only:
         train = Split(train.images[:0], train.labels[:0])
     else:

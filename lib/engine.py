@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lib import checkpoint, console, data, devices, logs, processes, replay
 from lib.augment import SIDE
-from lib.config import UserError, refuse_other_run
+from lib.config import UserError
 from lib.evaluation import BrokenNetworkError, Evaluation, evaluate
 from lib.folding import fold
 
@@ -148,7 +148,6 @@ def fit(
     if state_file.is_file():
         state.restore(state_file, identity)
         console.say(f"continuing {state_file} after epoch {len(state.history)}")
-    match_layouts(state.optimizer)
     if log:
         log.begin(state.history)
     forward = nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -241,8 +240,8 @@ class TrainingState:
     history: list[dict] = dataclasses.field(default_factory=list)  # one line per epoch
     best: int = -1  # index in history of the highest score
     best_weights: dict[str, Tensor] | None = None  # the state dict of that epoch, on the CPU
-    # The teacher's logits for this process's batches that repeat, batch by batch, by the epoch of
-    # recipe.views that they are of.
+    # {view: the teacher's logits, a tensor per batch of this process}, where batches repeat. A view
+    # is the number of an epoch modulo recipe.views.
     answers: dict[int, list[Tensor]] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -279,19 +278,18 @@ class TrainingState:
             for view, logits in self.answers.items()
         }
         if processes.is_main():
-            checkpoint.write(path, {
-                "config": identity, "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "average": self.average.state_dict() if self.average else None,
-                "history": self.history, "best": self.best, "best_state": self.best_weights,
-                "answers": answers,  # by view: (steps, images per batch, classes)
-            })  # fmt: skip
+            checkpoint.write_state(
+                path, identity, model=self.model.state_dict(),
+                optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+                average=self.average.state_dict() if self.average else None,
+                history=self.history, best=self.best, best_weights=self.best_weights,
+                answers=answers,  # by view: (steps, images per batch, classes)
+            )  # fmt: skip
 
     def restore(self, path: Path, identity: dict) -> None:
-        """Read back what `save` wrote. Raises UserError if it belongs to another run, or another
-        version of this program wrote it."""
-        saved = checkpoint.read(path)
-        refuse_other_run(path, saved["config"], identity)
+        """Read back what `save` wrote. Raises UserError if it belongs to another run, or to a
+        version of this program that had other networks."""
+        saved = checkpoint.read_state(path, identity)
         try:
             self.model.load_state_dict(saved["model"])
         except RuntimeError:
@@ -303,11 +301,11 @@ class TrainingState:
         if self.average:
             self.average.load_state_dict(saved["average"])
         self.history, self.best = saved["history"], saved["best"]
-        self.best_weights = saved["best_state"]
+        self.best_weights = saved["best_weights"]
         device, (world, rank) = next(self.model.parameters()).device, processes.world_and_rank()
         self.answers = {
             view: list(logits.to(device).chunk(world, 1)[rank].unbind())
-            for view, logits in saved.get("answers", {}).items()
+            for view, logits in saved["answers"].items()
         }
 
 
@@ -332,9 +330,12 @@ def build_optimizer(
     )
     for name, parameter in model.named_parameters():
         # Zeros, as a first step has them: where loss scaling skips that step (fp16), torch's own
-        # buffer would stay what lay in memory.
-        buffer = velocity[name] if velocity else torch.zeros_like(parameter)
-        buffer = buffer.to(parameter.device, copy=True)
+        # buffer would stay what lay in memory. With the strides of the parameter, since a fused
+        # optimizer reads both in the order of memory: compaction leaves buffers contiguous while
+        # the weights are channels-last (on the CPU they would be permuted in silence).
+        buffer = torch.zeros_like(parameter)
+        if velocity:
+            buffer.copy_(velocity[name])
         optimizer.state[parameter]["momentum_buffer"] = buffer
     return optimizer
 
@@ -359,18 +360,6 @@ def velocity_of(state_file: Path, model: nn.Module, recipe: Recipe) -> dict[str,
     names = {id(p): name for name, p in model.named_parameters()}
     state = checkpoint.read(state_file)["optimizer"]["state"]
     return {names[id(p)]: state[i]["momentum_buffer"] for i, p in enumerate(parameters)}
-
-
-def match_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Give each of the optimizer's buffers the strides of its parameter.
-
-    A fused optimizer reads both in the order of memory. Compaction leaves buffers contiguous while
-    the weights are channels-last: on the CPU they would be permuted in silence, on CUDA it raises.
-    """
-    for parameter, state in optimizer.state.items():
-        for name, buffer in state.items():
-            if buffer.shape == parameter.shape and buffer.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)
 
 
 def train_epoch(state: TrainingState, split: data.Split, recipe: Recipe, augment, seed: int,

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib import compressed
 from lib.checkpoint import Checkpoint
-from lib.metrics import is_weight, weight_layers
+from lib.metrics import is_weight, layers_and_sides
 from lib.quantizers import Quantizer
-from models.layers import layers, places
+from models.layers import DEPTHWISE, layers, places
 from models.mobilenetv2 import MobileNetV2
 
 WEIGHTS, INDICES, REST = "weights: values", "weights: indices", "BN, biases, scales"
@@ -19,10 +18,8 @@ SECTIONS = {"values": WEIGHTS, "indices": INDICES, "dense": REST, "scales": "sca
             "frame": "frame"}  # fmt: skip
 
 
-def activations(model: nn.Module, size: int = 32, image: Tensor | None = None) -> dict:
-    """Count the activation values (not bytes) of one image, with forward hooks.
-
-    image: (1, 3, H, W), normalized; default: zeros of `size` (the counts depend only on shapes).
+def activations(settings: dict) -> dict:
+    """Count the activation values (not bytes) of one image of 32x32. settings: the network's.
 
     An activation here is a tensor that a runtime which fuses convolution, batch norm and ReLU6
     writes to memory: the input of a Conv2d or Linear layer, the image included, and its output.
@@ -39,45 +36,18 @@ def activations(model: nn.Module, size: int = 32, image: Tensor | None = None) -
     peak_layer: the first layer at which that happens.
     layers: in order of execution, {"name", "input", "output", "held"}, values each; held is the
         residual input if it is not the layer's own.
-
-    A block is residual if its attribute `residual` is true; everything else comes from the tensors,
-    so any widths, strides and depths will do.
     """
-    counts, held, hooks = [], [], []  # held: the inputs of the residual blocks that are running
-
-    def enter(_, inputs):
-        held.append(inputs[0])
-
-    def leave(*_):
-        held.pop()
-
-    def before(layer, inputs):  # ahead of a quantizer's own hook, which makes a new tensor
-        kept = [x for x in held if x is not inputs[0]]
-        counts.append({
-            "name": names[layer], "input": inputs[0].numel(), "output": 0,
-            "held": sum(x.numel() for x in kept),
-        })  # fmt: skip
-
-    def after(_, __, output):
-        counts[-1]["output"] = output.numel()
-
-    names = {layer: name for name, layer in weight_layers(model).items()}
-    for layer in names:
-        hooks.append(layer.register_forward_pre_hook(before, prepend=True))
-        hooks.append(layer.register_forward_hook(after))
-    for module in model.modules():
-        if getattr(module, "residual", False):
-            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    if image is None:
-        image = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
-    training = model.training
-    try:
-        with torch.inference_mode():
-            model.eval()(image)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    counts, first = [], {}  # first: of each residual block, the count of its first layer
+    for layer, before, after in layers_and_sides(settings):
+        rows, columns = layer.shape[:2]
+        count = {
+            "name": layer.name, "output": rows * after**2, "held": 0,
+            "input": (rows if layer.role == DEPTHWISE else columns) * before**2,
+        }  # fmt: skip
+        if layer.block and settings["blocks"][layer.block - 1]["residual"]:
+            begin = first.setdefault(layer.block, count)
+            count["held"] = 0 if begin is count else begin["input"]
+        counts.append(count)
     alive = [x["input"] + x["output"] + x["held"] for x in counts]
     return {
         "sum_values": sum(x["input"] for x in counts), "peak_values": max(alive),
@@ -85,7 +55,7 @@ def activations(model: nn.Module, size: int = 32, image: Tensor | None = None) -
     }  # fmt: skip
 
 
-def activation_bytes(model: MobileNetV2, act_bits: int, image: Tensor | None = None) -> dict:
+def activation_bytes(model: MobileNetV2, act_bits: int) -> dict:
     """Return the bytes of one image's activations: {"sum_bytes", "peak_bytes", "peak_layer"}, which
     are those of `activations` in bytes.
 
@@ -103,9 +73,8 @@ def activation_bytes(model: MobileNetV2, act_bits: int, image: Tensor | None = N
         return quantizer.bits if isinstance(quantizer, Quantizer) else act_bits
 
     total, alive = 0, {}
-    for layer, count in zip(
-        layers(model.settings), activations(model, image=image)["layers"], strict=True
-    ):
+    counts = activations(model.settings)["layers"]
+    for layer, count in zip(layers(model.settings), counts, strict=True):
         stored = count["input"] * bits_at(layer.input_place)
         total += stored
         held = bits_at(f"features.{layer.block}.input") if count["held"] else 0

@@ -45,17 +45,18 @@ def macs(settings: dict) -> int:
 
     settings: the network's. Weights that are zero count like the others.
     """
-    return sum(side**2 * math.prod(layer.shape) for layer, side in _layers_and_sides(settings))
+    return sum(side**2 * math.prod(layer.shape) for layer, _, side in layers_and_sides(settings))
 
 
 def largest_map(settings: dict) -> int:
     """Return the largest number of outputs that a layer has for one image of 32x32."""
-    return max(side**2 * layer.shape[0] for layer, side in _layers_and_sides(settings))
+    return max(side**2 * layer.shape[0] for layer, _, side in layers_and_sides(settings))
 
 
-def _layers_and_sides(settings: dict) -> Iterator[tuple[Layer, int]]:
-    """Yield the layers of a network, each with the side of its output maps, in pixels."""
+def layers_and_sides(settings: dict) -> Iterator[tuple[Layer, int, int]]:
+    """Yield each layer of a network with the sides of its input and output maps, in pixels."""
     side = 32
     for layer in layers(settings):
-        side = 1 if layer.role == CLASSIFIER else (side - 1) // layer.stride + 1
-        yield layer, side
+        before = 1 if layer.role == CLASSIFIER else side  # it reads the pooled map
+        side = (before - 1) // layer.stride + 1
+        yield layer, before, side

@@ -276,6 +276,22 @@ def test_training_that_ruins_the_network_leaves_what_it_started_from(
         assert 0 <= its["bytes"] - size < 20
 
 
+def test_training_that_misses_the_budget_leaves_its_best_epoch_beside_the_output(
+    answered, parent, tmp_path, monkeypatch
+):
+    """Its epochs may have taken hours."""
+    def without_fallback(job, out):
+        return untrained(job, out)._replace(fallback=None)
+
+    untrained = quantize.stored_post_training
+    monkeypatch.setattr(quantize, "stored_post_training", without_fallback)
+    with pytest.raises(checkpoint.UserError, match="no epoch has at most 30 .*quantized.rejected"):
+        chain(answered, parent, tmp_path, *QAT, "--max-drop=30", "--lr=1")
+    rejected = checkpoint.load(tmp_path / "checkpoints/quantized.rejected.pth")
+    assert rejected.quantization["method"] == "qat" and rejected.build()
+    assert not (tmp_path / "checkpoints/quantized.pth").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [

@@ -308,6 +308,13 @@ def test_a_batch_that_is_missing(batches_py):
     refused(str(batches_py), "is damaged (data_batch_4 is missing)")
 
 
+def test_a_folder_of_two_sets_is_refused(tmp_path):
+    """As torchvision's downloads leave it."""
+    for name in ("cifar-10-batches-py", "cifar-100-python.tar.gz"):
+        (tmp_path / name).mkdir()
+    refused(str(tmp_path), "holds CIFAR-10 and CIFAR-100: name the folder or file of one")
+
+
 def hundred(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.permutation(np.arange(n) % 100)
@@ -348,13 +355,15 @@ def class_folders(arrays, tmp_path):
     return write
 
 
-def test_one_folder_per_class_pixel_for_pixel(class_folders, arrays):
+def test_one_folder_per_class_pixel_for_pixel(class_folders, arrays, capsys):
     folder = class_folders()
     (folder / "train/cat/._000.png").write_bytes(b"a Mac's companion")
     (folder / "train/.DS_Store").touch()
     (folder / "train/.cache").mkdir()
     loaded = data.load(str(folder), 0)
     assert (loaded.source, loaded.classes) == ("cifar10", data.CLASSES)
+    said = "has CIFAR-10's classes, but its 80 test images are not those of CIFAR-10"
+    assert said in capsys.readouterr().err
     for split, of in (("train", loaded.train), ("test", loaded.test)):
         expected = [arrays[f"x_{split}"][arrays[f"y_{split}"] == c][:8] for c in range(10)]
         assert np.array_equal(of.images.permute(0, 2, 3, 1), np.concatenate(expected))

@@ -303,7 +303,7 @@ def test_a_state_of_an_earlier_version_is_refused(tiny, baseline, tmp_path, monk
             run(tiny, baseline, tmp_path)
     file = tmp_path / "checkpoints/pruned.pth.resume"
     state = checkpoint.read(file)
-    checkpoint.write(file, {k: v for k, v in state.items() if k != "networks"})
+    checkpoint.write(file, {k: v for k, v in state.items() if k != "code"})
     with pytest.raises(UserError, match="pruned.pth.resume is of an earlier version: --no-resume"):
         run(tiny, baseline, tmp_path)
 
@@ -323,6 +323,25 @@ def test_stops_at_the_floor_and_keeps_the_last_good_round(tiny, baseline, tmp_pa
     layers = weight_layers(pruned.build())
     left = sum(int((x.weight != 0).sum()) for x in layers.values()) / pruned.original_weights
     assert left == pytest.approx(1 - pruning.cubic(0, 0.8, 1, 3), abs=1e-3)
+
+
+def test_a_first_round_under_the_floor_leaves_its_network_beside_the_output(
+    tiny, baseline, tmp_path, monkeypatch
+):
+    """Its epochs may have taken hours."""
+    scores = iter([30, 20, 21, 22])  # parent; then 2 epochs and the round
+
+    def scripted(model, split, *args, **kwargs):
+        return Evaluation(next(scores), 30, 1.0, torch.zeros(30))
+
+    for module in (prune, engine):
+        monkeypatch.setattr(module, "evaluate", scripted)
+    with pytest.raises(UserError, match="under the floor of .* is in .*pruned.rejected.pth"):
+        run(tiny, baseline, tmp_path, "--rounds=1", "--target=0.5", "--max-drop=10")
+    (file,) = (tmp_path / "checkpoints").iterdir()
+    rejected = checkpoint.load(file)
+    assert rejected.stage == "pruned" and rejected.metrics["val_correct"] == 22
+    assert rejected.metrics["sparsity"] == pytest.approx(0.5, abs=0.01)
 
 
 def test_a_round_that_loses_exactly_the_largest_drop_is_kept(
@@ -381,7 +400,7 @@ def test_no_resume_discards_the_old_state_at_once(tiny, baseline, whole, tmp_pat
         with pytest.raises(ZeroDivisionError):
             run(tiny, baseline, tmp_path, "--no-resume", "--seed=1")
     kept = checkpoint.read(state)
-    assert kept["config"]["seed"] == 1 and len(kept["rounds"]) == 1
+    assert kept["identity"]["seed"] == 1 and len(kept["rounds"]) == 1
 
 
 def test_refusals(tiny, baseline, whole, tmp_path):

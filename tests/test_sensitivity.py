@@ -6,7 +6,7 @@ import pytest
 
 import sensitivity
 import train
-from lib import checkpoint, plots
+from lib import checkpoint, config, plots
 from lib.compaction import compact
 from lib.config import UserError
 from lib.evaluation import evaluate
@@ -58,6 +58,12 @@ def test_rows_are_of_each_layer_alone_and_a_torn_log_is_continued(
     only = run(tiny, parent, tmp_path, "--weight-bits=2")
     assert only == [r for r in rows if r["weight_bits"] == "2"] and len(calls) == 1 + 3
     assert run(tiny, parent, tmp_path) == rows and len(calls) == 1 + 3 + 1
+    # What another version has measured is measured again.
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "code_version", lambda: "another")
+        assert run(tiny, parent, tmp_path, "--weight-bits=2") == only
+    assert len(calls) == 1 + len(only)
     # What other settings have measured is not thrown away half done, but is once it is done.
     log.write_text("".join(lines[:-3]))
     with pytest.raises(UserError, match="another run .calibration was 64, is 32.*--no-resume"):

@@ -91,7 +91,9 @@ def test_a_lambda_is_named_beside_its_figures(tiny, parent, tmp_path, monkeypatc
     assert "ptq at lambda 0.5 without training" in tables.read(results)["text"]
 
 
-def test_the_grid_is_a_table_beside_anothers_figures(tiny, parent, tmp_path, monkeypatch):
+def test_the_grid_is_a_table_beside_anothers_figures(
+    tiny, parent, tmp_path, monkeypatch, capsys
+):
     grid = ["--weight-bits=8,2", "--act-bits=32,4", f"--results={tmp_path}/results/sweep.json"]
     other = tmp_path / "grid.csv"
     other.write_text("weight_bits,activation_bits,size,accuracy\n8,4,1,17.5\n4,4,1,9\n")
@@ -108,7 +110,9 @@ def test_the_grid_is_a_table_beside_anothers_figures(tiny, parent, tmp_path, mon
     assert table["title"] == "Bits" and "test split, n=100" in table["data"]
     with monkeypatch.context() as patch:  # the cells are of the earlier code, but for a new one
         patch.setattr(config, "code_version", lambda: "another")
+        capsys.readouterr()
         sweep.main([*flags(tiny, parent, tmp_path), *grid])
+        assert capsys.readouterr().out.count(f"before, by commit {table['code']})") == 4
         assert tables.read(tmp_path / "results/sweep.json")["code"] == table["code"] != "another"
         grid[1] = "--act-bits=32,4,5"
         sweep.main([*flags(tiny, parent, tmp_path), *grid])

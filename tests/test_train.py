@@ -116,17 +116,25 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(tiny, tmp_path)
     assert not out.with_name("baseline.pth.resume").exists()
 
 
-def test_state_of_another_run_is_refused_and_kept(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: 1 / 0)  # die just before the end
-    with pytest.raises(ZeroDivisionError):
+def unfinished(tiny, tmp_path):
+    """Die just before the end."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(checkpoint, "save", lambda *a, **k: 1 / 0)
         run_in_process(tiny, tmp_path)
-    monkeypatch.undo()
+
+
+def test_state_of_another_run_is_refused_and_kept(tiny, tmp_path, capsys):
+    unfinished(tiny, tmp_path)
     state = tmp_path / "checkpoints/baseline.pth.resume"
     before = state.read_bytes()
     with pytest.raises(UserError, match="lr was 0.05, is 0.01"):
         run_in_process(tiny, tmp_path, "--lr=0.01")
     assert state.read_bytes() == before
     saved = checkpoint.read(state)
+    assert "is of commit" not in capsys.readouterr().err
+    checkpoint.write(state, saved | {"code": "0" * 12})
+    unfinished(tiny, tmp_path)
+    assert "baseline.pth.resume is of commit 000000000000, and this is " in capsys.readouterr().err
     saved["model"]["another.name"] = saved["model"].pop("classifier.1.bias")
     checkpoint.write(state, saved)
     with pytest.raises(UserError, match="of another version of this program: --no-resume"):
