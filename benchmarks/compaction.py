@@ -30,7 +30,7 @@ class Settings:
     data: str | None = flag(None, "as for train.py; default: random images")
     images: int = flag(1000, "images whose logits are compared", least=1)
     batch: list[int] = flag([1, 128], "batch sizes to time", least=1)
-    steps: int = flag(15, "turns of each network, after one to warm up", least=1)
+    turns: int = flag(15, "turns of each network, after one to warm up", least=1)
     device: str = flag("auto", "auto, cpu, cuda ...")
     results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append([name, a, b, f"{a / b:.1f}x", ""])
     for size in cfg.batch:
         batch = x[torch.arange(size) % len(x)].to(memory_format=torch.channels_last)
-        turns = [(turn(dense, batch), turn(small, batch)) for _ in range(cfg.steps + 1)][1:]
+        turns = [(turn(dense, batch), turn(small, batch)) for _ in range(cfg.turns + 1)][1:]
         a, b = (statistics.median(side) for side in zip(*turns, strict=True))
         ratios = sorted(one / other for one, other in turns)
         rows.append([f"ms per pass, batch {size}", 1e3 * a, 1e3 * b, f"{a / b:.1f}x",
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         f"Compaction of {source.file.name}",
         ["", "dense", "compacted", "ratio", "turn by turn"], rows, device=device,
         text=f"Logits within {difference:.1e} of the largest; the same prediction for {same} of "
-        f"{len(x)} {kind} images. fp32, medians of {cfg.steps} alternating turns, {device}.",
+        f"{len(x)} {kind} images. fp32, medians of {cfg.turns} alternating turns, {device}.",
     )  # fmt: skip
     tables.show(table, cfg.results)
 

@@ -1,6 +1,6 @@
 """Compare a step of quantization-aware training with a plain training step of the same network.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/qat_step.py --parent FILE [--data PATH] [--steps 5]
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/qat_step.py --parent FILE [--data PATH] [--turns 5]
 
 Both train the compacted network on the same batches with lib.engine's own epoch, without
 augmentation. Plain: batch norm and SGD, as in prune.py. QAT: batch norm folded, every weight and
@@ -35,8 +35,8 @@ class Settings:
     data: str | None = flag(None, "as for train.py; default: random images")
     weight_bits: int = flag(4, "weight bits of QAT", least=2, most=16)
     act_bits: int = flag(4, "activation bits of QAT", least=2, most=16)
-    steps: int = flag(5, "turns of each side, after one to warm up", least=1)
-    turn: int = flag(1, "steps per turn", least=1)
+    turns: int = flag(5, "turns of each side, after one to warm up", least=1)
+    steps: int = flag(1, "steps per turn", least=1)
     amp: bool = flag(True, "bf16 autocast, as the stages do (where the processor has it)")
     device: str = flag("auto", "auto, cpu, cuda ...")
     results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
@@ -52,7 +52,7 @@ class Side:
             amp=cfg.amp, distill=0.5 if teacher else 0.0, decay_norm=optimizer == "sgd",
         )  # fmt: skip
         self.state = engine.TrainingState.start(model, self.recipe)
-        self.mask, self.count, self.turns = pruning.Mask(model), cfg.turn, 0
+        self.mask, self.count, self.turns = pruning.Mask(model), cfg.steps, 0
 
     def turn(self) -> float:
         """Train for one turn; return the seconds per step."""
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
     pairs = {"without a teacher": sides(None), "teacher in both": sides(teacher)}
     seconds = {name: [] for name in pairs}
-    for number in range(cfg.steps + 1):
+    for number in range(cfg.turns + 1):
         for name, pair in pairs.items():
             times = [side.turn() for side in pair]
             if number:
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         "A step of quantization-aware training against a plain one",
         ["milliseconds per step", "plain", "QAT", "ratio", "turn by turn"], lines, device=device,
         text=f"W{cfg.weight_bits}A{cfg.act_bits}, batch {BATCH}, {'amp' if cfg.amp else 'fp32'}; "
-        f"medians of {cfg.steps} alternating turns of {cfg.turn} steps, {device}.",
+        f"medians of {cfg.turns} alternating turns of {cfg.steps} steps, {device}.",
     )  # fmt: skip
     tables.show(table, cfg.results)
 

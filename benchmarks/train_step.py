@@ -1,6 +1,6 @@
 """Compare a training step of this project with one written as in the course report, in one run.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/train_step.py [--data PATH] [--steps 5]
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/train_step.py [--data PATH] [--turns 5]
 
 Both train the same network (width 1, 32x32 down to 8x8) on batches of 128 with the same recipe:
 crop, flip, AutoAugment, Cutout; label smoothing 0.1; SGD, lr 0.07, Nesterov 0.9, decay 5e-4.
@@ -48,8 +48,8 @@ RECIPE = engine.Recipe(epochs=1, batch_size=BATCH, lr_schedule="constant", label
 @dataclass
 class Settings:
     data: str | None = flag(None, "as for train.py; default: random images")
-    steps: int = flag(5, "turns of each side, after one to warm up", least=1)
-    turn: int = flag(1, "steps per turn", least=1)
+    turns: int = flag(5, "turns of each side, after one to warm up", least=1)
+    steps: int = flag(1, "steps per turn", least=1)
     device: str = flag("auto", "auto, cpu, cuda ...")
     results: str | None = flag(None, "write the table for RESULTS.md, such as results/NAME.json")
 
@@ -94,7 +94,7 @@ class Ours:
 
     def __init__(self, cfg: Settings):
         self.device = devices.choose(cfg.device)
-        self.clock, self.count, self.turns = Clock(), cfg.turn, 0
+        self.clock, self.count, self.turns = Clock(), cfg.steps, 0
         self.split = images(cfg, self.device)
         model = network().to(self.device, memory_format=torch.channels_last)
         self.state = engine.TrainingState.start(model, RECIPE)
@@ -127,7 +127,7 @@ class Theirs:
     def __init__(self, cfg: Settings):
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(auto if cfg.device == "auto" else cfg.device)
-        self.clock, self.count = Clock(), cfg.turn
+        self.clock, self.count = Clock(), cfg.steps
         pictures = Pictures(images(cfg, "cpu"))
         self.loader = DataLoader(pictures, BATCH, shuffle=True, num_workers=2, drop_last=True)
         self.batches = iter(self.loader)
@@ -169,7 +169,7 @@ def network() -> MobileNetV2:
 
 def images(cfg: Settings, device) -> data.Split:
     """Return the images of --data, or random ones: enough for a turn."""
-    needed = cfg.turn * BATCH
+    needed = cfg.steps * BATCH
     if cfg.data:
         split = data.load(cfg.data, device=device).train
         if len(split) < needed:
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         return pipe.recv()
 
     try:
-        turns = [(ours.turn(), theirs()) for _ in range(cfg.steps + 1)][1:]
+        turns = [(ours.turn(), theirs()) for _ in range(cfg.turns + 1)][1:]
         pipe.send(False)
     finally:
         pipe.close()  # the other process ends, also where this one failed
@@ -221,8 +221,8 @@ def main(argv: list[str] | None = None) -> None:
     table = tables.table(
         "A training step against one as the report writes it",
         ["milliseconds per step", "ours", "report", "ratio"], rows, device=ours.device,
-        text=f"Batch {BATCH}, the report's recipe; medians of {cfg.steps} alternating turns of "
-        f"{cfg.turn} step{'s'[: cfg.turn > 1]}, {ours.device}; turn by turn {ratios[0]:.1f} to "
+        text=f"Batch {BATCH}, the report's recipe; medians of {cfg.turns} alternating turns of "
+        f"{cfg.steps} step{'s'[: cfg.steps > 1]}, {ours.device}; turn by turn {ratios[0]:.1f} to "
         f"{ratios[-1]:.1f}. The report's side has {threads} threads and 2 loading processes.",
     )  # fmt: skip
     tables.show(table, cfg.results)
