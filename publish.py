@@ -12,11 +12,13 @@ out: release/mobilenetv2-cifar10.nnz, baseline.pth, and mobilenetv2-cifar10.onnx
 
 This stage measures nothing, and writes nothing if a file has changed since it was measured.
 The stages' logs and charts are taken from the run's folder without a check; the log and chart of
-the training stay what they are if the run began with the published baseline.pth. A file or chart
-that the run does not have is deleted from release/. The command of a .pth is the one recorded in
-it; a file of a version that recorded none is listed without.
+the training stay what they are if the run began with the published baseline.pth. Where it began
+with another published file, such as the .nnz, what was published of that file's parents stays, as
+before/NAME. A file or chart that the run does not have is deleted from release/. The command of a
+.pth is the one recorded in it; a file of a version that recorded none is listed without.
 """
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -29,6 +31,7 @@ from lib.files import write_bytes, write_json
 
 FINAL, GRAPH, DENSE = "compressed.nnz", "int8.onnx", "baseline.pth"
 # What is published of a run's files, and under which names.
+BEFORE = "before/"  # begins the names of files and logs that were published earlier
 PUBLISHED = {
     FINAL: checkpoint.RELEASE.name, GRAPH: f"{checkpoint.RELEASE.stem}.onnx",
     DENSE: DENSE,
@@ -54,19 +57,23 @@ def main(argv=None):
     final = cfg.path(f"checkpoints/{FINAL}")
     if FINAL not in files or not final.is_file() or not files[FINAL].file.samefile(final):
         raise UserError(f"{final} is not among the evaluated files")
-    chain = ancestry(rows)
+    release = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
+    index = release / "results.json"
+    earlier = published_before(index)
+    chain = ancestry(rows, earlier["files"])
     hashes = {row["sha256"] for row in chain}
     if GRAPH in rows and rows[GRAPH]["parent"] not in hashes:
         raise UserError(f"{files[GRAPH].file} is not the network of {final}")
     if DENSE in rows and rows[DENSE]["sha256"] not in hashes:
         raise UserError(f"{files[DENSE].file} is not in the chain of {final}")
-    cells = sweep(cfg.path("logs/sweep.csv"), rows)
+    cells = sweep(cfg.path("logs/sweep.csv"), rows) or of_rows(earlier["sweep"], rows)
     stage_logs = {file.stem: logs.read_log(file) for stage in ("train", "prune", "quantize")
                   for file in sorted(cfg.path("logs").glob(f"{stage}*.jsonl"))}  # fmt: skip
-
-    release = Path(cfg.release) if cfg.release else checkpoint.RELEASE.parent
-    index = release / "results.json"
-    training = log_of_training(index, rows) if "train" not in stage_logs else {}
+    training = log_of_training(earlier, rows) if "train" not in stage_logs else {}
+    if any(name.startswith(BEFORE) for name in rows):
+        stage_logs |= {
+            BEFORE + name: log for name, log in earlier["logs"].items() if name != "train"
+        }
     published = {}
     for name, public in PUBLISHED.items():
         copy(files[name].file if name in files else None, release / public)
@@ -145,32 +152,44 @@ def describe(source, figures: dict) -> dict:
     return row | {"accuracy": {}}
 
 
-def ancestry(rows: dict[str, dict]) -> list[dict]:
+def published_before(index: Path) -> dict:
+    """Return what is published: files, logs and cells of the sweep; nothing if that is missing or
+    damaged."""
+    old = {}
+    with contextlib.suppress(OSError, ValueError):
+        old = json.loads(index.read_text())
+    kinds = {"files": dict, "logs": dict, "sweep": list}
+    old = old if isinstance(old, dict) else {}
+    return {
+        name: old[name] if isinstance(old.get(name), kind) else kind()
+        for name, kind in kinds.items()
+    }
+
+
+def ancestry(rows: dict[str, dict], earlier: dict[str, dict]) -> list[dict]:
     """Return the rows of the compressed file, of its parent, and so on to the first of its chain.
 
-    Raises UserError if one of them is missing.
+    earlier: rows that are published, by file name; those of the chain that are not among `rows` are
+    put there. Raises UserError if one is missing.
     """
     by_hash, chain = {row["sha256"]: row for row in rows.values()}, [rows[FINAL]]
+    names = {row["sha256"]: name for name, row in earlier.items()}
     while parent := chain[-1]["parent"]:
+        if parent not in by_hash and parent in names:
+            by_hash[parent] = rows[BEFORE + names[parent]] = earlier[names[parent]]
         if parent not in by_hash:
             raise UserError(f"the parent of the {chain[-1]['stage']} file was not evaluated")
         chain.append(by_hash[parent])
     return chain
 
 
-def log_of_training(index: Path, rows: dict[str, dict]) -> dict[str, list]:
+def log_of_training(earlier: dict, rows: dict[str, dict]) -> dict[str, list]:
     """Return {"train": the log} of the published dense network if it is that of this run, too.
 
-    Such a run began with that file, and has no training of its own. index: what is published; it
-    may be missing.
+    Such a run began with that file, and has no training of its own. earlier: what is published.
     """
-    try:
-        old = json.loads(index.read_text())
-        if DENSE in rows and rows[DENSE]["sha256"] == old["files"][DENSE]["sha256"]:
-            return {"train": old["logs"]["train"]}
-    except (OSError, ValueError, KeyError, TypeError):  # nothing is published, or it is damaged
-        pass
-    return {}
+    same = rows.get(DENSE, {}).get("sha256") == earlier["files"].get(DENSE, {}).get("sha256", "")
+    return {"train": earlier["logs"]["train"]} if same and "train" in earlier["logs"] else {}
 
 
 def sweep(path: Path, rows: dict[str, dict]) -> list[dict]:
@@ -185,10 +204,15 @@ def sweep(path: Path, rows: dict[str, dict]) -> list[dict]:
             cells = list(csv.DictReader(file))
     except ValueError as error:  # not UTF-8
         raise UserError(f"{path} is damaged: {reason(error)}") from None
-    evaluated = {row["sha256"] for row in rows.values()}
-    if not all(cell.get("parent_sha256") in evaluated for cell in cells):
+    if cells and not of_rows(cells, rows):
         raise UserError(f"{path} is of another network than those evaluated: run sweep.py again")
     return [{name: number(text) for name, text in cell.items()} for cell in cells]
+
+
+def of_rows(cells: list[dict], rows: dict[str, dict]) -> list[dict]:
+    """Return the cells of a sweep if the networks of all are among the rows, else none."""
+    known = {row["sha256"] for row in rows.values()}
+    return cells if all(cell.get("parent_sha256") in known for cell in cells) else []
 
 
 def number(text: str):

@@ -14,6 +14,7 @@ from test_cli import call, one_line
 
 import eval as evaluation
 import predict
+import prune
 import publish
 import quantize
 import sparse_compress
@@ -282,6 +283,30 @@ def test_a_run_from_the_published_network_keeps_the_log_of_its_training(publishe
         index.write_text(text)
         assert published("publish")[0] == 0
         assert "train" not in json.loads(index.read_text())["logs"] and not chart.exists()
+
+
+def test_a_run_from_the_published_file_keeps_what_was_published_of_its_parents(published, tiny):
+    before = json.loads((published.release / "results.json").read_text())
+    folder, dense = published.folder, published.files[0]
+    where = [f"--data={tiny}", f"--run-dir={folder}"]
+    decoded = folder / "checkpoints/decoded.pth"
+    prune.main([*where, "--rounds=0", "--dequantize", f"--out={decoded}",
+                f"--parent={published.release / checkpoint.RELEASE.name}"])  # fmt: skip
+    quantize.main([*where, f"--parent={decoded}", "--weight-bits=3", "--calibration=32"])
+    to_int8.main(where)
+    sparse_compress.main([f"--run-dir={folder}"])
+    files = [dense, decoded, *published.files[1:4]]
+    for split in ("val", "test"):
+        assert published("eval", *files, f"--split={split}")[0] == 0
+    assert published("publish")[0] == 0
+    now = json.loads((published.release / "results.json").read_text())
+    kept = {f"before/{name}" for name in ("quantized.pth", "int8.pth", "compressed.nnz")}
+    assert set(now["files"]) == {file.name for file in files} | kept
+    for name in kept:
+        assert now["files"][name] == before["files"][name.removeprefix("before/")]
+    assert now["logs"]["before/quantize"] == before["logs"]["quantize"]
+    assert now["logs"]["train"] == before["logs"]["train"]
+    assert published("verify")[0] == 0
 
 
 def test_a_refusal_leaves_what_was_published(published, tiny):
