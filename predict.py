@@ -71,8 +71,6 @@ def main(argv=None):
     asked = len(paths) + unread
     file = cfg.model or latest(Path(cfg.run_dir) / "checkpoints")
     source = runtime.load(file, cfg.assume_downsample)
-    if not cfg.model:
-        print(f"predict.py: by {file}", file=sys.stderr)
     device = devices.choose(cfg.device)
     network = runtime.network(source, device)
     classes = source.class_names()

@@ -73,7 +73,7 @@ def read(name: str) -> Arrays:
         return _npz(path / "cifar10.npz")
     both = [any(path.glob(pattern)) for pattern in ("cifar-10-[bp]*", "cifar-100-python*")]
     if all(both):
-        raise UserError(f"{path} holds CIFAR-10 and CIFAR-100: name the folder or file of one")
+        raise UserError(f"{path} holds CIFAR-10 and CIFAR-100: name one of them as --data")
     for folder in (path, path / "cifar-10-batches-py", path / "cifar-100-python"):
         if (folder / "test_batch").is_file() or (folder / "data_batch_1").is_file():
             return _batches(_in_folder(folder), folder, "CIFAR10")

@@ -312,7 +312,7 @@ def test_a_folder_of_two_sets_is_refused(tmp_path):
     """As torchvision's downloads leave it."""
     for name in ("cifar-10-batches-py", "cifar-100-python.tar.gz"):
         (tmp_path / name).mkdir()
-    refused(str(tmp_path), "holds CIFAR-10 and CIFAR-100: name the folder or file of one")
+    refused(str(tmp_path), "holds CIFAR-10 and CIFAR-100: name one of them as --data")
 
 
 def hundred(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -348,9 +348,9 @@ def test_momentum_that_a_compaction_leaves_in_another_order_is_refused(
     monkeypatch.setattr(devices, "choose", lambda name: CUDA)
     build = engine.build_optimizer
 
-    def contiguous(*args):
-        optimizer = build(*args)
-        for state in optimizer.state.values():
+    def contiguous(model, recipe, velocity):
+        optimizer = build(model, recipe, velocity)
+        for state in optimizer.state.values() if velocity else ():
             state["momentum_buffer"] = state["momentum_buffer"].contiguous()
         return optimizer
 
