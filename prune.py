@@ -44,7 +44,7 @@ from lib import (
 from lib.compaction import compact, take
 from lib.config import UserError, flag
 from lib.evaluation import evaluate
-from lib.files import claim, rejected_of, state_of
+from lib.files import rejected_of, state_of
 from models.layers import roles
 from models.mobilenetv2 import MobileNetV2
 
@@ -239,8 +239,7 @@ def main(argv=None):
             f"--target {cfg.target} is no more than the parent's sparsity {run.start:.4f}"
         )
     console.say_device(device)
-    if processes.is_main():
-        claim(out)
+    processes.claim(out)
     if not cfg.resume:
         processes.discard(run.state_file, run.round_file)
     if run.state_file.is_file():

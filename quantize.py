@@ -64,7 +64,7 @@ from lib import (
 from lib.compaction import compact
 from lib.config import UserError, flag
 from lib.evaluation import Evaluation, evaluate
-from lib.files import claim, rejected_of, state_of
+from lib.files import rejected_of, state_of
 from lib.folding import fold
 from lib.importance import row_importance
 from lib.rate import BITS_PER_KILOBYTE
@@ -249,8 +249,7 @@ def main(argv=None):
         return
     before = evaluate(model, images.val) if len(images.val) else None
 
-    if processes.is_main():
-        claim(out)
+    processes.claim(out)
     attempts = []
     if cfg.method == "reference":
         scheme = quantizers.quantize_reference(model, cfg.weight_bits, cfg.act_bits)

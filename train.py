@@ -19,7 +19,7 @@ from autoaugment import augmentation
 from lib import checkpoint, config, console, data, devices, engine, logs, plots, processes
 from lib.config import flag
 from lib.evaluation import evaluate
-from lib.files import claim, state_of
+from lib.files import state_of
 from models.mobilenetv2 import MobileNetV2, standard
 
 WIDTHS = [i / 20 for i in range(1, 61)]  # tried, to say which --width a file has
@@ -108,8 +108,7 @@ def main(argv=None):
     log = logs.Log(cfg.in_run("logs/train.jsonl"), identity, cfg.wandb)
     state_file = state_of(out)
 
-    if processes.is_main():
-        claim(out)
+    processes.claim(out)
     if not cfg.resume:
         processes.discard(state_file)
     recipe = engine.Recipe.of(cfg, warmup_epochs=cfg.warmup)

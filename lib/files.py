@@ -1,6 +1,5 @@
 """Writing files whole or not at all, the SHA-256 that identifies one, names of files as text."""
 
-import atexit
 import contextlib
 import csv
 import errno
@@ -68,37 +67,6 @@ def state_of(path: Path, kind: str = "") -> Path:
 def rejected_of(path: Path) -> Path:
     """Return the file beside `path` for a network that took hours and is not what was asked for."""
     return path.with_stem(f"{path.stem}.rejected")
-
-
-_claimed = {}  # the open lock files of this process, by the path that is claimed
-
-
-def claim(path: Path) -> None:
-    """Keep other processes from working on `path` until this one ends: two would write one state.
-
-    Raises BlockingIOError if another process of this machine has claimed it. The lock is a file in
-    the folder for temporary ones. Where locks cannot be had, nothing is kept.
-    """
-    path = path.resolve()
-    try:
-        import fcntl  # not on Windows
-    except ImportError:
-        return
-    if path in _claimed:
-        return
-    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    lock = Path(tempfile.gettempdir(), f"mobilenetv2-cifar10-{name}.lock")
-    with contextlib.suppress(PermissionError):  # another user's
-        handle = lock.open("a")
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.close()
-            raise BlockingIOError(
-                errno.EAGAIN, "another process works on it", str(path)
-            ) from None
-        _claimed[path] = handle
-        atexit.register(lock.unlink, missing_ok=True)
 
 
 def sha256_of(path: Path | str) -> str:

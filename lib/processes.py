@@ -5,14 +5,19 @@ In a single process, without torchrun, the functions here need no special case: 
 is for several: its batch norm cannot train without `start` having joined them.
 """
 
+import atexit
 import contextlib
+import hashlib
 import os
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from lib.config import UserError
 
 
 def start(device: torch.device, share: bool = False) -> None:
@@ -43,6 +48,35 @@ def world_and_rank() -> tuple[int, int]:
 def is_main() -> bool:
     """Return whether this is the process that prints and writes files (rank 0)."""
     return world_and_rank()[1] == 0
+
+
+_claimed = {}  # the open lock files of this process, by the path that is claimed
+
+
+def claim(path: Path) -> None:
+    """Keep other runs from working on `path` until this process ends: two would write one state.
+
+    Raises UserError if another run on this machine has claimed it. The lock is a file in the folder
+    for temporary ones. Where locks cannot be had, nothing is kept.
+    """
+    path = path.resolve()
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return
+    if path in _claimed or not is_main():
+        return
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    lock = Path(tempfile.gettempdir(), f"mobilenetv2-cifar10-{name}.lock")
+    with contextlib.suppress(PermissionError):  # another user's
+        handle = lock.open("a")
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.close()
+            raise UserError(f"another process works on {path}") from None
+        _claimed[path] = handle
+        atexit.register(lock.unlink, missing_ok=True)
 
 
 def wait() -> None:

@@ -4,12 +4,10 @@ import csv
 import hashlib
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
-from lib.files import atomic, claim, sha256_of, write_bytes, write_csv, write_json
+from lib.files import atomic, sha256_of, write_bytes, write_csv, write_json
 
 
 @pytest.mark.parametrize("call", ["fsync", "chmod"])
@@ -69,16 +67,3 @@ def test_a_table_with_another_column_is_an_error_and_leaves_the_old_one(tmp_path
     with pytest.raises(ValueError, match="not in fieldnames"):
         write_csv(path, ("a",), [{"a": 1, "b": 2}])
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_two_processes_do_not_work_on_one_file(tmp_path):
-    pytest.importorskip("fcntl", reason="Windows has no such locks")
-    file = tmp_path / "a/x.pth"
-    claim(file)
-    claim(file)  # the same process may go on
-    code = "import sys, pathlib; from lib import files; files.claim(pathlib.Path(sys.argv[1]))"
-    for name, refused in [(file, True), (tmp_path / "a/y.pth", False)]:
-        run = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True)
-        assert ("another process works on it" in run.stderr) is refused
-        assert bool(run.returncode) is refused
-    assert not list(tmp_path.iterdir())

@@ -491,3 +491,16 @@ def test_what_a_set_without_validation_split_means_is_said_at_once(
     err = capfd.readouterr().err
     assert err.startswith("train.py: no validation split: ") and err.count("\n") == 1
     assert "prune.py, which needs one" in err and what in err
+
+
+def test_two_processes_do_not_work_on_one_file(tmp_path):
+    pytest.importorskip("fcntl", reason="Windows has no such locks")
+    file = tmp_path / "a/x.pth"
+    processes.claim(file)
+    processes.claim(file)  # the same process may go on
+    code = "import sys, pathlib; from lib import processes as p; p.claim(pathlib.Path(sys.argv[1]))"
+    for name, refused in [(file, True), (tmp_path / "a/y.pth", False)]:
+        run = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True)
+        assert ("another process works on " in run.stderr) is refused
+        assert bool(run.returncode) is refused
+    assert not list(tmp_path.iterdir())
