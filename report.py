@@ -40,12 +40,7 @@ def main(argv=None):
         raise UserError(f"no files of the chain in {folder}: `make all` makes them")
     # All of them before any long work, so that a file that cannot be read fails at once.
     sources = [checkpoint.load(file, cfg.assume_downsample) for file in files]
-    hashes, stale = {source.file.name: source.sha256 for source in sources}, set()
-    for source in sources:
-        note = freshness(source, hashes, stale, cfg.assume_downsample)
-        if note.startswith("stale"):
-            stale.add(source.file.name)
-            print(f"report.py: {source.file.name} is {note}", file=sys.stderr)
+    say_stale(sources, cfg.assume_downsample)
     images = images_of(sources, cfg)
     split = images.split(cfg.split)
     console.say_device(split.images.device)
@@ -77,6 +72,16 @@ def main(argv=None):
     print(ratio_table(rows[0], smallest), end="\n\n")
     for path in sorted(cfg.in_run("plots").glob("*.png")):
         print(path)
+
+
+def say_stale(sources, downsample: int | None) -> None:
+    """Print a line on the standard error for each file that is not of the present ones before it."""
+    hashes, stale = {source.file.name: source.sha256 for source in sources}, set()
+    for source in sources:
+        note = freshness(source, hashes, stale, downsample)
+        if note.startswith("stale"):
+            stale.add(source.file.name)
+            print(f"report.py: {source.file.name} is {note}", file=sys.stderr)
 
 
 def images_of(sources, cfg) -> data.Data:

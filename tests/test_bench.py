@@ -34,7 +34,7 @@ def test_all_of_them_run_and_are_written_down(folder, tiny, tmp_path, capsys):
     before = torch.get_num_threads()
     bench.main([f"--data={tiny}", f"--run-dir={tmp_path}", "--threads=1", "--batches=1,4",
                 "--turns=2", "--calls=2", "--calibration=64",
-                f"--results={tmp_path / 'bench.json'}"])  # fmt: skip
+                f"--results={tmp_path / 'bench.json'}", "--title=Speed here"])  # fmt: skip
     assert torch.get_num_threads() == before
     rows = [json.loads(line) for line in (tmp_path / "logs/bench.jsonl").read_text().splitlines()]
     names = [row["network"] for row in rows]
@@ -55,13 +55,15 @@ def test_all_of_them_run_and_are_written_down(folder, tiny, tmp_path, capsys):
     assert by_name["int8.onnx (ours)"]["peak_bytes"] < by_name["dense fp32, torch"]["peak_bytes"]
     assert (tmp_path / "plots/bench.png").stat().st_size > 1000
     table = tables.read(tmp_path / "bench.json")
+    assert table["title"] == "Speed here"
     assert [row[0] for row in table["rows"]] == names[:6] and "test split, n=100" in table["data"]
     assert table["columns"][1:4] == ["batch 1, 1 thread", "batch 4, 1 thread", "correct of 100"]
     assert table["rows"][3][0] == bench.COMPACTED and table["rows"][3][1:3] == ["1.0x", "1.0x"]
     ours = by_name["int8.onnx (ours)"]  # of the last case, batch 4
     assert table["rows"][5][2] == f"{ours['ratio_to_compacted']:.1f}x"
     assert table["rows"][5][3:5] == [round(100 * ours["accuracy"]), ours["weight_bytes"]]
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "int8.onnx was not made from " in err and "pruned.pth" in err  # the fixture's was not
     assert "1 thread, batch 4, 2 turns" in out and "accuracy on 100 test images" in out
     assert "--peers" not in out
 

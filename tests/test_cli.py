@@ -177,6 +177,7 @@ def test_defaults_are_the_chain_and_a_missing_parent_is_one_line(run, tmp_path, 
     ("train", ["--epochs=3", "--warmup-epochs=3"], "--warmup-epochs must be"),
     ("prune", ["--weight-decay=-1"], "--weight-decay must be at least 0"),
     ("train", ["--flip=alternate", "--augment=none"], "needs an --augment that flips"),
+    ("bench", ["--title=x"], "--title is for a table: give --results"),
 ])  # fmt: skip
 def test_wrong_values(run, stage, flags, what):
     code, out, err = run(stage, *flags)

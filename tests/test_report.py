@@ -189,6 +189,18 @@ def test_status_names_the_parent_that_changed_and_what_follows(chain, run, statu
     assert "damaged: " in status()["sweep.csv"]
 
 
+def test_a_report_says_which_files_are_stale(run, capsys):
+    def said():
+        report.say_stale([checkpoint.load(run / "checkpoints" / name) for name in FILES], None)
+        return capsys.readouterr().err.splitlines()
+
+    assert said() == []
+    rewrite(run / "checkpoints/quantized.pth", config={}, seed=1)
+    int8, small = said()
+    assert int8.startswith("report.py: int8.pth is stale: parent changed: quantized.pth is now ")
+    assert small == "report.py: compressed.nnz is stale: int8.pth is not up to date"
+
+
 def test_status_of_a_parent_outside_the_chain_whose_own_parent_changed(run, status):
     baseline, between, quantized = (
         run / f"checkpoints/{name}.pth" for name in ("baseline", "pruned_a", "quantized")
