@@ -75,7 +75,7 @@ def main(argv=None):
 
 
 def say_stale(sources, downsample: int | None) -> None:
-    """Print a line on the standard error for each file that is not of the present ones before it."""
+    """Print a line on the standard error for each file that is not of those before it."""
     hashes, stale = {source.file.name: source.sha256 for source in sources}, set()
     for source in sources:
         note = freshness(source, hashes, stale, downsample)
