@@ -22,9 +22,15 @@ PYTHON=${PYTHON:-.venv/bin/python}
 C=$RUN/checkpoints
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
-# run FILE COMMAND...: unless the file is there.
+# run FILE COMMAND...: unless the file is there. Each is made from the one before it.
+last=
 run() {
+  if [ -e "$1" ] && [ -n "$last" ] && [ "$last" -nt "$1" ]; then
+    echo "$1 is older than $last, from which it is made: delete it" >&2
+    exit 1
+  fi
   [ -e "$1" ] || "$PYTHON" "${@:2}" --data "$DATA" --run-dir "$RUN"
+  last=$1
 }
 
 if [ -n "${TRAIN:-}" ]; then
@@ -33,6 +39,7 @@ if [ -n "${TRAIN:-}" ]; then
 fi
 mkdir -p "$C"
 [ -e "$C/baseline.pth" ] || cp release/baseline.pth "$C"
+last=$C/baseline.pth
 
 # prune NUMBER FILE FLAGS...: one pruning; each has its own log, which stays while its file does.
 prune() {
