@@ -155,15 +155,15 @@ def describe(source, figures: dict) -> dict:
 def published_before(index: Path) -> dict:
     """Return what is published: files, logs and cells of the sweep; nothing if that is missing or
     damaged."""
-    old = {}
+    old = None
     with contextlib.suppress(OSError, ValueError):
         old = json.loads(index.read_text())
-    kinds = {"files": dict, "logs": dict, "sweep": list}
-    old = old if isinstance(old, dict) else {}
-    return {
-        name: old[name] if isinstance(old.get(name), kind) else kind()
-        for name, kind in kinds.items()
-    }
+    match old:
+        case {"files": dict(files), "logs": dict(stage_logs), "sweep": list(cells)} if all(
+            isinstance(row, dict) and "sha256" in row for row in files.values()
+        ):
+            return {"files": files, "logs": stage_logs, "sweep": cells}
+    return {"files": {}, "logs": {}, "sweep": []}
 
 
 def ancestry(rows: dict[str, dict], earlier: dict[str, dict]) -> list[dict]:
