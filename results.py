@@ -20,7 +20,8 @@ ORDER = {
     "The reference report's network": ["reference", "curve", "reference_sweep"],
     "Our own network": ["release", "sweep"],
     "Training recipe": ["recipe_pilot"],
-    "Speed": ["bench", "bench_avx2", "train_step", "cuda_graph", "qat_step", "compaction", "augment"],
+    "Speed": ["bench", "bench_avx2", "train_step", "cuda_graph", "qat_step", "compaction",
+              "augment"],
     "Rate-distortion quantization": ["price"],
 }
 # Tables of files, written by eval.py, that results/files.png shows, and whose network is in them.

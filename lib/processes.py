@@ -36,6 +36,7 @@ def start(device: torch.device, share: bool = False) -> None:
 def stop() -> None:
     """Wait for all processes and leave them."""
     wait()  # the main process may still be writing
+    release()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -54,7 +55,8 @@ _claimed = {}  # the open lock files of this process, by the path that is claime
 
 
 def claim(path: Path) -> None:
-    """Keep other runs from working on `path` until this process ends: two would write one state.
+    """Keep other runs from working on `path` until `stop`, or until this process ends: two would
+    write one state.
 
     Raises UserError if another run on this machine has claimed it. The lock is a file in the folder
     for temporary ones. Where locks cannot be had, nothing is kept.
@@ -76,7 +78,15 @@ def claim(path: Path) -> None:
             handle.close()
             raise UserError(f"another process works on {path}") from None
         _claimed[path] = handle
-        atexit.register(lock.unlink, missing_ok=True)
+        atexit.register(release)
+
+
+def release() -> None:
+    """Give up what `claim` has claimed."""
+    for handle in _claimed.values():
+        Path(handle.name).unlink(missing_ok=True)
+        handle.close()
+    _claimed.clear()
 
 
 def wait() -> None:

@@ -503,4 +503,7 @@ def test_two_processes_do_not_work_on_one_file(tmp_path):
         run = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True)
         assert ("another process works on " in run.stderr) is refused
         assert bool(run.returncode) is refused
+    processes.release()
+    run = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
     assert not list(tmp_path.iterdir())
