@@ -71,8 +71,9 @@ def read(name: str) -> Arrays:
         raise UserError(f"no data at {path}: {HELP}")
     if (path / "cifar10.npz").is_file():
         return _npz(path / "cifar10.npz")
-    both = [any(path.glob(pattern)) for pattern in ("cifar-10-[bp]*", "cifar-100-python*")]
-    if all(both):
+    sets = (("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+            ("cifar-100-python", "cifar-100-python.tar.gz"))  # fmt: skip
+    if all(any((path / name).exists() for name in names) for names in sets):
         raise UserError(f"{path} holds CIFAR-10 and CIFAR-100: name one of them as --data")
     for folder in (path, path / "cifar-10-batches-py", path / "cifar-100-python"):
         if (folder / "test_batch").is_file() or (folder / "data_batch_1").is_file():
